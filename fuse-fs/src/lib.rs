@@ -1,0 +1,2 @@
+//! The pool as a file system.
+#![forbid(unsafe_code)]

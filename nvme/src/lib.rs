@@ -1,0 +1,1 @@
+//! Bytes at offsets: devices, queues and buffers. Knows no tensors.

@@ -1,0 +1,3 @@
+//! The `nvtier` command.
+#![forbid(unsafe_code)]
+fn main() {}
