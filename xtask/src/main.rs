@@ -1,2 +1,52 @@
-//! `cargo xtask`: the project's own tasks.
-fn main() {}
+//! `cargo xtask`: the project's own tasks. CI runs the same commands as a person does.
+#![forbid(unsafe_code)]
+
+mod exec;
+mod external;
+mod lint;
+mod paths;
+mod pyenv;
+mod suites;
+mod sweep;
+mod tally;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Tasks of the nvtier workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run every test that can run on this machine; what cannot run says why and counts as skipped.
+    Test(suites::TestArgs),
+    /// Formatting, clippy, documentation, licences of dependencies, drift of generated files.
+    Lint,
+    /// Prepare what the tests need (Python environment, model, POSIX suites) and stop.
+    Setup,
+    /// Remove mounts, processes and loop devices that an interrupted test run left behind.
+    Sweep,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().task {
+        Task::Test(args) => suites::run(&args),
+        Task::Lint => lint::run(),
+        Task::Setup => suites::setup(),
+        Task::Sweep => sweep::abandoned().map(|()| true),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
