@@ -1,10 +1,23 @@
 //! Named regions on devices: pools, catalogs, drafts, the RAM tier. Knows no CUDA and no kernel file system.
 #![forbid(unsafe_code)]
 
+pub mod allocator;
+pub mod content;
 pub mod error;
+pub mod handle;
+pub mod layout;
+pub mod member;
+pub mod pool;
 pub mod types;
+pub mod verify;
 
 pub use error::{Error, ErrorKind, Result};
-pub use types::{
-    Access, Allocate, Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Seek, SetAttr, Timestamp, XattrSet,
+pub use handle::Handle;
+pub use pool::{
+    FormatOptions, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
 };
+pub use types::{
+    Access, Allocate, Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Seek, SetAttr, Timestamp,
+    XattrSet,
+};
+pub use verify::{BadChunk, VerifyProgress, VerifyReport};

@@ -1,0 +1,1 @@
+//! A directory of a file system as a member.
