@@ -64,6 +64,8 @@ pub enum ErrorKind {
     Io,
     /// A deadline passed.
     Timeout,
+    /// A tensor file's header breaks its format; the source is a `tensors::Malformed` that says how.
+    Malformed,
     /// The peer on the control socket broke the protocol.
     Protocol,
 }

@@ -8,6 +8,7 @@ pub mod handle;
 pub mod layout;
 pub mod member;
 pub mod pool;
+pub mod tensors;
 pub mod types;
 pub mod verify;
 
