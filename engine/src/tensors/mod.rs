@@ -213,6 +213,13 @@ pub fn parse(name: &str, size: u64, read_at: &mut ReadAt<'_>) -> Result<Option<T
     }
 }
 
+impl crate::Pool {
+    /// Tensors of a region's current content, parsed when first asked for. The same `Arc` as long as the content is the same.
+    pub fn tensors(&self, _node: crate::NodeId) -> Result<std::sync::Arc<TensorIndex>> {
+        Err(Error::new(ErrorKind::NotSupported, "tensors of a region are not built yet"))
+    }
+}
+
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
