@@ -101,6 +101,17 @@ impl Ran {
         self
     }
 
+    /// Asserts an orderly refusal with any of the documented exit codes (1 to 7) whose message names all of `words`.
+    ///
+    /// # Panics
+    /// With everything the command said, otherwise.
+    #[track_caller]
+    pub fn refused_somehow(self, words: &[&str]) -> Self {
+        assert!((1..=7).contains(&self.code), "an orderly refusal was expected\n{self:#?}");
+        let code = self.code;
+        self.refused(code, words)
+    }
+
     /// Standard output as JSON.
     ///
     /// # Panics
@@ -226,6 +237,11 @@ impl Mounted {
         mounted.mount(options).ok();
         assert!(mounted.is_mounted(), "`nvtier mount` returned before the mount was there");
         mounted
+    }
+
+    /// Takes over a pool and a mount point inside `folder`; nothing is mounted yet.
+    pub fn over(pool: PathBuf, point: PathBuf, folder: tempfile::TempDir) -> Self {
+        Self { pool, point, folder }
     }
 
     /// Runs `nvtier mount` for this pool (again).
