@@ -1,0 +1,420 @@
+//! The command line as data: parsing, `--help`, completions and man pages come from these types.
+//!
+//! Parsing only validates; `cmd` does the work.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+use crate::size;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    success
+  1    failed
+  2    wrong usage, configuration or name
+  3    the pool, region or source was not found
+  4    busy: owned by another process, or in use
+  5    corrupt data was found
+  6    no space
+  7    not supported by this kernel, machine or user
+  130  interrupted by SIGINT or SIGTERM
+
+Sizes are whole numbers with a unit: 8GiB, 512M (powers of 1024), 10GB (powers of 1000).
+
+Environment and files:
+  NVTIER_POOL                     the pool, where --pool is not given
+  $XDG_CONFIG_HOME/nvtier/config.toml   defaults (NVTIER_CONFIG names another file)
+  AWS_*, GOOGLE_*                 credentials and endpoints of s3:// and gs:// sources";
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "nvtier",
+    version,
+    about = "NVMe as the next memory tier under VRAM: pools of tensors, mounted and measured",
+    after_help = EXIT_CODES,
+    propagate_version = true,
+    max_term_width = 110
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// Print one JSON document instead of text (errors too, on standard error)
+    #[arg(long, global = true, display_order = 100)]
+    pub json: bool,
+    /// How progress is shown on standard error
+    #[arg(long, global = true, value_enum, default_value_t = ProgressMode::Auto, value_name = "HOW", display_order = 101)]
+    pub progress: ProgressMode,
+    /// Log more to standard error (-v: info, -vv: debug)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, display_order = 102)]
+    pub verbose: u8,
+}
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum ProgressMode {
+    /// A bar on a terminal, lines otherwise
+    Auto,
+    /// A bar
+    Bar,
+    /// A line now and then
+    Plain,
+    /// Nothing
+    None,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the whole path once: make, fill, mount, read and measure a small pool
+    Demo(Demo),
+    /// Make a pool
+    Format(Format),
+    /// Say what a pool is and how full
+    Info(Info),
+    /// Bring a file, a directory or objects from a store into a pool
+    Import(Import),
+    /// Write a region or directory of a pool to local files
+    Export(Export),
+    /// List a directory of a pool
+    Ls(Ls),
+    /// Say everything about one region: tensors, extents, generation
+    Stat(Stat),
+    /// Read regions and compare them with their checksums
+    Verify(Verify),
+    /// Remove a region, or a directory with -r
+    Rm(Rm),
+    /// Mount a pool as a file system
+    Mount(Mount),
+    /// Unmount a mounted pool
+    Umount(Umount),
+    /// Measure drives, files, pools and mounts in fio's language
+    #[command(disable_help_flag = true)]
+    Bench(Bench),
+    /// Print version and what this build and kernel can do
+    Version,
+    /// Print a completion script for a shell
+    Completions(Completions),
+    /// Write man pages into a directory
+    Man(Man),
+}
+
+/// The pool a command works on.
+#[derive(Clone, Debug, Args)]
+pub struct PoolArg {
+    /// The pool: its directory, image file or block device
+    #[arg(long, env = "NVTIER_POOL", value_name = "POOL", value_hint = ValueHint::AnyPath)]
+    pub pool: Option<PathBuf>,
+}
+
+/// `nvtier demo`
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// Where to work (a new directory is made in it); default: the first of ., $TMPDIR, /var/tmp that is on a real drive
+    #[arg(long, value_hint = ValueHint::DirPath)]
+    pub dir: Option<PathBuf>,
+    /// Keep the pool, the checkpoint and the mount point
+    #[arg(long)]
+    pub keep: bool,
+    /// About how large the checkpoint is
+    #[arg(long, value_name = "SIZE", default_value = "300MiB", value_parser = size::parse_nonzero)]
+    pub size: u64,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Leave the mount out
+    #[arg(long)]
+    pub no_mount: bool,
+}
+
+/// `nvtier format`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+POOL is a directory on ext4 or XFS (made if it is not there), a block device, or with --raw an image file (made with \
+--size). With --member the data is striped over all members; POOL is then member 0. A place that holds anything else is \
+refused, and said what it holds, unless --force is given.
+
+  nvtier format /mnt/nvme0/pool
+  nvtier format /mnt/nvme0/pool --member /mnt/nvme1/pool --size 500GiB
+  nvtier format pool.img --raw --size 64GiB")]
+pub struct Format {
+    /// Where the pool is to be
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub pool: PathBuf,
+    /// Quota of a directory member, length of an image file; default: what the file system or device has
+    #[arg(long, value_parser = size::parse_nonzero)]
+    pub size: Option<u64>,
+    /// A further member to stripe over (may be given several times)
+    #[arg(long = "member", value_name = "MEMBER", value_hint = ValueHint::AnyPath)]
+    pub members: Vec<PathBuf>,
+    /// Make an image file where POOL does not exist, instead of a directory
+    #[arg(long)]
+    pub raw: bool,
+    /// Unit of checksums: a power of two from 4KiB to 4MiB [default: 16KiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub chunk_size: Option<u64>,
+    /// Unit of striping over members: a multiple of the chunk size [default: 1MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub stripe_unit: Option<u64>,
+    /// Destroy what is there
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `nvtier info`
+#[derive(Debug, Args)]
+pub struct Info {
+    #[command(flatten)]
+    pub pool: PoolArg,
+    /// The pool, as an argument
+    #[arg(value_name = "POOL", id = "pool_path", conflicts_with = "pool", value_hint = ValueHint::AnyPath)]
+    pub path: Option<PathBuf>,
+}
+
+/// `nvtier import`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+SRC is a file, a directory (a Hugging Face snapshot: links into blobs are followed, the tree is kept), file://, s3://, \
+gs://, https:// or http://. Objects are streamed with several range requests at a time. An import that was interrupted \
+goes on where it stopped when it is run again and the source is still the same (size and ETag, or size and time); until \
+it is complete nothing is visible under NAME.
+
+  nvtier import ~/.cache/huggingface/hub/models--org--m/snapshots/REV models/m --pool /mnt/nvme0/pool
+  nvtier import s3://bucket/models/m/ models/m --recursive
+  nvtier import https://host/path/model.gguf models/model.gguf
+
+S3-compatible servers: AWS_ENDPOINT_URL, AWS_ALLOW_HTTP=true for plain http, AWS_SKIP_SIGNATURE=true for public buckets.")]
+pub struct Import {
+    /// Where the bytes come from
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub src: String,
+    /// Region or directory to make in the pool
+    pub name: String,
+    #[command(flatten)]
+    pub pool: PoolArg,
+    /// Import everything under an object-store prefix
+    #[arg(short, long)]
+    pub recursive: bool,
+    /// Replace regions that exist (each as a whole, once its import is complete)
+    #[arg(short, long)]
+    pub force: bool,
+    /// Do not parse tensor headers
+    #[arg(long)]
+    pub no_check: bool,
+    /// Start from the beginning even where an interrupted import could go on
+    #[arg(long)]
+    pub no_resume: bool,
+    /// Range requests at a time [default: 8]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub connections: Option<u32>,
+    /// Bytes of one range request
+    #[arg(long, value_name = "SIZE", default_value = "8MiB", value_parser = parse_part_size)]
+    pub part_size: u64,
+}
+
+/// `nvtier export`
+#[derive(Debug, Args)]
+pub struct Export {
+    /// Region or directory in the pool
+    pub name: String,
+    /// Local file or directory to make
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub dest: PathBuf,
+    #[command(flatten)]
+    pub pool: PoolArg,
+    /// Replace files that exist
+    #[arg(short, long)]
+    pub force: bool,
+}
+
+/// `nvtier ls`
+#[derive(Debug, Args)]
+pub struct Ls {
+    /// Directory or region in the pool
+    #[arg(default_value = "")]
+    pub name: String,
+    #[command(flatten)]
+    pub pool: PoolArg,
+    /// Everything below, too
+    #[arg(short, long)]
+    pub recursive: bool,
+}
+
+/// `nvtier stat`
+#[derive(Debug, Args)]
+pub struct Stat {
+    /// Region or directory in the pool
+    pub name: String,
+    #[command(flatten)]
+    pub pool: PoolArg,
+    /// List every extent
+    #[arg(long)]
+    pub extents: bool,
+}
+
+/// `nvtier verify`
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Region or directory in the pool; default: everything
+    pub name: Option<String>,
+    #[command(flatten)]
+    pub pool: PoolArg,
+}
+
+/// `nvtier rm`
+#[derive(Debug, Args)]
+pub struct Rm {
+    /// Regions or directories in the pool
+    #[arg(required = true, value_name = "NAME")]
+    pub names: Vec<String>,
+    #[command(flatten)]
+    pub pool: PoolArg,
+    /// Remove directories and what is in them
+    #[arg(short, long)]
+    pub recursive: bool,
+    /// It is no error if a NAME does not exist
+    #[arg(short, long)]
+    pub force: bool,
+}
+
+/// `nvtier mount`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Returns once the file system answers; the daemon then runs until `nvtier umount MNT` (or umount(8), SIGTERM, SIGINT). Its \
+log is in $XDG_RUNTIME_DIR/nvtier, else /run/nvtier or a directory of the user's in the temporary directory. While a pool \
+is mounted, other commands on it go through the daemon.")]
+pub struct Mount {
+    /// The pool: its directory, image file or block device
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub pool: PathBuf,
+    /// An empty directory
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub mountpoint: PathBuf,
+    /// Stay in the foreground and log to standard error
+    #[arg(long)]
+    pub foreground: bool,
+    /// Memory for cached data [default: an eighth of what is free, at most 8GiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub ram: Option<u64>,
+    /// Change nothing
+    #[arg(long)]
+    pub read_only: bool,
+    /// Let other users in (the kernel checks modes and owners)
+    #[arg(long)]
+    pub allow_other: bool,
+    /// When checksums are compared: on every read, or by `nvtier verify` (reads may then bypass the daemon)
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pub verify: Option<VerifyMode>,
+    /// Threads that answer the kernel [default: as many as help on this machine]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub threads: Option<u16>,
+    /// For the parent process: say on standard output when the mount is ready
+    #[arg(long, hide = true, requires = "foreground")]
+    pub ready_on_stdout: bool,
+    /// For the parent process: where standard error goes
+    #[arg(long, hide = true, requires = "foreground")]
+    pub log: Option<PathBuf>,
+}
+
+/// When a mount compares checksums.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VerifyMode {
+    /// On every read
+    Always,
+    /// When `nvtier verify` runs
+    Scrub,
+}
+
+/// `nvtier umount`
+#[derive(Debug, Args)]
+pub struct Umount {
+    /// Where the pool is mounted
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub mountpoint: PathBuf,
+}
+
+/// `nvtier bench`
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// fio options and job files; see `nvtier bench --help`
+    #[arg(allow_hyphen_values = true, trailing_var_arg = true, num_args = 0..)]
+    pub args: Vec<std::ffi::OsString>,
+}
+
+/// `nvtier completions`
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// `nvtier man`
+#[derive(Debug, Args)]
+pub struct Man {
+    /// Directory to write nvtier.1, nvtier-import.1, ... into (made if it is not there)
+    #[arg(value_hint = ValueHint::DirPath)]
+    pub dir: PathBuf,
+}
+
+fn parse_part_size(text: &str) -> Result<u64, String> {
+    match size::parse(text)? {
+        size @ 65_536..=1_073_741_824 => Ok(size),
+        _ => Err("a range request is from 64KiB to 1GiB".to_owned()),
+    }
+}
+
+/// The command with `bench`'s own options in it, for completions and man pages.
+pub fn full_command() -> clap::Command {
+    use clap::CommandFactory;
+    Cli::command().mut_subcommand("bench", |_| bench::clap_command().name("bench"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+        full_command().debug_assert();
+    }
+
+    #[test]
+    fn the_shape_that_scripts_rely_on() {
+        for line in [
+            "format P",
+            "format P --size 8GiB --member A --member B --force",
+            "mount P M --foreground --ram 8GiB --read-only --allow-other --verify always --threads 4",
+            "umount M",
+            "import s n --pool P",
+            "export n d --pool P",
+            "ls --pool P",
+            "ls a/b --pool P --json",
+            "stat n --pool P",
+            "rm n --pool P",
+            "verify --pool P",
+            "verify n --pool P",
+            "info --pool P",
+            "info P",
+            "demo",
+            "version",
+            "bench --rw=read --bs=1m job.fio",
+            "completions bash",
+            "man dir",
+        ] {
+            let args = std::iter::once("nvtier").chain(line.split(' '));
+            assert!(Cli::try_parse_from(args).is_ok(), "{line}");
+        }
+    }
+}

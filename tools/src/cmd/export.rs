@@ -1,0 +1,10 @@
+//! `nvtier export`.
+
+use crate::cli::{Export, Global};
+use crate::config::Config;
+use crate::failure::{Failure, Outcome};
+
+/// Not there yet.
+pub fn run(_global: &Global, _config: &Config, _args: &Export) -> Outcome {
+    Err(Failure::unsupported("not supported yet in this build"))
+}

@@ -1,0 +1,10 @@
+//! `nvtier import`.
+
+use crate::cli::{Global, Import};
+use crate::config::Config;
+use crate::failure::{Failure, Outcome};
+
+/// Not there yet.
+pub fn run(_global: &Global, _config: &Config, _args: &Import) -> Outcome {
+    Err(Failure::unsupported("not supported yet in this build"))
+}

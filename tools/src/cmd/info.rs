@@ -1,0 +1,10 @@
+//! `nvtier info`.
+
+use crate::cli::{Global, Info};
+use crate::config::Config;
+use crate::failure::{Failure, Outcome};
+
+/// Not there yet.
+pub fn run(_global: &Global, _config: &Config, _args: &Info) -> Outcome {
+    Err(Failure::unsupported("not supported yet in this build"))
+}

@@ -1,0 +1,15 @@
+//! The commands, one file each. Each takes its parsed arguments and returns what `main` turns into an exit code.
+
+pub mod completions;
+pub mod export;
+pub mod format;
+pub mod import;
+pub mod info;
+pub mod ls;
+pub mod man;
+pub mod mount;
+pub mod rm;
+pub mod stat;
+pub mod umount;
+pub mod verify;
+pub mod version;

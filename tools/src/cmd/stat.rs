@@ -1,0 +1,10 @@
+//! `nvtier stat`.
+
+use crate::cli::{Global, Stat};
+use crate::config::Config;
+use crate::failure::{Failure, Outcome};
+
+/// Not there yet.
+pub fn run(_global: &Global, _config: &Config, _args: &Stat) -> Outcome {
+    Err(Failure::unsupported("not supported yet in this build"))
+}

@@ -1,0 +1,10 @@
+//! `nvtier verify`.
+
+use crate::cli::{Global, Verify};
+use crate::config::Config;
+use crate::failure::{Failure, Outcome};
+
+/// Not there yet.
+pub fn run(_global: &Global, _config: &Config, _args: &Verify) -> Outcome {
+    Err(Failure::unsupported("not supported yet in this build"))
+}
