@@ -50,6 +50,18 @@ fn a_busy_mount_point_is_refused_and_keeps_working() {
 }
 
 #[test]
+fn an_owned_pool_names_its_owner() {
+    let mounted = Mounted::new(Kind::Directory, &[]);
+    let pid = mounted.daemon().as_raw_nonzero().to_string();
+    let other = mounted.folder().join("other");
+    fs::create_dir(&other).unwrap();
+    nvtier(["mount", text(&mounted.pool), text(&other)]).refused(4, &[&pid]);
+    nvtier(["format", text(&mounted.pool), "--force"]).refused(4, &[&pid]);
+    fs::write(mounted.point.join("alive"), b"yes").unwrap();
+    mounted.finish();
+}
+
+#[test]
 fn an_unmount_of_a_mount_in_use_says_so() {
     let mounted = Mounted::new(Kind::Directory, &[]);
     fs::write(mounted.point.join("f"), b"abc").unwrap();

@@ -1,11 +1,11 @@
-//! Pools that are not what they should be: each is refused by name, and nothing is destroyed.
+//! Pools that are not what they should be: each is refused by name, and nothing is destroyed. Needs no mount.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-use nvtier_tests::{KINDS, Kind, Mounted, format, nvtier, pattern, run, scratch, skip};
+use nvtier_tests::{KINDS, Kind, format, nvtier, pattern, run, scratch, skip};
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -73,18 +73,6 @@ fn a_place_that_is_too_small_or_makes_no_sense_is_refused() {
     for size in ["-1", "0", "12XB", "99999999999999999999GiB"] {
         nvtier(["format", text(&image), "--raw", "--size", size]).refused(2, &[]);
     }
-}
-
-#[test]
-fn an_owned_pool_names_its_owner() {
-    let mounted = Mounted::new(Kind::Directory, &[]);
-    let pid = mounted.daemon().as_raw_nonzero().to_string();
-    let other = mounted.folder().join("other");
-    fs::create_dir(&other).unwrap();
-    nvtier(["mount", text(&mounted.pool), text(&other)]).refused(4, &[&pid]);
-    nvtier(["format", text(&mounted.pool), "--force"]).refused(4, &[&pid]);
-    fs::write(mounted.point.join("alive"), b"yes").unwrap();
-    mounted.finish();
 }
 
 #[test]

@@ -13,6 +13,9 @@ const LIMIT: Duration = Duration::from_secs(25 * 60);
 
 /// Runs the suite, or says why it cannot.
 pub fn run(shared: &Shared, python: Option<&Result<PyEnv, String>>) -> Result<Outcome> {
+    if let Some(reason) = &shared.no_fuse {
+        return Ok(Outcome::skipped(format!("frameworks: {reason}")));
+    }
     match python {
         Some(Ok(python)) => {
             let tests = paths::workspace().join("tests/python");

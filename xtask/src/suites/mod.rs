@@ -62,6 +62,8 @@ pub struct Shared {
     scratch: PathBuf,
     logs: PathBuf,
     nvtier: PathBuf,
+    /// Why nothing can be mounted on this machine.
+    no_fuse: Option<String>,
 }
 
 impl Shared {
@@ -128,6 +130,7 @@ pub fn run(args: &TestArgs) -> Result<bool> {
         scratch: scratch.path().to_path_buf(),
         logs: log_folder()?,
         nvtier: paths::target().join("debug/nvtier"),
+        no_fuse: no_fuse(),
     };
     let report = Report { verbose_skips: true, tally: Mutex::default() };
     let wanted = |suite| args.suite.is_empty() || args.suite.contains(&suite);
@@ -206,6 +209,16 @@ fn timed(report: &Report, shared: &Shared, name: &str, suite: impl FnOnce() -> R
     let started = Instant::now();
     let outcome = suite().unwrap_or_else(|error| Outcome::broken(format!("{name}: {error:#}")));
     report.suite(name, started, &outcome, &shared.log(name));
+}
+
+/// Why this process cannot mount, if it cannot.
+fn no_fuse() -> Option<String> {
+    fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .err()
+        .map(|error| format!("nothing can be mounted here: /dev/fuse: {error}"))
 }
 
 /// Programs that some cases use and skip without.

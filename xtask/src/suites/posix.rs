@@ -28,6 +28,9 @@ pub fn programs(log: &Path) -> Result<[PathBuf; 2]> {
 
 /// Runs both suites on each kind of pool.
 pub fn run(shared: &Shared, programs: Result<[PathBuf; 2]>) -> Result<Outcome> {
+    if let Some(reason) = &shared.no_fuse {
+        return Ok(Outcome::skipped(format!("posix: {reason}")));
+    }
     let [pjdfstest, fsx] = match programs {
         Ok(programs) => programs,
         Err(error) => return Ok(Outcome::skipped(format!("posix: the suites cannot be built: {error:#}"))),
