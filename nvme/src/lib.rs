@@ -36,6 +36,7 @@
 pub mod buffer;
 pub mod device;
 pub mod error;
+pub mod mapped;
 pub mod queue;
 pub mod sim;
 
@@ -44,5 +45,6 @@ pub use device::{
     BlockDevice, Device, DeviceKind, DeviceOptions, FileDevice, InlineIo, InlineOutcome, Target, open,
 };
 pub use error::{Error, ErrorKind, Result};
+pub use mapped::MappedFile;
 pub use queue::{Backend, Completion, Op, Queue, QueueBuilder, Refused, Verb, with_thread_queue};
 pub use sim::{SimDecision, SimDevice, SimHook, SimIo, SimOptions, SimRng};

@@ -1,0 +1,370 @@
+//! Which ceiling bound a run. Everything here is computed from what was measured; docs/bench.md explains the rules.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Barrier};
+
+use crate::io::Files;
+use crate::layout;
+use crate::parse::CeilingSource;
+use crate::runner::{PhaseUsage, WorkerReport};
+use crate::settings::{Direction, EngineKind, Pattern, Settings};
+use crate::sys;
+use crate::units;
+use crate::work::Span;
+use crate::worker::{self, Plan};
+
+/// From this share of a ceiling on, it is the one that binds.
+const REACHED: f64 = 0.90;
+/// How long each point of the sweep is measured, microseconds.
+const POINT_US: u64 = 300_000;
+
+/// The best the drive does with this block size and direction.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DriveCeiling {
+    /// Bytes per second.
+    pub bandwidth: f64,
+    /// How it is known, for the line: "measured at depth 64".
+    pub how: String,
+}
+
+/// What was measured of one reporting group.
+#[derive(Clone, Debug, Default)]
+pub struct Evidence {
+    /// Bytes per second, both directions.
+    pub bandwidth: f64,
+    /// Operations per second, both directions.
+    pub iops: f64,
+    /// Mean latency, nanoseconds.
+    pub latency_ns: f64,
+    /// Operations the options allow in flight, over all workers.
+    pub depth: f64,
+    /// CPU share of the busiest worker, 0..=1.
+    pub worker_cpu: f64,
+    /// CPU time of the process per wall time, in cores.
+    pub process_cores: f64,
+    /// Busy share of all CPUs of the machine, 0..=1.
+    pub machine_busy: Option<f64>,
+    /// Share of the busiest worker's time spent filling, sealing and checking buffers.
+    pub data_share: f64,
+    /// Share of the least paused worker's time spent asleep for rate or thinktime.
+    pub paused_share: f64,
+    /// Disk that moved the bytes, its busy share, and the share of the bytes it moved.
+    pub disk: Option<(String, f64, f64)>,
+    /// The drive's ceiling.
+    pub ceiling: Option<DriveCeiling>,
+    /// No drive at all (`ioengine=null`).
+    pub null: bool,
+}
+
+/// What bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// `rate`, `rate_iops` or `thinktime`.
+    Option,
+    /// The drive.
+    Drive,
+    /// Too few operations in flight.
+    QueueDepth,
+    /// CPU time of submission, completion and the kernel.
+    Cpu,
+    /// CPU time of copies and checksums.
+    Data,
+    /// The page cache answered: memory.
+    Memory,
+    /// None of the ceilings was reached.
+    Unknown,
+}
+
+impl Bound {
+    /// Name in the JSON report.
+    pub fn name(self) -> &'static str {
+        match self {
+            Bound::Option => "option",
+            Bound::Drive => "drive",
+            Bound::QueueDepth => "queue depth",
+            Bound::Cpu => "cpu",
+            Bound::Data => "copy and checksum",
+            Bound::Memory => "memory",
+            Bound::Unknown => "unknown",
+        }
+    }
+}
+
+impl Evidence {
+    /// Operations in flight on average, by Little's law: rate times latency.
+    pub fn in_flight(&self) -> f64 {
+        self.iops * self.latency_ns / 1e9
+    }
+
+    /// Gathers what the workers of a group and their phase measured.
+    pub fn of(workers: &[&WorkerReport], phase: &PhaseUsage, ceiling: Option<DriveCeiling>) -> Evidence {
+        let mut evidence = Evidence { ceiling, paused_share: 1.0, ..Evidence::default() };
+        let (mut latency_sum, mut ios, mut bytes) = (0.0, 0u64, [0u64; 2]);
+        for worker in workers {
+            let outcome = &worker.outcome;
+            let wall = outcome.runtime_ns.max(1) as f64;
+            for direction in &outcome.directions {
+                evidence.bandwidth += direction.bandwidth();
+                evidence.iops += direction.iops();
+                latency_sum += direction.lat.sum();
+                ios += direction.ios;
+            }
+            for d in 0..2 {
+                bytes[d] += outcome.directions[d].bytes;
+            }
+            evidence.depth += depth(&worker.settings);
+            evidence.worker_cpu = evidence.worker_cpu.max(outcome.usage.cpu_ns as f64 / wall);
+            evidence.data_share = evidence.data_share.max(outcome.data_ns as f64 / wall);
+            evidence.paused_share = evidence.paused_share.min(outcome.paused_ns as f64 / wall);
+            evidence.null |= worker.settings.engine == EngineKind::Null;
+        }
+        evidence.latency_ns = if ios == 0 { 0.0 } else { latency_sum / ios as f64 };
+        evidence.process_cores = phase.process_cpu_ns as f64 / phase.wall_ns.max(1) as f64;
+        evidence.machine_busy = phase.machine_busy;
+        evidence.disk = busiest(workers, phase, bytes);
+        evidence
+    }
+
+    /// Which ceiling bound, and the line that says why.
+    pub fn verdict(&self) -> (Bound, String) {
+        let rate = format!("{}/s ({} IOPS)", units::binary(self.bandwidth), units::count(self.iops));
+        let busy = format!("busiest worker {:.0} % of a CPU", 100.0 * self.worker_cpu);
+        let flight = format!("{:.1} of {:.0} in flight", self.in_flight(), self.depth);
+        let of_ceiling =
+            self.ceiling.as_ref().map(|ceiling| (self.bandwidth / ceiling.bandwidth.max(1.0), ceiling));
+        let cpu_bound = self.worker_cpu >= REACHED || self.machine_busy.is_some_and(|busy| busy >= 0.95);
+        if self.iops == 0.0 {
+            return (Bound::Unknown, "nothing was moved".into());
+        }
+        if self.paused_share >= 0.10 {
+            let slept = 100.0 * self.paused_share;
+            return (
+                Bound::Option,
+                format!("the rate or thinktime option: {rate}; workers slept {slept:.0} % of the time"),
+            );
+        }
+        if self.null {
+            return (Bound::Cpu, format!("CPU, the harness alone (no drive): {rate}; {busy}"));
+        }
+        if let Some((share, ceiling)) = of_ceiling
+            && share >= REACHED
+            && !self.from_memory()
+        {
+            let (best, how) = (units::binary(ceiling.bandwidth), &ceiling.how);
+            let text =
+                format!("drive: {rate} is {:.0} % of its {best}/s ({how}); {flight}, {busy}", 100.0 * share);
+            return (Bound::Drive, text);
+        }
+        if self.data_share >= 0.5 {
+            let text = format!(
+                "memory copy and checksum: {:.0} % of the busiest worker's time fills and checks buffers; {rate}",
+                100.0 * self.data_share
+            );
+            return (Bound::Data, text);
+        }
+        if cpu_bound {
+            let machine =
+                self.machine_busy.map_or(String::new(), |busy| format!(", machine {:.0} %", 100.0 * busy));
+            let memory =
+                if self.from_memory() { "; the disk moved next to nothing: memory answered" } else { "" };
+            return (Bound::Cpu, format!("CPU: {busy}{machine}; {rate}, {flight}{memory}"));
+        }
+        if self.from_memory() {
+            return (Bound::Memory, format!("memory: the page cache or a RAM tier answered; {rate}, {busy}"));
+        }
+        if self.in_flight() >= 0.75 * self.depth
+            && let Some((share, ceiling)) = of_ceiling
+        {
+            let wanted = self.in_flight() / share.max(0.01);
+            let text = format!(
+                "queue depth: {flight} at {:.0} us each give {rate}, {:.0} % of the drive's {}/s ({}); about {:.0} in flight would reach it if latency stayed",
+                self.latency_ns / 1000.0,
+                100.0 * share,
+                units::binary(ceiling.bandwidth),
+                ceiling.how,
+                wanted.ceil()
+            );
+            return (Bound::QueueDepth, text);
+        }
+        let disk = self.disk.as_ref().map_or("no disk seen".to_owned(), |(name, busy, _)| {
+            format!("{name} busy {:.0} % of the time", 100.0 * busy)
+        });
+        let share = of_ceiling.map_or("drive's ceiling not measured".to_owned(), |(share, ceiling)| {
+            format!(
+                "{:.0} % of the drive's {}/s ({})",
+                100.0 * share,
+                units::binary(ceiling.bandwidth),
+                ceiling.how
+            )
+        });
+        (Bound::Unknown, format!("no ceiling reached: {rate}; {share}; {flight}; {busy}; {disk}"))
+    }
+
+    /// The disk moved less than a tenth of the bytes: they came from, or stayed in, memory.
+    fn from_memory(&self) -> bool {
+        self.disk.as_ref().is_some_and(|(_, _, moved)| *moved < 0.1)
+    }
+}
+
+/// Operations in flight that the options allow one worker.
+fn depth(settings: &Settings) -> f64 {
+    match settings.engine {
+        EngineKind::Pread | EngineKind::Mmap => 1.0,
+        _ => f64::from(settings.iodepth),
+    }
+}
+
+/// The disk under the files: the one they lie on, else (mounts, pools) the one that moved the most.
+fn busiest(workers: &[&WorkerReport], phase: &PhaseUsage, bytes: [u64; 2]) -> Option<(String, f64, f64)> {
+    let known = workers.iter().flat_map(|worker| &worker.paths).find_map(|path| sys::disk_of(path));
+    let wanted = (bytes[0] + bytes[1]).max(1) as f64;
+    let disk = match known {
+        Some(name) => phase.disks.iter().find(|disk| disk.name == name)?,
+        None => phase
+            .disks
+            .iter()
+            .max_by_key(|disk| disk.bytes().iter().sum::<u64>())
+            .filter(|disk| disk.bytes().iter().sum::<u64>() > 0)?,
+    };
+    let moved = disk.bytes().iter().sum::<u64>() as f64 / wanted;
+    let busy = (disk.busy_ms as f64 * 1e6 / phase.wall_ns.max(1) as f64).min(1.0);
+    Some((disk.name.clone(), busy, moved))
+}
+
+/// Finds the drive's ceiling for what a group did: given, or measured by a short sweep over queue depths on `path`.
+///
+/// `None` where it cannot be known: mixed directions, no O_DIRECT, a mount (its drive is not reachable through it),
+/// writes whose content must stay (verify).
+pub fn find(
+    source: CeilingSource,
+    settings: &Settings,
+    path: Option<&Path>,
+    span: Span,
+) -> Option<DriveCeiling> {
+    let path = match source {
+        CeilingSource::Off => return None,
+        CeilingSource::Given(bandwidth) => {
+            return Some(DriveCeiling { bandwidth: bandwidth as f64, how: "given".into() });
+        }
+        CeilingSource::Measure => path?,
+    };
+    let mixed = settings.pattern.read && settings.pattern.write;
+    if mixed || matches!(settings.engine, EngineKind::Null | EngineKind::Mount) {
+        return None;
+    }
+    if settings.pattern.write && (settings.verify.is_some() || settings.engine == EngineKind::Pool) {
+        return None;
+    }
+    let direction = if settings.pattern.write { Direction::Write } else { Direction::Read };
+    let block = settings.block_bytes[direction as usize].next_multiple_of(4096);
+    let most = ((64 << 20) / block).clamp(8, 256) as u32;
+    // Writing costs the drive's life: one point, and the deepest.
+    let depths = if direction == Direction::Write { vec![most] } else { vec![most / 4, most] };
+    let mut best: Option<DriveCeiling> = None;
+    for depth in depths {
+        let bandwidth = measure(settings, direction, block, depth, path, span)?;
+        if best.as_ref().is_none_or(|best| best.bandwidth < bandwidth) {
+            best = Some(DriveCeiling { bandwidth, how: format!("measured at depth {depth}") });
+        }
+    }
+    best
+}
+
+/// Bytes per second of a short O_DIRECT run on the file.
+fn measure(
+    job: &Settings,
+    direction: Direction,
+    block: u64,
+    depth: u32,
+    path: &Path,
+    span: Span,
+) -> Option<f64> {
+    let write = direction == Direction::Write;
+    let settings = Settings {
+        name: "ceiling".into(),
+        pattern: Pattern { read: !write, write, random: job.pattern.random },
+        block_bytes: [block; 2],
+        iodepth: depth,
+        direct: true,
+        engine: EngineKind::IoUring,
+        time_based: true,
+        runtime_us: POINT_US,
+        norandommap: true,
+        randseed: job.randseed ^ 0x6365_696c,
+        disable_slat: true,
+        ..Settings::default()
+    };
+    let len = span.len.min(layout::len_of(path).ok()?.saturating_sub(span.offset)) / block * block;
+    if len == 0 {
+        return None;
+    }
+    let plan = Plan {
+        settings: Arc::new(settings),
+        index: 0,
+        group: 0,
+        files: Files { paths: vec![PathBuf::from(path)], pool: None },
+        span: Span { files: 1, offset: span.offset.next_multiple_of(4096), len },
+        trace: None,
+        progress: Arc::default(),
+        stop: Arc::default(),
+        interrupted: Arc::default(),
+    };
+    let outcome = worker::run(&plan, &Barrier::new(1));
+    outcome.error.is_none().then(|| outcome.directions[direction as usize].bandwidth()).filter(|&bw| bw > 0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 32 in flight at 10 ms: 3200 operations of 1 MiB a second.
+    fn evidence() -> Evidence {
+        Evidence {
+            bandwidth: 3200.0 * 1048576.0,
+            iops: 3200.0,
+            latency_ns: 10e6,
+            depth: 32.0,
+            worker_cpu: 0.1,
+            process_cores: 0.1,
+            machine_busy: Some(0.1),
+            disk: Some(("nvme0n1".into(), 0.98, 1.0)),
+            ceiling: Some(DriveCeiling { bandwidth: 3300.0 * 1048576.0, how: "measured at depth 64".into() }),
+            ..Evidence::default()
+        }
+    }
+
+    fn bound(change: impl FnOnce(&mut Evidence)) -> (Bound, String) {
+        let mut evidence = evidence();
+        change(&mut evidence);
+        evidence.verdict()
+    }
+
+    #[test]
+    fn each_ceiling_is_told_from_the_others() {
+        assert_eq!(bound(|_| ()).0, Bound::Drive);
+        let (kind, text) = bound(|e| e.ceiling.as_mut().unwrap().bandwidth *= 2.0);
+        assert_eq!(kind, Bound::QueueDepth);
+        assert!(text.contains("32.0 of 32 in flight") && text.contains("about 66 in flight"), "{text}");
+        assert_eq!(bound(|e| (e.ceiling, e.worker_cpu) = (None, 0.97)).0, Bound::Cpu);
+        assert_eq!(bound(|e| (e.ceiling, e.data_share) = (None, 0.7)).0, Bound::Data);
+        assert_eq!(bound(|e| e.paused_share = 0.4).0, Bound::Option);
+        assert_eq!(bound(|e| e.disk = Some(("vda".into(), 0.0, 0.0))).0, Bound::Memory);
+        assert_eq!(bound(|e| (e.ceiling, e.machine_busy) = (None, Some(0.99))).0, Bound::Cpu);
+        assert_eq!(bound(|e| e.iops = 0.0).0, Bound::Unknown);
+    }
+
+    #[test]
+    fn without_a_ceiling_nothing_is_guessed() {
+        let (kind, text) = bound(|e| e.ceiling = None);
+        assert_eq!(kind, Bound::Unknown);
+        assert!(text.contains("not measured") && text.contains("nvme0n1 busy 98 %"), "{text}");
+    }
+
+    #[test]
+    fn a_given_ceiling_is_taken() {
+        let span = Span { files: 1, offset: 0, len: 1 << 20 };
+        let found = find(CeilingSource::Given(1000), &Settings::default(), None, span).unwrap();
+        assert_eq!((found.bandwidth, found.how.as_str()), (1000.0, "given"));
+        assert_eq!(find(CeilingSource::Off, &Settings::default(), None, span), None);
+    }
+}
