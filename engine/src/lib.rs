@@ -2,11 +2,15 @@
 #![forbid(unsafe_code)]
 
 pub mod allocator;
+mod catalog;
 pub mod content;
 pub mod error;
+pub mod format;
 pub mod handle;
 pub mod layout;
 pub mod member;
+mod namespace;
+mod owner;
 pub mod pool;
 pub mod tensors;
 pub mod types;

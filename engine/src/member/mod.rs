@@ -2,6 +2,9 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
+
+use nvme::Device;
 
 use crate::error::Result;
 use crate::layout::Extent;
@@ -45,6 +48,8 @@ pub trait Member: Send + Sync + fmt::Debug {
     fn free(&self, extents: &[Extent]) -> Result<()>;
     /// At open: marks extents of a stored layout as in use. `Corrupt` when they are already, or are out of bounds.
     fn take(&self, extents: &[Extent]) -> Result<()>;
+    /// The device that holds an extent, and the offset of its first byte there.
+    fn open(&self, extent: &Extent) -> Result<(Arc<dyn Device>, u64)>;
     /// Makes the bytes of `extents` durable (and the directory entries of their files).
     fn sync(&self, extents: &[Extent]) -> Result<()>;
 }

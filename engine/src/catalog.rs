@@ -1,0 +1,397 @@
+//! The catalog: everything but the bytes, in one redb database (<https://docs.rs/redb>) that only ever moves from one whole
+//! snapshot of the tree to the next.
+//!
+//! redb lies in a file of member 0, or in its catalog zone when that is raw; [`open`](Catalog::open) takes any
+//! [`StorageBackend`]. Tables (keys and values are drawn in `docs/format.md`):
+//!
+//! ```text
+//! meta     "pool"                 counters, generation
+//! nodes    node                   attributes, link target, where the content is when it is one file
+//! entries  directory . name       node, kind
+//! xattrs   node . name            value
+//! layouts  node . part            extents and checksums, see layout/record.rs
+//! ```
+//!
+//! redb does its own page checksums, but looks at them only when it is told to, and may panic on pages that were changed behind
+//! its back. So: small catalogs are checked whole at open, every record has a sum of its own, and each call is [`guard`]ed.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+
+use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::Layout;
+use crate::layout::record::Changes;
+use crate::namespace::Tree;
+use crate::namespace::record::{node_key, split_key};
+use crate::types::NodeId;
+
+pub(crate) mod backend;
+pub(crate) mod store;
+
+#[cfg(test)]
+mod tests;
+
+const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+const NODES: TableDefinition<&[u8], &[u8]> = TableDefinition::new("nodes");
+const ENTRIES: TableDefinition<&[u8], &[u8]> = TableDefinition::new("entries");
+const XATTRS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("xattrs");
+const LAYOUTS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("layouts");
+const META_KEY: &str = "pool";
+const META_VERSION: u8 = 1;
+const META_LEN: usize = 1 + 16 + 8 + 8 + 8 + 8;
+/// Up to this size redb checks every page at open.
+const CHECK_BYTES: u64 = 64 << 20;
+/// redb's page cache in bytes: the tree is in memory, so only layouts and commits read pages.
+const CACHE_BYTES: usize = 16 << 20;
+
+/// What the catalog says about itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Meta {
+    /// The pool it belongs to.
+    pub pool: [u8; 16],
+    /// Next node number.
+    pub next_node: NodeId,
+    /// Files with this number or a higher one were made after this snapshot.
+    pub next_file: u64,
+    /// Rises with every snapshot; also the source of content generations.
+    pub generation: u64,
+    /// When the snapshot was made, seconds since the epoch.
+    pub saved: i64,
+}
+
+impl Meta {
+    fn encode(&self) -> Vec<u8> {
+        let mut value = Vec::with_capacity(META_LEN + 4);
+        value.push(META_VERSION);
+        value.extend_from_slice(&self.pool);
+        for field in [self.next_node, self.next_file, self.generation, self.saved as u64] {
+            value.extend_from_slice(&field.to_le_bytes());
+        }
+        let sum = crc32fast::hash(&value);
+        value.extend_from_slice(&sum.to_le_bytes());
+        value
+    }
+
+    fn decode(value: &[u8]) -> Result<Meta> {
+        let (body, sum) =
+            value.split_last_chunk::<4>().ok_or_else(|| corrupt("the catalog's meta record is too short"))?;
+        if crc32fast::hash(body).to_le_bytes() != *sum {
+            return Err(corrupt("the catalog's meta record fails its checksum"));
+        }
+        match body.first() {
+            Some(&META_VERSION) if body.len() == META_LEN => {}
+            Some(&version) if version > META_VERSION => {
+                return Err(Error::new(
+                    ErrorKind::NewerFormat,
+                    format!(
+                        "the catalog has version {version}, this program knows {META_VERSION}: use a newer nvtier"
+                    ),
+                ));
+            }
+            _ => return Err(corrupt("the catalog's meta record has no known version")),
+        }
+        let field = |index: usize| {
+            u64::from_le_bytes(body[17 + index * 8..25 + index * 8].try_into().unwrap_or_default())
+        };
+        Ok(Meta {
+            pool: body[1..17].try_into().unwrap_or_default(),
+            next_node: field(0),
+            next_file: field(1),
+            generation: field(2),
+            saved: field(3) as i64,
+        })
+    }
+}
+
+/// One snapshot's changes, applied in one transaction.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub meta: Meta,
+    /// Nodes to store.
+    pub nodes: Vec<(NodeId, Vec<u8>)>,
+    /// Nodes to remove with their extended attributes and layouts.
+    pub removed: Vec<NodeId>,
+    /// Entries to store or remove, by key.
+    pub entries: Vec<(Vec<u8>, Option<Vec<u8>>)>,
+    /// Extended attributes of a node: all there are, by key.
+    pub xattrs: Vec<(NodeId, Vec<(Vec<u8>, Vec<u8>)>)>,
+    /// Layout records to store and remove.
+    pub layouts: Vec<(NodeId, Changes)>,
+    /// Nodes whose layout records are removed first.
+    pub clear_layouts: Vec<NodeId>,
+}
+
+impl Batch {
+    pub(crate) fn new(meta: Meta) -> Batch {
+        Batch {
+            meta,
+            nodes: Vec::new(),
+            removed: Vec::new(),
+            entries: Vec::new(),
+            xattrs: Vec::new(),
+            layouts: Vec::new(),
+            clear_layouts: Vec::new(),
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+            && self.removed.is_empty()
+            && self.entries.is_empty()
+            && self.xattrs.is_empty()
+            && self.layouts.is_empty()
+            && self.clear_layouts.is_empty()
+    }
+}
+
+/// An open catalog.
+#[derive(Debug)]
+pub(crate) struct Catalog {
+    /// `None` once closed.
+    db: Mutex<Option<std::sync::Arc<Database>>>,
+}
+
+fn corrupt(context: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Corrupt, context)
+}
+
+/// Runs redb code: its errors become ours, and a panic in it becomes `Corrupt`.
+fn guard<T>(what: &str, run: impl FnOnce() -> std::result::Result<T, redb::Error>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(convert(what, error)),
+        Err(panic) => {
+            let said = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied());
+            Err(corrupt(format!("{what}: the catalog is damaged ({})", said.unwrap_or("the store gave up"))))
+        }
+    }
+}
+
+fn convert(what: &str, error: redb::Error) -> Error {
+    use std::io::ErrorKind as Os;
+    let kind = match &error {
+        redb::Error::Corrupted(_) | redb::Error::TableTypeMismatch { .. } => ErrorKind::Corrupt,
+        redb::Error::UpgradeRequired(_) => ErrorKind::NewerFormat,
+        redb::Error::DatabaseAlreadyOpen => ErrorKind::Busy,
+        redb::Error::Io(io) => match io.kind() {
+            Os::StorageFull | Os::QuotaExceeded => ErrorKind::NoSpace,
+            Os::ReadOnlyFilesystem => ErrorKind::ReadOnly,
+            Os::InvalidData | Os::UnexpectedEof => ErrorKind::Corrupt,
+            _ => ErrorKind::Io,
+        },
+        _ => ErrorKind::Io,
+    };
+    Error::with_source(kind, what.to_string(), error)
+}
+
+impl Catalog {
+    /// Makes a catalog in an empty backend.
+    pub(crate) fn create(backend: Box<dyn StorageBackend>, first: &Batch) -> Result<Catalog> {
+        let db = guard("make the catalog", || {
+            let db = Database::builder()
+                .set_cache_size(CACHE_BYTES)
+                .create_with_backend(backend::Boxed(backend))?;
+            let txn = db.begin_write()?;
+            txn.open_table(META)?;
+            txn.open_table(NODES)?;
+            txn.open_table(ENTRIES)?;
+            txn.open_table(XATTRS)?;
+            txn.open_table(LAYOUTS)?;
+            txn.commit()?;
+            Ok(db)
+        })?;
+        let catalog = Catalog { db: Mutex::new(Some(db.into())) };
+        catalog.apply(first)?;
+        Ok(catalog)
+    }
+
+    /// Opens a catalog; redb repairs it first where a crash left it open. `read_only` keeps every write in memory.
+    pub(crate) fn open(backend: Box<dyn StorageBackend>, read_only: bool) -> Result<Catalog> {
+        let what = "open the catalog";
+        let io = |error| Error::io(what, error);
+        let len = backend.len().map_err(io)?;
+        if len == 0 {
+            return Err(corrupt("the catalog is empty"));
+        }
+        let backend: Box<dyn StorageBackend> =
+            if read_only { Box::new(backend::Overlay::new(backend).map_err(io)?) } else { backend };
+        let db = guard(what, || {
+            Ok(Database::builder()
+                .set_cache_size(CACHE_BYTES)
+                .set_check_integrity_on_open(len <= CHECK_BYTES)
+                .create_with_backend(backend::Boxed(backend))?)
+        })?;
+        Ok(Catalog { db: Mutex::new(Some(db.into())) })
+    }
+
+    fn db(&self) -> Result<std::sync::Arc<Database>> {
+        let db = self.db.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        db.clone().ok_or_else(|| Error::new(ErrorKind::Stale, "the catalog is closed"))
+    }
+
+    /// Reads everything but the layouts, and checks that it fits together.
+    pub(crate) fn load<L>(&self) -> Result<(Meta, Tree<L>)> {
+        let db = self.db()?;
+        let meta = self.meta()?;
+        let mut tree = Tree::empty(meta.next_node);
+        let mut each =
+            |table: TableDefinition<&[u8], &[u8]>,
+             load: &mut dyn FnMut(&mut Tree<L>, &[u8], &[u8]) -> Result<()>| {
+                let mut bad = None;
+                guard("read the catalog", || {
+                    let txn = db.begin_read()?;
+                    for record in txn.open_table(table)?.iter()? {
+                        let (key, value) = record?;
+                        if let Err(error) = load(&mut tree, key.value(), value.value()) {
+                            bad = Some(error);
+                            break;
+                        }
+                    }
+                    Ok(())
+                })?;
+                bad.map_or(Ok(()), Err)
+            };
+        each(NODES, &mut Tree::load_node)?;
+        each(ENTRIES, &mut Tree::load_entry)?;
+        each(XATTRS, &mut Tree::load_xattr)?;
+        tree.check()?;
+        Ok((meta, tree))
+    }
+
+    /// The meta record.
+    pub(crate) fn meta(&self) -> Result<Meta> {
+        let db = self.db()?;
+        let value = guard("read the catalog", || {
+            let txn = db.begin_read()?;
+            let table = match txn.open_table(META) {
+                Err(TableError::TableDoesNotExist(_)) => return Ok(None),
+                table => table?,
+            };
+            Ok(table.get(META_KEY)?.map(|value| value.value().to_vec()))
+        })?;
+        Meta::decode(&value.ok_or_else(|| corrupt("the catalog has no meta record"))?)
+    }
+
+    /// The stored layout of a region; `None`: it has no content.
+    pub(crate) fn layout(&self, node: NodeId) -> Result<Option<Layout>> {
+        let db = self.db()?;
+        let what = format!("read the layout of node {node}");
+        let records = guard(&what, || {
+            let txn = db.begin_read()?;
+            let table = txn.open_table(LAYOUTS)?;
+            let mut records = std::collections::HashMap::new();
+            for record in
+                table.range(layout_key(node, 0).as_slice()..=layout_key(node, u32::MAX).as_slice())?
+            {
+                let (key, value) = record?;
+                let part: [u8; 4] = key.value()[8..].try_into().unwrap_or_default();
+                records.insert(u32::from_be_bytes(part), value.value().to_vec());
+            }
+            Ok(records)
+        })?;
+        if records.is_empty() {
+            return Ok(None);
+        }
+        let mut records = records;
+        Layout::from_records(|part| Ok(records.remove(&part))).map(Some).map_err(|error| error.context(what))
+    }
+
+    /// Nodes that have a layout, in order.
+    pub(crate) fn layout_nodes(&self) -> Result<Vec<NodeId>> {
+        let db = self.db()?;
+        let mut bad = None;
+        let nodes = guard("read the catalog", || {
+            let txn = db.begin_read()?;
+            let mut nodes = Vec::new();
+            for record in txn.open_table(LAYOUTS)?.iter()? {
+                let (key, _) = record?;
+                match split_key(key.value()) {
+                    Ok((node, _)) if nodes.last() != Some(&node) => nodes.push(node),
+                    Ok(_) => {}
+                    Err(error) => bad = Some(error),
+                }
+            }
+            Ok(nodes)
+        })?;
+        bad.map_or(Ok(nodes), Err)
+    }
+
+    /// Applies a batch: durable when this returns, or not there at all.
+    pub(crate) fn apply(&self, batch: &Batch) -> Result<()> {
+        let db = self.db()?;
+        guard("write the catalog", || {
+            let txn = db.begin_write()?;
+            {
+                txn.open_table(META)?.insert(META_KEY, batch.meta.encode().as_slice())?;
+                let mut nodes = txn.open_table(NODES)?;
+                let mut entries = txn.open_table(ENTRIES)?;
+                let mut xattrs = txn.open_table(XATTRS)?;
+                let mut layouts = txn.open_table(LAYOUTS)?;
+                for node in &batch.removed {
+                    nodes.remove(node_key(*node).as_slice())?;
+                    remove_prefix(&mut xattrs, *node)?;
+                    remove_prefix(&mut layouts, *node)?;
+                }
+                for node in &batch.clear_layouts {
+                    remove_prefix(&mut layouts, *node)?;
+                }
+                for (node, value) in &batch.nodes {
+                    nodes.insert(node_key(*node).as_slice(), value.as_slice())?;
+                }
+                for (key, value) in &batch.entries {
+                    match value {
+                        Some(value) => entries.insert(key.as_slice(), value.as_slice())?,
+                        None => entries.remove(key.as_slice())?,
+                    };
+                }
+                for (node, values) in &batch.xattrs {
+                    remove_prefix(&mut xattrs, *node)?;
+                    for (key, value) in values {
+                        xattrs.insert(key.as_slice(), value.as_slice())?;
+                    }
+                }
+                for (node, changes) in &batch.layouts {
+                    for part in &changes.delete {
+                        layouts.remove(layout_key(*node, *part).as_slice())?;
+                    }
+                    for (part, value) in &changes.put {
+                        layouts.insert(layout_key(*node, *part).as_slice(), value.as_slice())?;
+                    }
+                }
+            }
+            txn.commit()?;
+            Ok(())
+        })
+    }
+
+    /// Closes it, so that the next open has nothing to repair.
+    pub(crate) fn close(&self) -> Result<()> {
+        let db = self.db.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        match db.map(std::sync::Arc::try_unwrap) {
+            Some(Ok(db)) => guard("close the catalog", || Ok(db.close()?)),
+            // A reader still holds it: the last reference closes it.
+            Some(Err(_)) | None => Ok(()),
+        }
+    }
+}
+
+fn layout_key(node: NodeId, part: u32) -> [u8; 12] {
+    let mut key = [0; 12];
+    key[..8].copy_from_slice(&node.to_be_bytes());
+    key[8..].copy_from_slice(&part.to_be_bytes());
+    key
+}
+
+fn remove_prefix(
+    table: &mut redb::Table<&[u8], &[u8]>,
+    node: NodeId,
+) -> std::result::Result<(), redb::Error> {
+    let (start, end) = (node_key(node), node_key(node + 1));
+    table.retain_in(start.as_slice()..end.as_slice(), |_, _| false)?;
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! Who owns a pool: one process, by a lock that goes with it.
+//!
+//! The lock is `flock(2)` on member 0: on the file `owner` of a directory, on the device or image itself otherwise. The kernel drops it
+//! when the process ends, however it ends, so there is nothing stale to clean up. The process id in the file is for messages only.
+//! Read-only opens take the lock shared: several at a time, and none beside an owner.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::MemberKind;
+
+/// The lock file of a directory.
+pub const OWNER_FILE: &str = "owner";
+
+/// Ownership; dropping it gives it up.
+#[derive(Debug)]
+pub struct Owner {
+    /// Held for its lock. `None`: a read-only open of a pool that never had a lock file, on a file system that takes none.
+    _file: Option<File>,
+}
+
+impl Owner {
+    /// Takes ownership; `Busy` names the process that has it.
+    pub fn take(member: &Path, kind: MemberKind, read_only: bool) -> Result<Owner> {
+        let what = || format!("lock pool {}", member.display());
+        let path = if kind == MemberKind::Directory { member.join(OWNER_FILE) } else { member.to_path_buf() };
+        let mut options = OpenOptions::new();
+        options.read(true);
+        if !read_only {
+            options.write(true).create(kind == MemberKind::Directory).truncate(false);
+        }
+        let mut file = match options.open(&path) {
+            Ok(file) => file,
+            Err(error)
+                if read_only
+                    && error.kind() == std::io::ErrorKind::NotFound
+                    && kind == MemberKind::Directory =>
+            {
+                return Ok(Owner { _file: None });
+            }
+            Err(error) => return Err(Error::io(what(), error)),
+        };
+        let operation = if read_only {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
+        match flock(&file, operation) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let by = match pid_of(&mut file, kind) {
+                    Some(pid) => format!("process {pid}{}", name_of(pid)),
+                    None => "another process".into(),
+                };
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    format!("pool {} is in use by {by}", member.display()),
+                ));
+            }
+            // NFS and some FUSE file systems know no flock.
+            Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::NOLCK) if read_only => {
+                return Ok(Owner { _file: None });
+            }
+            Err(error) => return Err(Error::io(what(), error.into())),
+        }
+        if !read_only && kind == MemberKind::Directory {
+            let wrote = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+            wrote.map_err(|error| Error::io(what(), error))?;
+        }
+        Ok(Owner { _file: Some(file) })
+    }
+
+    /// The process that owns a pool now, if one does.
+    pub fn pid(member: &Path, kind: MemberKind) -> Option<u32> {
+        let path = if kind == MemberKind::Directory { member.join(OWNER_FILE) } else { member.to_path_buf() };
+        let mut file = File::open(path).ok()?;
+        holder(&file)?;
+        pid_of(&mut file, kind)
+    }
+}
+
+/// Who holds the lock: the kernel's list knows, the file's content is for where that is hidden (other PID namespaces).
+fn pid_of(file: &mut File, kind: MemberKind) -> Option<u32> {
+    if let Some(pid) = holder(file).filter(|pid| *pid != 0) {
+        return Some(pid);
+    }
+    if kind != MemberKind::Directory {
+        return None;
+    }
+    let mut text = String::new();
+    file.take(32).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+/// Looks a lock up in `/proc/locks` (proc(5)): `1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF`. 0: there is one, but of whom is hidden.
+fn holder(file: &File) -> Option<u32> {
+    let meta = file.metadata().ok()?;
+    let (device, inode) = (meta.dev(), meta.ino());
+    let id = format!("{:02x}:{:02x}:{inode}", rustix::fs::major(device), rustix::fs::minor(device));
+    let locks = std::fs::read_to_string("/proc/locks").ok()?;
+    let line = locks
+        .lines()
+        .map(str::split_whitespace)
+        .map(Iterator::collect::<Vec<_>>)
+        .find(|fields| fields.get(1) == Some(&"FLOCK") && fields.get(5).is_some_and(|at| *at == id))?;
+    Some(line.get(4).and_then(|pid| pid.parse().ok()).unwrap_or(0))
+}
+
+fn name_of(pid: u32) -> String {
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(name) => format!(" ({})", name.trim()),
+        Err(_) => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_owner_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Owner::pid(dir.path(), MemberKind::Directory), None);
+        let owner = Owner::take(dir.path(), MemberKind::Directory, false).unwrap();
+        assert_eq!(Owner::pid(dir.path(), MemberKind::Directory), Some(std::process::id()));
+        for read_only in [false, true] {
+            let refused = Owner::take(dir.path(), MemberKind::Directory, read_only).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Busy);
+            assert!(refused.to_string().contains(&std::process::id().to_string()), "{refused}");
+        }
+        drop(owner);
+        assert_eq!(Owner::pid(dir.path(), MemberKind::Directory), None);
+        let one = Owner::take(dir.path(), MemberKind::Directory, true).unwrap();
+        let other = Owner::take(dir.path(), MemberKind::Directory, true).unwrap();
+        assert_eq!(
+            Owner::take(dir.path(), MemberKind::Directory, false).unwrap_err().kind(),
+            ErrorKind::Busy
+        );
+        drop((one, other));
+        Owner::take(dir.path(), MemberKind::Directory, false).unwrap();
+    }
+
+    #[test]
+    fn an_image_is_locked_itself() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let _owner = Owner::take(file.path(), MemberKind::Image, false).unwrap();
+        let refused = Owner::take(file.path(), MemberKind::Image, false).unwrap_err();
+        assert!(refused.to_string().contains(&std::process::id().to_string()), "{refused}");
+        assert_eq!(std::fs::metadata(file.path()).unwrap().len(), 0, "nothing was written into it");
+    }
+}
