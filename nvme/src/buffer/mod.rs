@@ -7,6 +7,7 @@
 mod allocator;
 mod arena;
 
+pub(crate) use arena::memlock_limit;
 pub use arena::{Arena, ArenaOptions};
 
 use std::alloc::Layout;

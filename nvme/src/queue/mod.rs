@@ -12,7 +12,9 @@
 
 #![allow(unsafe_code)]
 
+mod files;
 mod op;
+mod ring;
 mod slab;
 mod threads;
 
@@ -20,11 +22,13 @@ pub use op::{Backend, Completion, Op, Refused, Verb};
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::buffer::Arena;
-use crate::device::{InlineIo, Target};
+use crate::device::{Device, InlineIo, InlineOutcome, Target};
 use crate::error::{Error, ErrorKind, Result};
+use ring::Ring;
 use slab::Slab;
 use threads::Threads;
 
@@ -35,7 +39,10 @@ pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(30);
 /// The deepest queue, operations.
 pub const DEPTH_MAX: u32 = 16 << 10;
 
+// One per queue, so the difference in size costs nothing.
+#[allow(clippy::large_enum_variant)]
 enum Engine {
+    Ring(Ring),
     Threads(Threads),
 }
 
@@ -47,6 +54,8 @@ pub struct Queue {
     /// Pushed operations of inline devices, in order.
     inline: Vec<u32>,
     deadline: Duration,
+    /// Why something slower than asked for is used.
+    note: Option<String>,
     /// Send, not Sync.
     not_sync: PhantomData<std::cell::Cell<()>>,
 }
@@ -136,14 +145,30 @@ impl QueueBuilder {
         if self.deadline < Duration::from_millis(1) {
             return Err(Error::new(ErrorKind::Invalid, "a queue with a deadline below 1 ms"));
         }
-        let engine = Engine::Threads(Threads::new(self.depth, self.deadline));
+        let (engine, note) = self.engine()?;
         Ok(Queue {
             slab: Slab::new(self.depth, self.measure_latency),
             engine,
             inline: Vec::with_capacity(self.depth as usize),
             deadline: self.deadline,
+            note,
             not_sync: PhantomData,
         })
+    }
+
+    fn engine(&self) -> Result<(Engine, Option<String>)> {
+        let threads = || Engine::Threads(Threads::new(self.depth, self.deadline));
+        if self.backend == Backend::Threads {
+            return Ok((threads(), None));
+        }
+        match Ring::new(self.depth, self.deadline, self.arena.as_ref(), self.iopoll, self.register_files) {
+            Ok(built) => Ok((Engine::Ring(built.ring), built.note)),
+            Err(error) if self.backend == Backend::IoUring => Err(error),
+            Err(error) => {
+                tracing::warn!("{error}: using threads with pread and pwrite, which costs more CPU");
+                Ok((threads(), Some(error.to_string())))
+            }
+        }
     }
 }
 
@@ -165,6 +190,7 @@ impl Queue {
             return Ok(());
         }
         match &mut self.engine {
+            Engine::Ring(ring) => ring.push(&mut self.slab, index),
             Engine::Threads(threads) => threads.push(index),
         }
         Ok(())
@@ -186,6 +212,7 @@ impl Queue {
     pub fn submit(&mut self) -> Result<usize> {
         let inline = self.run_inline();
         let submitted = match &mut self.engine {
+            Engine::Ring(ring) => ring.submit(&mut self.slab)?,
             Engine::Threads(threads) => threads.submit(&mut self.slab)?,
         };
         Ok(inline + submitted)
@@ -195,24 +222,26 @@ impl Queue {
     /// flight), in one system call where possible. `wait(0)` does not block: it lets finished operations arrive.
     /// Never waits much longer than the deadline.
     pub fn wait(&mut self, min: usize) -> Result<()> {
-        self.submit()?;
+        self.run_inline();
+        let threads = match &mut self.engine {
+            Engine::Ring(ring) => return ring.wait(&mut self.slab, min),
+            Engine::Threads(threads) => threads,
+        };
+        threads.submit(&mut self.slab)?;
         loop {
-            match &mut self.engine {
-                Engine::Threads(threads) => threads.harvest(&mut self.slab),
-            }
+            threads.harvest(&mut self.slab);
             // Operations can end without an answer (zombies), so the goal is looked at anew each time.
             if self.slab.ready() >= min.min(self.slab.ready() + self.slab.active()) {
                 return Ok(());
             }
-            match &mut self.engine {
-                Engine::Threads(threads) => threads.wait(),
-            }
+            threads.wait();
         }
     }
 
     /// Hands out every completion that is there, without a system call. Returns how many.
     pub fn reap(&mut self, mut each: impl FnMut(Completion)) -> usize {
         match &mut self.engine {
+            Engine::Ring(ring) => ring.harvest(&mut self.slab),
             Engine::Threads(threads) => threads.harvest(&mut self.slab),
         }
         let mut count = 0;
@@ -285,7 +314,26 @@ impl Queue {
     /// Who executes: [`Backend::IoUring`] or [`Backend::Threads`].
     pub fn backend(&self) -> Backend {
         match &self.engine {
+            Engine::Ring(_) => Backend::IoUring,
             Engine::Threads(_) => Backend::Threads,
+        }
+    }
+
+    /// Why something slower than asked for is used: io_uring refused, or the arena not registered. For people.
+    pub fn note(&self) -> Option<&str> {
+        self.note.as_deref()
+    }
+
+    /// The arena is registered with the kernel.
+    pub fn has_fixed_buffers(&self) -> bool {
+        matches!(&self.engine, Engine::Ring(ring) if ring.has_fixed_buffers())
+    }
+
+    /// Lets go of a device's registered descriptor once nothing is in flight on it, so that the file can be closed
+    /// (and the space of an unlinked one returned) before the queue is dropped.
+    pub fn forget(&mut self, device: &Arc<dyn Device>) {
+        if let Engine::Ring(ring) = &mut self.engine {
+            ring.forget(device);
         }
     }
 
@@ -351,7 +399,7 @@ impl Queue {
     }
 }
 
-fn step_inline(op: &mut Op, io: &dyn InlineIo, done: usize, max: usize) -> crate::device::InlineOutcome {
+fn step_inline(op: &mut Op, io: &dyn InlineIo, done: usize, max: usize) -> InlineOutcome {
     let offset = op.offset + done as u64;
     let start = op.range.start + done;
     let end = op.range.end.min(start.saturating_add(max));
@@ -360,7 +408,7 @@ fn step_inline(op: &mut Op, io: &dyn InlineIo, done: usize, max: usize) -> crate
         (Verb::Write, Some(buffer)) => io.inline_write(offset, &buffer[start..end]),
         (Verb::Flush, _) => io.inline_flush(),
         (Verb::Discard, _) => io.inline_discard(offset, (op.range.end - start) as u64),
-        (Verb::Read | Verb::Write, None) => crate::device::InlineOutcome {
+        (Verb::Read | Verb::Write, None) => InlineOutcome {
             result: Err(Error::new(ErrorKind::Invalid, format!("{}: it has no buffer", op.describe()))),
             latency: Duration::ZERO,
         },
@@ -379,11 +427,13 @@ impl Drop for Queue {
         }
         let held = self.slab.active() + self.slab.zombies();
         if held > 0 {
-            tracing::error!("{held} operations did not end within the deadline: their memory is leaked");
+            tracing::error!("{held} operations did not end within the deadline: their memory stays theirs");
         }
-        match &self.engine {
+        match &mut self.engine {
+            Engine::Ring(_) if held > 0 => std::mem::forget(self.slab.take_held()),
+            Engine::Ring(ring) => ring.close(),
             // A worker owns what it executes, so nothing has to be leaked here.
-            Engine::Threads(_) => drop(self.slab.take_held()),
+            Engine::Threads(_) => {}
         }
     }
 }

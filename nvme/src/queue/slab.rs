@@ -121,14 +121,6 @@ impl Slab {
         &mut self.entries[index as usize]
     }
 
-    /// Takes an operation back that the backend never got.
-    pub(super) fn remove(&mut self, index: u32) -> Option<Op> {
-        let op = self.entries[index as usize].op.take();
-        self.release(index);
-        self.active -= 1;
-        op
-    }
-
     fn release(&mut self, index: u32) {
         self.entries[index as usize].state = State::Free;
         self.free.push(index);

@@ -1,0 +1,588 @@
+//! The io_uring backend.
+//!
+//! ```text
+//! push      SQE into the ring's memory            no system call
+//! submit    io_uring_enter(n, 0)                   one for all pushed
+//! wait      io_uring_enter(n, min, GETEVENTS)      submits and waits in one
+//! harvest   CQEs out of the ring's memory          no system call
+//! ```
+//!
+//! **Who owns what.** Every SQE with an address points into the buffer of the operation in the slab slot that its
+//! `user_data` names. The slot keeps the operation until the CQE for it was seen, or it is leaked: closing a ring
+//! does not stop transfers that the device has started.
+//!
+//! **Pulse.** One timeout operation is kept in the ring while something waits, which ends every quarter
+//! deadline. It wakes the waiter and moves the slab's clock: deadlines cost nothing per operation.
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use io_uring::types::{CancelBuilder, Fd, Fixed, FsyncFlags, Timespec};
+use io_uring::{IoUring, opcode, squeue};
+
+use super::files::{self, FileTable};
+use super::op::Verb;
+use super::slab::{Slab, State, Step, TICKS};
+use crate::buffer::Arena;
+use crate::device::Target;
+use crate::error::{Error, ErrorKind, Result};
+
+/// `user_data` of the pulse.
+const PULSE: u64 = u64::MAX;
+/// `user_data` of cancel requests.
+const CANCEL: u64 = u64::MAX - 1;
+/// The most bytes per registered buffer: the kernel refuses iovecs above 1 GiB (io_uring_register(2)).
+const FIXED_MAX: usize = 1 << 30;
+/// Extra submission entries, for pulse and cancels.
+const SPARE: u32 = 8;
+/// How often a submit is retried that the kernel turns away for lack of memory while nothing is in flight.
+const SUBMIT_RETRIES: u32 = 1000;
+
+pub(super) struct Ring {
+    /// Leaked, not closed, while the kernel holds operations.
+    ring: ManuallyDrop<IoUring>,
+    enabled: bool,
+    /// SQEs in the ring that the kernel has not taken.
+    pending: u32,
+    /// Of those, operations.
+    pending_ops: usize,
+    /// Registered, and so pinned by the kernel; kept mapped too.
+    arena: Option<Arena>,
+    arena_id: usize,
+    arena_base: usize,
+    files: Option<FileTable>,
+    pulse: Box<Timespec>,
+    pulse_armed: bool,
+    /// Polled rings know no timeout, fsync or fallocate operations.
+    polled: bool,
+    /// Flushes and discards of a polled ring, executed by submit.
+    blocking: Vec<u32>,
+    tick: Duration,
+    /// For polled rings, which have no pulse.
+    next_tick: Instant,
+    /// Operations to issue again. Reused by `harvest`.
+    again: Vec<u32>,
+}
+
+/// What was found on the way: why a fallback was taken.
+pub(super) struct Built {
+    pub(super) ring: Ring,
+    /// Why the arena is not registered.
+    pub(super) note: Option<String>,
+}
+
+/// Makes a ring, with the best flags that this kernel takes.
+fn setup(entries: u32, polled: bool) -> io::Result<IoUring> {
+    let mut last = io::Error::from_raw_os_error(libc::EINVAL);
+    for attempt in 0..3 {
+        let mut builder = IoUring::builder();
+        // A child must not write into this ring's memory.
+        builder.dontfork();
+        if polled {
+            builder.setup_iopoll();
+        }
+        match attempt {
+            // 6.1: completions run when this thread asks, never as an interruption. R_DISABLED: the thread that
+            // submits first, not the one that builds, becomes the owner.
+            0 => builder.setup_single_issuer().setup_defer_taskrun().setup_r_disabled(),
+            // 5.19: no inter-processor interrupts for completions.
+            1 => builder.setup_coop_taskrun().setup_taskrun_flag(),
+            _ => &mut builder,
+        };
+        match builder.build(entries) {
+            Ok(ring) => return Ok(ring),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last)
+}
+
+impl Ring {
+    pub(super) fn new(
+        depth: u32,
+        deadline: Duration,
+        arena: Option<&Arena>,
+        polled: bool,
+        register_files: bool,
+    ) -> Result<Built> {
+        let entries = (depth + SPARE).next_power_of_two();
+        let ring = setup(entries, polled).map_err(|error| {
+            let hint = match error.raw_os_error() {
+                Some(libc::EPERM | libc::EACCES) => {
+                    ": refused by a seccomp profile (containers) or by sysctl kernel.io_uring_disabled"
+                }
+                Some(libc::ENOSYS) => ": this kernel has no io_uring",
+                Some(libc::ENOMEM) => ": no memory, or RLIMIT_MEMLOCK is too small",
+                _ => "",
+            };
+            Error::os(error, format!("io_uring_setup with {entries} entries{hint}"))
+        })?;
+        let enabled = !ring.params().is_setup_single_issuer();
+        let tick = (deadline / TICKS).max(Duration::from_micros(250));
+        let mut ring = Ring {
+            ring: ManuallyDrop::new(ring),
+            enabled,
+            pending: 0,
+            pending_ops: 0,
+            arena: None,
+            arena_id: 0,
+            arena_base: 0,
+            files: None,
+            pulse: Box::new(Timespec::from(tick)),
+            pulse_armed: false,
+            polled,
+            blocking: Vec::new(),
+            tick,
+            next_tick: Instant::now() + tick,
+            again: Vec::with_capacity(depth as usize),
+        };
+        if register_files && ring.ring.submitter().register_files_sparse(files::SLOTS).is_ok() {
+            ring.files = Some(FileTable::default());
+        }
+        let note = arena.and_then(|arena| ring.register_arena(arena).err()).map(|error| {
+            let note = format!(
+                "{error}: {}",
+                std::error::Error::source(&error).map_or(String::new(), |e| e.to_string())
+            );
+            tracing::warn!("{note}");
+            note
+        });
+        Ok(Built { ring, note })
+    }
+
+    /// Pins the arena once, as fixed buffers of up to 1 GiB.
+    fn register_arena(&mut self, arena: &Arena) -> Result<()> {
+        let base = arena.as_ptr();
+        let iovecs: Vec<libc::iovec> = (0..arena.len())
+            .step_by(FIXED_MAX)
+            .map(|offset| libc::iovec {
+                iov_base: base.wrapping_add(offset).cast(),
+                iov_len: FIXED_MAX.min(arena.len() - offset),
+            })
+            .collect();
+        // SAFETY: the iovecs cover exactly the arena's mapping, which outlives the registration: `self.arena` keeps
+        // it mapped, and the kernel pins the pages besides.
+        unsafe { self.ring.submitter().register_buffers(&iovecs) }.map_err(|error| {
+            let hint = match (error.raw_os_error(), crate::buffer::memlock_limit()) {
+                (Some(libc::ENOMEM), Some(limit)) => format!(
+                    "; RLIMIT_MEMLOCK is {limit} bytes: raise it (ulimit -l, LimitMEMLOCK=, docker --ulimit \
+                     memlock=-1) or use a smaller budget"
+                ),
+                _ => String::new(),
+            };
+            let len = arena.len();
+            Error::os(
+                error,
+                format!("register an arena of {len} bytes with io_uring (going on without, slower){hint}"),
+            )
+        })?;
+        self.arena_id = arena.id();
+        self.arena_base = base as usize;
+        self.arena = Some(arena.clone());
+        Ok(())
+    }
+
+    /// The arena's pages are pinned once, not per operation.
+    pub(super) fn has_fixed_buffers(&self) -> bool {
+        self.arena.is_some()
+    }
+
+    /// Puts the operation of this slot into the ring's memory.
+    #[inline]
+    pub(super) fn push(&mut self, slab: &mut Slab, index: u32) {
+        if let Some(files) = &mut self.files {
+            let entry = slab.entry(index);
+            let slot = entry.op.as_ref().and_then(|op| files.find(&op.device));
+            match slot {
+                Some(slot) => entry.file = slot,
+                None => slab.entry(index).file = self.register_file(slab, index),
+            }
+        }
+        self.issue(slab, index);
+    }
+
+    /// Gives the device of this operation a slot. On any trouble the operation goes by its descriptor.
+    #[cold]
+    fn register_file(&mut self, slab: &mut Slab, index: u32) -> u32 {
+        self.sweep_files();
+        let (Some(files), Some(op)) = (&mut self.files, &slab.entry(index).op) else { return files::NONE };
+        let (Some(slot), Target::Fd(fd)) = (files.vacancy(), op.device.target()) else { return files::NONE };
+        if let Err(error) = self.ring.submitter().register_files_update(slot, &[fd.as_raw_fd()]) {
+            tracing::debug!("register {} with io_uring: {error}", op.device.name());
+            return files::NONE;
+        }
+        files.assign(slot, &op.device);
+        files.find(&op.device).unwrap_or(files::NONE)
+    }
+
+    /// Closes the ring's hold on files whose devices are gone.
+    fn sweep_files(&mut self) {
+        let Some(files) = &mut self.files else { return };
+        while let Some(slot) = files.next_dead() {
+            if let Err(error) = self.ring.submitter().register_files_update(slot, &[-1]) {
+                tracing::debug!("unregister a file from io_uring: {error}");
+                return;
+            }
+            files.vacate(slot);
+        }
+    }
+
+    pub(super) fn forget(&mut self, device: &std::sync::Arc<dyn crate::device::Device>) {
+        if let Some(files) = &mut self.files {
+            files.doom(device);
+        }
+        self.sweep_files();
+    }
+
+    /// Builds the SQE for what is left to do of this slot's operation.
+    fn issue(&mut self, slab: &mut Slab, index: u32) {
+        let entry = slab.entry(index);
+        let Some(op) = &entry.op else { return };
+        let Target::Fd(fd) = op.device.target() else { return };
+        let fd = fd.as_raw_fd();
+        if self.polled && matches!(op.verb, Verb::Flush | Verb::Discard) {
+            self.blocking.push(index);
+            return;
+        }
+        let sqe = match op.verb {
+            Verb::Read | Verb::Write => {
+                let Some(buffer) = &op.buffer else { return };
+                let start = op.range.start + entry.done;
+                let left = (entry.len - entry.done).min(op.device.max_transfer() as usize);
+                let address = buffer.as_ptr().wrapping_add(start);
+                let fixed = (self.arena_id != 0 && buffer.arena_id() == self.arena_id)
+                    .then(|| address as usize - self.arena_base)
+                    .filter(|&at| at / FIXED_MAX == (at + left - 1) / FIXED_MAX)
+                    .map(|at| (at / FIXED_MAX) as u16);
+                let offset = op.offset + entry.done as u64;
+                transfer(op.verb, fd, entry.file, address, left as u32, fixed, offset)
+            }
+            Verb::Flush => match entry.file {
+                files::NONE => opcode::Fsync::new(Fd(fd)).flags(FsyncFlags::DATASYNC).build(),
+                slot => opcode::Fsync::new(Fixed(slot)).flags(FsyncFlags::DATASYNC).build(),
+            },
+            Verb::Discard => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                let (offset, len) = (op.offset, entry.len as u64);
+                match entry.file {
+                    files::NONE => opcode::Fallocate::new(Fd(fd), len).offset(offset).mode(mode).build(),
+                    slot => opcode::Fallocate::new(Fixed(slot), len).offset(offset).mode(mode).build(),
+                }
+            }
+        };
+        if self.enqueue(&sqe.user_data(u64::from(index))) {
+            self.pending_ops += 1;
+        } else {
+            // Only a kernel that takes nothing leaves the ring full after a submit.
+            let error = Error::new(ErrorKind::Gone, "io_uring takes no more operations");
+            self.finish(slab, index, Err(error), None);
+        }
+    }
+
+    /// Room for one more SQE is made by submitting, should the ring be full.
+    fn enqueue(&mut self, sqe: &squeue::Entry) -> bool {
+        for _ in 0..2 {
+            // SAFETY: an address in the SQE points into a buffer owned by a slab slot until its CQE is seen (see the
+            // head of this file), or to `self.pulse`, which is boxed and lives as long as the ring.
+            if unsafe { self.ring.submission().push(sqe) }.is_ok() {
+                self.pending += 1;
+                return true;
+            }
+            if self.flush().is_err() {
+                return false;
+            }
+        }
+        false
+    }
+
+    /// Gives the kernel every pending SQE.
+    fn flush(&mut self) -> io::Result<()> {
+        let mut retries = 0;
+        while self.pending > 0 {
+            match self.enter(0, 0) {
+                Ok(0) | Err(Enter::Full) => {
+                    // CQEs must be taken out, or memory must come back, before more goes in.
+                    retries += 1;
+                    if retries > SUBMIT_RETRIES {
+                        return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+                    }
+                    std::thread::yield_now();
+                }
+                Ok(_) | Err(Enter::Interrupted) => {}
+                Err(Enter::Failed(error)) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// io_uring_enter(2).
+    fn enter(&mut self, min: u32, flags: u32) -> std::result::Result<u32, Enter> {
+        if !self.enabled {
+            self.ring.submitter().register_enable_rings().map_err(Enter::Failed)?;
+            self.enabled = true;
+        }
+        let fd: RawFd = self.ring.as_raw_fd();
+        // SAFETY: the arguments are those of io_uring_enter(2) without an argument pointer; the SQEs the kernel reads
+        // were checked in by `enqueue`.
+        let rc = unsafe {
+            libc::syscall(
+                libc::SYS_io_uring_enter,
+                fd,
+                self.pending,
+                min,
+                flags,
+                std::ptr::null::<libc::c_void>(),
+                0usize,
+            )
+        };
+        if rc >= 0 {
+            let taken = rc as u32;
+            self.pending = self.pending.saturating_sub(taken);
+            return Ok(taken);
+        }
+        let error = io::Error::last_os_error();
+        Err(match error.raw_os_error() {
+            Some(libc::EINTR) => Enter::Interrupted,
+            Some(libc::EAGAIN | libc::EBUSY) => Enter::Full,
+            _ => Enter::Failed(error),
+        })
+    }
+
+    pub(super) fn submit(&mut self, slab: &mut Slab) -> Result<usize> {
+        let count = self.take_pending_count() + self.run_blocking(slab);
+        self.flush().map_err(enter_error)?;
+        Ok(count)
+    }
+
+    fn take_pending_count(&mut self) -> usize {
+        std::mem::take(&mut self.pending_ops)
+    }
+
+    /// Flushes and discards of a polled ring.
+    fn run_blocking(&mut self, slab: &mut Slab) -> usize {
+        let blocking = std::mem::take(&mut self.blocking);
+        for &index in &blocking {
+            let result = match &mut slab.entry(index).op {
+                Some(op) => super::threads::execute(op),
+                None => continue,
+            };
+            let now = slab.now();
+            self.finish(slab, index, result, now);
+        }
+        blocking.len()
+    }
+
+    /// Submits, and waits until `min` completions are ready or nothing is in flight any more.
+    pub(super) fn wait(&mut self, slab: &mut Slab, min: usize) -> Result<()> {
+        self.take_pending_count();
+        self.run_blocking(slab);
+        self.harvest(slab);
+        if min == 0 {
+            // Let finished operations arrive: with DEFER_TASKRUN that happens only on request.
+            self.flush().map_err(enter_error)?;
+            if slab.active() + slab.zombies() > 0 {
+                self.get_events(0)?;
+                self.harvest(slab);
+            }
+            return Ok(());
+        }
+        loop {
+            let ready = slab.ready();
+            // Looked at anew each time: an operation can end without an answer.
+            let goal = min.min(ready + slab.active());
+            if ready >= goal {
+                return self.flush().map_err(enter_error);
+            }
+            self.arm_pulse();
+            self.get_events((goal - ready) as u32)?;
+            self.harvest(slab);
+        }
+    }
+
+    /// One io_uring_enter that submits and waits.
+    fn get_events(&mut self, min: u32) -> Result<()> {
+        // A polled ring spins in the kernel: one completion at a time, so that the clock is looked at.
+        let min = if self.polled { min.min(1) } else { min };
+        match self.enter(min, IORING_ENTER_GETEVENTS) {
+            Ok(_) | Err(Enter::Interrupted) => Ok(()),
+            Err(Enter::Full) => {
+                // Nothing could be submitted for now; what is in flight makes room.
+                let pending = std::mem::take(&mut self.pending);
+                let waited = self.enter(u32::from(min > 0 && self.pulse_armed), IORING_ENTER_GETEVENTS);
+                self.pending = pending;
+                match waited {
+                    Err(Enter::Failed(error)) => Err(enter_error(error)),
+                    _ => Ok(()),
+                }
+            }
+            Err(Enter::Failed(error)) => Err(enter_error(error)),
+        }
+    }
+
+    fn arm_pulse(&mut self) {
+        if self.pulse_armed || self.polled {
+            return;
+        }
+        let sqe = opcode::Timeout::new(&*self.pulse).build().user_data(PULSE);
+        self.pulse_armed = self.enqueue(&sqe);
+    }
+
+    /// Moves answers from the ring to the slab. No system call unless something must be issued again.
+    #[inline]
+    pub(super) fn harvest(&mut self, slab: &mut Slab) {
+        let mut ticked = false;
+        let mut now = None;
+        let mut read_clock = true;
+        let Ring { ring, files, again, pulse_armed, .. } = self;
+        for cqe in ring.completion() {
+            match cqe.user_data() {
+                PULSE => {
+                    *pulse_armed = false;
+                    ticked = true;
+                }
+                CANCEL => {}
+                data => {
+                    if read_clock {
+                        now = slab.now();
+                        read_clock = false;
+                    }
+                    let index = data as u32;
+                    match judge(slab, index, cqe.result()) {
+                        Step::Continue => again.push(index),
+                        Step::Finish(result) => {
+                            if let Some(files) = files {
+                                files.release(slab.entry(index).file);
+                            }
+                            slab.finish(index, result, now);
+                        }
+                    }
+                }
+            }
+        }
+        if !self.again.is_empty() {
+            let mut again = std::mem::take(&mut self.again);
+            for index in again.drain(..) {
+                self.issue(slab, index);
+            }
+            self.again = again;
+        }
+        if self.polled && Instant::now() >= self.next_tick {
+            self.next_tick = Instant::now() + self.tick;
+            ticked = true;
+        }
+        if ticked {
+            self.tick(slab);
+        }
+    }
+
+    #[cold]
+    fn tick(&mut self, slab: &mut Slab) {
+        let expired = slab.tick().to_vec();
+        for index in expired {
+            // Not to be found any more is fine (its CQE is on the way), and so is a transfer that cannot be cancelled:
+            // the slab reports it a tick later.
+            let sqe = opcode::AsyncCancel2::new(CancelBuilder::user_data(u64::from(index)))
+                .build()
+                .user_data(CANCEL);
+            self.enqueue(&sqe);
+        }
+        self.sweep_files();
+    }
+
+    fn finish(&mut self, slab: &mut Slab, index: u32, result: Result<usize>, now: Option<Instant>) {
+        if let Some(files) = &mut self.files {
+            files.release(slab.entry(index).file);
+        }
+        slab.finish(index, result, now);
+    }
+
+    /// Closes the ring. Only while the kernel holds no operation.
+    pub(super) fn close(&mut self) {
+        // SAFETY: called once, from the queue's drop, which does not use the ring afterwards.
+        unsafe { ManuallyDrop::drop(&mut self.ring) };
+    }
+}
+
+const IORING_ENTER_GETEVENTS: u32 = 1;
+
+/// How io_uring_enter failed.
+enum Enter {
+    /// EINTR: again.
+    Interrupted,
+    /// EAGAIN or EBUSY: for want of memory, or because CQEs must be taken out first.
+    Full,
+    Failed(io::Error),
+}
+
+#[cold]
+fn enter_error(error: io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(libc::EEXIST) => {
+            Error::os(error, "use a queue on another thread than the one that submitted first")
+                .with_kind(ErrorKind::Invalid)
+        }
+        _ => Error::os(error, "io_uring_enter"),
+    }
+}
+
+#[inline]
+fn transfer(
+    verb: Verb,
+    fd: RawFd,
+    slot: u32,
+    address: *mut u8,
+    len: u32,
+    fixed: Option<u16>,
+    offset: u64,
+) -> squeue::Entry {
+    match (verb, slot, fixed) {
+        (Verb::Read, files::NONE, None) => opcode::Read::new(Fd(fd), address, len).offset(offset).build(),
+        (Verb::Read, files::NONE, Some(b)) => {
+            opcode::ReadFixed::new(Fd(fd), address, len, b).offset(offset).build()
+        }
+        (Verb::Read, _, None) => opcode::Read::new(Fixed(slot), address, len).offset(offset).build(),
+        (Verb::Read, _, Some(b)) => {
+            opcode::ReadFixed::new(Fixed(slot), address, len, b).offset(offset).build()
+        }
+        (_, files::NONE, None) => opcode::Write::new(Fd(fd), address, len).offset(offset).build(),
+        (_, files::NONE, Some(b)) => opcode::WriteFixed::new(Fd(fd), address, len, b).offset(offset).build(),
+        (_, _, None) => opcode::Write::new(Fixed(slot), address, len).offset(offset).build(),
+        (_, _, Some(b)) => opcode::WriteFixed::new(Fixed(slot), address, len, b).offset(offset).build(),
+    }
+}
+
+/// What a CQE means for its operation. The one place where `res` is decoded: negative is an errno.
+#[inline]
+fn judge(slab: &mut Slab, index: u32, res: i32) -> Step {
+    let entry = slab.entry(index);
+    if res >= 0 && entry.state == State::Active {
+        let is_transfer = matches!(entry.op.as_ref().map(|op| op.verb), Some(Verb::Read | Verb::Write));
+        return if is_transfer { entry.advance(res as usize) } else { Step::Finish(Ok(entry.len)) };
+    }
+    judge_odd(entry, res)
+}
+
+#[cold]
+fn judge_odd(entry: &mut super::slab::Entry, res: i32) -> Step {
+    let Some(op) = &entry.op else {
+        return Step::Finish(Err(Error::new(ErrorKind::Invalid, "an answer to no operation")));
+    };
+    let late = || Error::new(ErrorKind::Timeout, format!("{}: cancelled at its deadline", op.describe()));
+    if res < 0 {
+        return match (-res, entry.state) {
+            (libc::EAGAIN | libc::EINTR, State::Active) => Step::Continue,
+            (libc::EAGAIN | libc::EINTR | libc::ECANCELED, _) if entry.state != State::Active => {
+                Step::Finish(Err(late()))
+            }
+            // As the blocking helper: not every file system and drive can discard.
+            (libc::EOPNOTSUPP, _) if op.verb == Verb::Discard => Step::Finish(Ok(entry.len)),
+            (errno, _) => Step::Finish(Err(Error::os(io::Error::from_raw_os_error(errno), op.describe()))),
+        };
+    }
+    // Answered while it was being cancelled: whole is whole, anything less is late.
+    let whole = !matches!(op.verb, Verb::Read | Verb::Write) || entry.done + res as usize >= entry.len;
+    Step::Finish(if whole { Ok(entry.len) } else { Err(late()) })
+}
