@@ -140,7 +140,9 @@ fn terse_has_fios_fields() {
             assert_eq!(shape(fio), shape(ours), "{job:?}: field {}: fio {fio}, ours {ours}", index + 1);
         }
         // Kilobytes moved, in fields 6 and 47 (HOWTO, terse output); a mix is drawn by each tool's own dice.
-        let moved = |fields: &[String]| [5, 46].map(|at: usize| fields[at].parse::<u64>().unwrap()).iter().sum::<u64>();
+        let moved = |fields: &[String]| {
+            [5, 46].map(|at: usize| fields[at].parse::<u64>().unwrap()).iter().sum::<u64>()
+        };
         assert_eq!(moved(&fio), moved(&ours), "{job:?}");
     }
 }
