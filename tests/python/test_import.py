@@ -84,7 +84,7 @@ def test_import_from_s3(nvtier, place, model, native):
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_REGION": "us-east-1",
         }
-        run(nvtier, "import", "s3://models/smollm2/", "from-s3", "--pool", place.pool, env=environment)
+        run(nvtier, "import", "--recursive", "s3://models/smollm2/", "from-s3", "--pool", place.pool, env=environment)
         assert contents(place.root / "from-s3") == contents(model / "snapshot")
         one = "s3://models/smollm2/model-00003-of-00003.safetensors"
         run(nvtier, "import", one, "third.safetensors", "--pool", place.pool, env=environment)

@@ -33,6 +33,7 @@ pub fn run(shared: &Shared) -> Result<Outcome> {
     let command = folder.join("nvtier");
     copy_program(&shared.nvtier, &command)?;
 
+    let fuse = open_fuse_node(&folder);
     let mut outcome = Outcome::default();
     for (index, program) in programs()?.iter().enumerate() {
         let local = folder.join(format!("test-{index}"));
@@ -40,11 +41,8 @@ pub fn run(shared: &Shared) -> Result<Outcome> {
         let readable =
             output("setpriv", &["--reuid=nobody", "--clear-groups", "test", "-r", &program.manifest_dir]);
         let directory = if readable.is_some() { Path::new(&program.manifest_dir) } else { home.as_path() };
-        let mut child = Command::new("setpriv");
-        child
-            .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--inh-caps=-all", "--"])
-            .arg(&local)
-            .arg("--show-output");
+        let mut child = as_nobody(fuse.as_deref());
+        child.arg(&local).arg("--show-output");
         if let Some(filter) = &shared.filter {
             child.arg(filter);
         }
@@ -66,6 +64,41 @@ pub fn run(shared: &Shared) -> Result<Outcome> {
         fs::remove_file(&local)?;
     }
     Ok(outcome)
+}
+
+/// A command line that becomes `nobody`. With `fuse`, first puts that node over `/dev/fuse`, in a mount namespace of its
+/// own: nothing changes for the rest of the machine.
+fn as_nobody(fuse: Option<&Path>) -> Command {
+    const DROP: [&str; 5] =
+        ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--inh-caps=-all"];
+    let mut command;
+    match fuse {
+        Some(node) => {
+            command = Command::new("unshare");
+            command
+                .args(["--mount", "sh", "-c", r#"mount --bind "$0" /dev/fuse && exec "$@""#])
+                .arg(node)
+                .args(DROP);
+        }
+        None => {
+            command = Command::new(DROP[0]);
+            command.args(&DROP[1..]);
+        }
+    }
+    command
+}
+
+/// Usual systems let every user open `/dev/fuse`; some containers do not. Then a node of our own that does, if it can
+/// be made.
+fn open_fuse_node(folder: &Path) -> Option<PathBuf> {
+    let mode = fs::metadata("/dev/fuse").ok()?.permissions().mode();
+    if mode & 0o006 == 0o006 || !on_path("unshare") {
+        return None;
+    }
+    let node = folder.join("fuse");
+    let path = node.to_str()?;
+    output("mknod", &["-m", "666", path, "c", "10", "229"])?;
+    Some(node)
 }
 
 struct Program {
