@@ -29,6 +29,7 @@ use crate::types::NodeId;
 
 pub(crate) mod backend;
 pub(crate) mod store;
+pub(crate) mod zone;
 
 #[cfg(test)]
 mod tests;

@@ -146,6 +146,24 @@ fn kind_of(error: &std::io::Error) -> ErrorKind {
     }
 }
 
+impl From<nvme::Error> for Error {
+    /// An error of a device: what it was doing is in its own context, here is the kind.
+    fn from(source: nvme::Error) -> Error {
+        use nvme::ErrorKind as Device;
+        let kind = match source.kind() {
+            Device::NotFound => ErrorKind::NotFound,
+            Device::PermissionDenied => ErrorKind::PermissionDenied,
+            Device::Busy => ErrorKind::Busy,
+            Device::NoSpace => ErrorKind::NoSpace,
+            Device::Timeout => ErrorKind::Timeout,
+            Device::Unsupported => ErrorKind::NotSupported,
+            Device::Misaligned | Device::Invalid => ErrorKind::InvalidArgument,
+            _ => ErrorKind::Io,
+        };
+        Error { kind, context: "a device failed".into(), source: Some(Box::new(source)) }
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.context)

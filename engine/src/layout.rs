@@ -133,6 +133,12 @@ impl Layout {
         self.size = size;
     }
 
+    /// The same content with the extents of `range` only; sums are shared, not copied.
+    pub(crate) fn part(&self, range: Range<u64>) -> Layout {
+        let extents = self.overlapping(range).map(|extent| (extent.logical, extent)).collect();
+        Layout { size: self.size, generation: self.generation, chunk_size: self.chunk_size, extents, sums: self.sums.clone() }
+    }
+
     /// All extents by logical offset.
     pub fn extents(&self) -> impl DoubleEndedIterator<Item = &Extent> {
         self.extents.values()

@@ -305,12 +305,12 @@ impl RamTier {
     }
 
     /// Memory for `len` bytes to read into or to gather writes in: from the arena, evicting what is not lent, else from the heap.
-    pub fn buffer(&self, len: usize, key: &FrameKey) -> Buffer {
+    pub fn buffer(&self, len: usize, key: &FrameKey) -> Result<Buffer> {
         match self.arena_buffer(len, key) {
-            Some(buffer) => buffer,
+            Some(buffer) => Ok(buffer),
             None => {
                 self.bounces.fetch_add(1, Relaxed);
-                Buffer::heap(len)
+                Buffer::heap(len).map_err(|e| Error::from(e).context("getting a bounce buffer"))
             }
         }
     }

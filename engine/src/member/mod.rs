@@ -12,6 +12,9 @@ use crate::pool::MemberKind;
 use crate::types::NodeId;
 
 pub mod directory;
+pub mod extent_files;
+pub mod raw;
+pub mod striping;
 
 /// What an allocation is for; members use it to keep together what is read together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,4 +55,8 @@ pub trait Member: Send + Sync + fmt::Debug {
     fn open(&self, extent: &Extent) -> Result<(Arc<dyn Device>, u64)>;
     /// Makes the bytes of `extents` durable (and the directory entries of their files).
     fn sync(&self, extents: &[Extent]) -> Result<()>;
+    /// At open, after the last [`take`](Self::take): clears away what no layout names, which a crash left behind.
+    fn taken_all(&self) -> Result<()> {
+        Ok(())
+    }
 }

@@ -24,7 +24,7 @@ fn touch(tier: &Arc<RamTier>, key: FrameKey) -> bool {
     let hit = matches!(parts[..], [Part::Hit { .. }]);
     for part in parts {
         if let Part::Fill(ticket) = part {
-            let mut buffer = tier.buffer(ticket.chunks().len() * CHUNK as usize, &key);
+            let mut buffer = tier.buffer(ticket.chunks().len() * CHUNK as usize, &key).unwrap();
             buffer.fill(key.frame as u8);
             ticket.publish(buffer);
         }
@@ -39,7 +39,7 @@ fn pages_of_a_frame_fill_one_by_one() {
     tier.claim(key(0), 3..4, &mut parts);
     let Some(Part::Fill(ticket)) = parts.pop() else { panic!("a miss") };
     assert_eq!(ticket.chunks(), 3..4);
-    let mut buffer = tier.buffer(CHUNK as usize, &key(0));
+    let mut buffer = tier.buffer(CHUNK as usize, &key(0)).unwrap();
     buffer.fill(3);
     ticket.publish(buffer);
     assert_eq!(tier.stats().used_bytes, CHUNK as u64, "one chunk, not a frame");
@@ -155,7 +155,7 @@ fn one_of_many_reads() {
                             Part::Wait { fill, .. } => fill.wait(soon()).unwrap(),
                             Part::Fill(ticket) => {
                                 reads.fetch_add(1, Relaxed);
-                                let mut buffer = tier.buffer(8 * CHUNK as usize, &key(frame));
+                                let mut buffer = tier.buffer(8 * CHUNK as usize, &key(frame)).unwrap();
                                 buffer.fill(frame as u8);
                                 ticket.publish(buffer)
                             }
@@ -184,7 +184,7 @@ fn forgotten_generations_give_their_memory_back() {
     tier.forget(7, 1, u64::MAX);
     assert_eq!(tier.stats().used_bytes, FRAME_BYTES as u64);
     let Some(Part::Fill(ticket)) = parts.pop() else { panic!("a miss") };
-    ticket.publish(tier.buffer(8 * CHUNK as usize, &key(100)));
+    ticket.publish(tier.buffer(8 * CHUNK as usize, &key(100)).unwrap());
     assert_eq!(tier.stats().used_bytes, FRAME_BYTES as u64, "a fill that was under way is not kept either");
     assert!(touch(&tier, other));
 }

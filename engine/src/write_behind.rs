@@ -1,0 +1,282 @@
+//! Write-behind: gathered chunks on their way to the members.
+//!
+//! Drafts hand over *runs*: consecutive chunks that lie together on a member, in one aligned buffer. A few threads, each
+//! with a queue of its own, sum the chunks and write the run while the writer gathers the next one. What is gathered or under way
+//! is *dirty*; its bytes are bounded over all drafts, so a writer that is faster than the drives waits here, and makes others hand over
+//! what they merely hold.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nvme::{Arena, Buffer, Device, Op, Queue};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long a writer waits for room. Every operation ends by its own deadline, so room comes or a device is gone.
+const WAIT: Duration = Duration::from_secs(120);
+const QUEUE_DEPTH: u32 = 64;
+
+/// Who hands over runs and hears what became of them.
+pub(crate) trait RunOwner: Send + Sync + fmt::Debug {
+    /// A run was written (or not). Its buffer is free again.
+    fn written(&self, first_chunk: u64, sums: Vec<u32>, result: Result<()>);
+    /// Hand over what is merely held, unless busy.
+    fn hand_over(self: Arc<Self>);
+}
+
+/// Consecutive chunks to write at one place.
+#[derive(Debug)]
+pub(crate) struct RunWrite {
+    pub owner: Arc<dyn RunOwner>,
+    pub first_chunk: u64,
+    pub chunk_size: usize,
+    pub device: Arc<dyn Device>,
+    pub offset: u64,
+    pub buffer: Buffer,
+    /// Bytes to write, whole chunks.
+    pub len: usize,
+    /// Bytes of them that count for sums: the rest lies beyond the size.
+    pub valid: usize,
+    /// Dirty bytes that end with it.
+    pub permit: Permit,
+}
+
+/// Dirty bytes; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    shared: Arc<Shared>,
+    bytes: usize,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.shared.lock().dirty -= self.bytes;
+        self.shared.room.notify_all();
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// Work came, or the end.
+    work: Condvar,
+    /// Dirty bytes went.
+    room: Condvar,
+    limit: usize,
+    arena: Option<Arena>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queue: VecDeque<RunWrite>,
+    dirty: usize,
+    stop: bool,
+    owners: VecDeque<Weak<dyn RunOwner>>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// The threads and their bound; see the module documentation. Dropping it writes what was handed over, then ends the threads.
+#[derive(Debug)]
+pub struct WriteBehind {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl WriteBehind {
+    /// `threads` writers and at most `limit` dirty bytes. Buffers of `arena` are registered with their queues.
+    pub fn new(threads: usize, limit: usize, arena: Option<&Arena>) -> Result<WriteBehind> {
+        let shared = Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), room: Condvar::new(), limit, arena: arena.cloned() });
+        let mut writers = WriteBehind { shared: shared.clone(), threads: Vec::new() };
+        for index in 0..threads.max(1) {
+            let shared = shared.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("nvtier-write-{index}"))
+                .spawn(move || writer(&shared))
+                .map_err(|e| Error::io("starting a writer thread", e))?;
+            writers.threads.push(thread);
+        }
+        Ok(writers)
+    }
+
+    /// Dirty bytes now.
+    pub fn dirty_bytes(&self) -> usize {
+        self.shared.lock().dirty
+    }
+
+    /// Lets others ask `owner` to hand over what it holds.
+    pub(crate) fn register(&self, owner: Weak<dyn RunOwner>) {
+        let mut state = self.shared.lock();
+        state.owners.retain(|other| other.strong_count() > 0);
+        state.owners.push_back(owner);
+    }
+
+    /// The right to `bytes` more dirty bytes, if they fit now. One that is larger than the limit fits when nothing else is dirty.
+    pub(crate) fn try_permit(&self, bytes: usize) -> Option<Permit> {
+        let mut state = self.shared.lock();
+        let fits = state.dirty + bytes <= self.shared.limit || state.dirty == 0;
+        fits.then(|| {
+            state.dirty += bytes;
+            Permit { shared: self.shared.clone(), bytes }
+        })
+    }
+
+    /// Waits until `bytes` more would fit. The caller has handed over its own runs and holds no lock.
+    pub(crate) fn wait_for_room(&self, bytes: usize) -> Result<()> {
+        let deadline = Instant::now() + WAIT;
+        loop {
+            // Others may hold all of it without ever writing again: ask each once a round.
+            let owners: Vec<_> = self.shared.lock().owners.iter().filter_map(Weak::upgrade).collect();
+            for owner in owners {
+                if self.fits(bytes) {
+                    break;
+                }
+                owner.hand_over();
+            }
+            let state = self.shared.lock();
+            if state.dirty + bytes <= self.shared.limit || state.dirty == 0 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::new(ErrorKind::Timeout, format!("{} bytes wait to be written, and none were in {} s", state.dirty, WAIT.as_secs())));
+            }
+            // A short nap: an owner that was busy is asked again.
+            let _ = self.shared.room.wait_timeout(state, Duration::from_millis(50));
+        }
+    }
+
+    fn fits(&self, bytes: usize) -> bool {
+        let state = self.shared.lock();
+        state.dirty + bytes <= self.shared.limit || state.dirty == 0
+    }
+
+    pub(crate) fn submit(&self, run: RunWrite) {
+        self.shared.lock().queue.push_back(run);
+        self.shared.work.notify_one();
+    }
+}
+
+impl Drop for WriteBehind {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a writer thread panicked");
+            }
+        }
+    }
+}
+
+/// What a run needs after its write.
+struct Written {
+    owner: Arc<dyn RunOwner>,
+    first_chunk: u64,
+    sums: Vec<u32>,
+    permit: Permit,
+}
+
+impl Written {
+    fn finish(self, result: Result<()>) {
+        drop(self.permit);
+        self.owner.written(self.first_chunk, self.sums, result);
+    }
+}
+
+fn writer(shared: &Arc<Shared>) {
+    let mut queue = match Queue::builder().depth(QUEUE_DEPTH).arena(shared.arena.as_ref()).build() {
+        Ok(queue) => Some(queue),
+        Err(error) => {
+            tracing::error!(%error, "no queue for a writer thread: writing one run at a time");
+            None
+        }
+    };
+    let mut under_way: Vec<Option<Written>> = Vec::new();
+    let mut open = 0usize;
+    loop {
+        let run = {
+            let mut state = shared.lock();
+            loop {
+                if let Some(run) = state.queue.pop_front() {
+                    break Some(run);
+                }
+                if open > 0 {
+                    break None;
+                }
+                if state.stop {
+                    return;
+                }
+                state = match shared.work.wait(state) {
+                    Ok(state) => state,
+                    Err(poisoned) => poisoned.into_inner(),
+                };
+            }
+        };
+        if let Some(run) = run {
+            let sums = sums(&run);
+            let RunWrite { owner, first_chunk, device, offset, buffer, len, permit, .. } = run;
+            let written = Written { owner, first_chunk, sums, permit };
+            let Some(queue) = &mut queue else {
+                written.finish(device.write_at(offset, &buffer[..len]).map_err(Error::from));
+                continue;
+            };
+            let slot = under_way.iter().position(Option::is_none).unwrap_or_else(|| {
+                under_way.push(None);
+                under_way.len() - 1
+            });
+            let mut op = Op::write(device, offset, buffer);
+            op.range = 0..len;
+            op.tag = slot as u64;
+            match queue.push(op) {
+                Ok(()) => {
+                    under_way[slot] = Some(written);
+                    open += 1;
+                }
+                Err(refused) => {
+                    // Full cannot be: it is reaped below before. Anything else is the run's own fault.
+                    written.finish(Err(refused.error.into()));
+                }
+            }
+        }
+        let Some(queue) = &mut queue else { continue };
+        if open == 0 {
+            continue;
+        }
+        // Wait only when there is nothing to add, or no room for it.
+        let idle = shared.lock().queue.is_empty() || open as u32 >= QUEUE_DEPTH / 2;
+        let waited = queue.submit().and_then(|_| if idle { queue.wait(1) } else { Ok(()) });
+        queue.reap(|completion| {
+            let Some(written) = under_way.get_mut(completion.tag as usize).and_then(Option::take) else { return };
+            open -= 1;
+            drop(completion.op);
+            written.finish(completion.result.map(|_| ()).map_err(Error::from));
+        });
+        if let Err(error) = waited {
+            // The queue is of no more use: what is under way may or may not arrive, its buffers stay with it.
+            tracing::error!(%error, "a writer's queue failed");
+            for written in under_way.drain(..).flatten() {
+                written.finish(Err(Error::new(ErrorKind::Timeout, format!("a write did not come back: {error}"))));
+            }
+            open = 0;
+        }
+    }
+}
+
+fn sums(run: &RunWrite) -> Vec<u32> {
+    let bytes = &run.buffer[..run.len];
+    bytes
+        .chunks(run.chunk_size)
+        .enumerate()
+        .map(|(index, chunk)| {
+            let valid = run.valid.saturating_sub(index * run.chunk_size).min(chunk.len());
+            crc32fast::hash(&chunk[..valid])
+        })
+        .collect()
+}
