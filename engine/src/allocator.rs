@@ -117,7 +117,10 @@ impl ChunkAllocator {
                 }
                 return Err(Error::new(
                     ErrorKind::NoSpace,
-                    format!("{count} chunks asked for in at most {max_pieces} pieces; {} are free but scattered", self.free),
+                    format!(
+                        "{count} chunks asked for in at most {max_pieces} pieces; {} are free but scattered",
+                        self.free
+                    ),
                 ));
             };
             self.set(run);
@@ -190,7 +193,10 @@ impl ChunkAllocator {
     pub fn release_retired(&mut self, run: Run) -> Result<()> {
         self.check_bounds(run)?;
         if let Some(chunk) = (run.start..run.end()).find(|chunk| !self.is_retired(*chunk)) {
-            return Err(Error::new(ErrorKind::Corrupt, format!("chunk {chunk} is released after a commit, but was never retired")));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("chunk {chunk} is released after a commit, but was never retired"),
+            ));
         }
         for chunk in run.start..run.end() {
             self.retired[(chunk / 64) as usize] &= !(1 << (chunk % 64));
@@ -214,7 +220,10 @@ impl ChunkAllocator {
         if run.count == 0 || end.is_none_or(|end| end > self.chunks) {
             return Err(Error::new(
                 ErrorKind::Corrupt,
-                format!("extent of {} chunks at chunk {} lies outside the {} chunks of the data area", run.count, run.start, self.chunks),
+                format!(
+                    "extent of {} chunks at chunk {} lies outside the {} chunks of the data area",
+                    run.count, run.start, self.chunks
+                ),
             ));
         }
         Ok(())
@@ -301,7 +310,9 @@ impl ChunkAllocator {
         let start = at;
         let limit = to.min(start.saturating_add(enough));
         while at < limit {
-            if at.is_multiple_of(GROUP_CHUNKS) && self.group_free[(at / GROUP_CHUNKS) as usize] as u64 == GROUP_CHUNKS {
+            if at.is_multiple_of(GROUP_CHUNKS)
+                && self.group_free[(at / GROUP_CHUNKS) as usize] as u64 == GROUP_CHUNKS
+            {
                 at += GROUP_CHUNKS;
                 continue;
             }
@@ -327,7 +338,11 @@ mod tests {
         assert_eq!(a.alloc(64, 1).unwrap(), [Run { start: 0, count: 64 }]);
         assert_eq!(a.alloc(64, 1).unwrap(), [Run { start: 64, count: 64 }]);
         a.release(Run { start: 0, count: 64 }).unwrap();
-        assert_eq!(a.alloc(9_000, 1).unwrap(), [Run { start: 128, count: 9_000 }], "next fit passes the hole it left");
+        assert_eq!(
+            a.alloc(9_000, 1).unwrap(),
+            [Run { start: 128, count: 9_000 }],
+            "next fit passes the hole it left"
+        );
         assert_eq!(a.free(), 10_000 - 64 - 9_000);
     }
 
@@ -351,7 +366,11 @@ mod tests {
         let run = a.alloc(10, 1).unwrap()[0];
         a.retire(run).unwrap();
         assert_eq!((a.free(), a.retired()), (0, 10));
-        assert_eq!(a.release(run).unwrap_err().kind(), ErrorKind::Corrupt, "retired space is not freed by the short way");
+        assert_eq!(
+            a.release(run).unwrap_err().kind(),
+            ErrorKind::Corrupt,
+            "retired space is not freed by the short way"
+        );
         assert_eq!(a.retire(run).unwrap_err().kind(), ErrorKind::Corrupt, "retired twice");
         a.release_retired(run).unwrap();
         assert_eq!((a.free(), a.retired()), (10, 0));

@@ -153,7 +153,10 @@ impl Shared {
     /// Waits for a run to come back.
     fn wait<'a>(&'a self, state: Guard<'a>, deadline: Instant) -> Result<Guard<'a>> {
         let Some(left) = deadline.checked_duration_since(Instant::now()) else {
-            return Err(Error::new(ErrorKind::Timeout, format!("writes of node {} did not end in {} s", self.node, WAIT.as_secs())));
+            return Err(Error::new(
+                ErrorKind::Timeout,
+                format!("writes of node {} did not end in {} s", self.node, WAIT.as_secs()),
+            ));
         };
         Ok(match self.changed.wait_timeout(state, left) {
             Ok((state, _)) => state,
@@ -196,7 +199,9 @@ impl Shared {
         let len = filled * self.chunk;
         let used = Extent { len, ..extent };
         // Allocated for more than came. In place of fresh chunks the rest is still named by the layout.
-        if let Some(rest) = extent.cut(extent.logical + len..extent.logical_end()).filter(|rest| !state.names(rest)) {
+        if let Some(rest) =
+            extent.cut(extent.logical + len..extent.logical_end()).filter(|rest| !state.names(rest))
+        {
             if reserved {
                 state.reserved.insert(rest.logical, rest);
             } else {
@@ -261,14 +266,21 @@ impl Shared {
         if !reserved {
             // Not over what is reserved already further on.
             let until = state.reserved.range(logical..).next().map_or(u64::MAX, |(next, _)| *next);
-            let extents = self.io.stripes().allocate(self.node, &mut state.after, logical, want.min(until - logical))?;
+            let extents = self.io.stripes().allocate(
+                self.node,
+                &mut state.after,
+                logical,
+                want.min(until - logical),
+            )?;
             for extent in extents {
                 state.fresh.insert(&extent);
                 state.reserved.insert(extent.logical, extent);
             }
         }
         let extent = state.take_reserved(logical, want);
-        extent.map(|extent| (extent, reserved)).ok_or_else(|| Error::new(ErrorKind::Io, format!("no space at {logical} although it was allocated")))
+        extent.map(|extent| (extent, reserved)).ok_or_else(|| {
+            Error::new(ErrorKind::Io, format!("no space at {logical} although it was allocated"))
+        })
     }
 
     /// Reads a chunk that is neither dirty nor in flight, zeros beyond the size. Verified.
@@ -320,14 +332,21 @@ impl Shared {
         }
         // Look at what lies beyond: read the chunk past its size.
         let mut whole = Buffer::heap(self.chunk as usize)?;
-        let Some(extent) = state.layout.extent_at(logical).and_then(|extent| extent.cut(logical..logical + self.chunk)) else { return Ok(state) };
+        let Some(extent) =
+            state.layout.extent_at(logical).and_then(|extent| extent.cut(logical..logical + self.chunk))
+        else {
+            return Ok(state);
+        };
         self.io.stripes().device(&extent)?.read_at(extent.offset, &mut whole)?;
         let (kept, beyond) = whole.split_at((size - logical) as usize);
         let found = crc32fast::hash(kept);
         if found != state.layout.sum(chunk) {
             // Let the reader say it, with all names.
             self.load(&state, chunk, &mut vec![0; self.chunk as usize])?;
-            return Err(Error::new(ErrorKind::Corrupt, format!("node {}: chunk {chunk} fails its checksum", self.node)));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("node {}: chunk {chunk} fails its checksum", self.node),
+            ));
         }
         if beyond.iter().all(|byte| *byte == 0) {
             // Sum and size change together: readers come in between.
@@ -343,7 +362,14 @@ impl Shared {
 
     /// Copies `data` into runs at `offset`. Grows the size unless `grow` is false. Chunks that are partly covered are loaded.
     /// `done` tells how many bytes are in, also after an error.
-    fn put<'a>(self: &'a Arc<Self>, mut state: Guard<'a>, offset: u64, data: &[u8], grow: bool, done: &mut usize) -> Result<Guard<'a>> {
+    fn put<'a>(
+        self: &'a Arc<Self>,
+        mut state: Guard<'a>,
+        offset: u64,
+        data: &[u8],
+        grow: bool,
+        done: &mut usize,
+    ) -> Result<Guard<'a>> {
         let end = offset + data.len() as u64;
         let mut at = offset;
         let sequential = state.last_end == offset;
@@ -355,7 +381,8 @@ impl Shared {
                 continue;
             }
             let piece_end = end.min((chunk + 1) * self.chunk);
-            let whole = at == chunk * self.chunk && (piece_end == (chunk + 1) * self.chunk || piece_end >= state.layout.size());
+            let whole = at == chunk * self.chunk
+                && (piece_end == (chunk + 1) * self.chunk || piece_end >= state.layout.size());
             let first = match state.run_of(chunk) {
                 Some(first) => first,
                 None => {
@@ -400,7 +427,12 @@ impl Shared {
     }
 
     /// The run that `chunk` may be appended to, or a new one for it. `None`: the lock was let go, look again.
-    fn open_run<'a>(self: &'a Arc<Self>, mut state: Guard<'a>, chunk: u64, write_end: u64) -> Result<(Guard<'a>, Option<u64>)> {
+    fn open_run<'a>(
+        self: &'a Arc<Self>,
+        mut state: Guard<'a>,
+        chunk: u64,
+        write_end: u64,
+    ) -> Result<(Guard<'a>, Option<u64>)> {
         if let Some(first) = state.run_ending_at(chunk) {
             return Ok((state, Some(first)));
         }
@@ -697,7 +729,8 @@ impl Shared {
             let stop = ((first + run.filled) * self.chunk).min(end);
             if start < stop {
                 let from = (start - first * self.chunk) as usize;
-                buf[(start - offset) as usize..(stop - offset) as usize].copy_from_slice(&run.buffer[from..from + (stop - start) as usize]);
+                buf[(start - offset) as usize..(stop - offset) as usize]
+                    .copy_from_slice(&run.buffer[from..from + (stop - start) as usize]);
             }
         }
         Ok(buf.len())
@@ -713,7 +746,10 @@ impl State {
     }
 
     fn in_flight_within(&self, chunks: &Range<u64>) -> bool {
-        self.in_flight.range(..chunks.end).next_back().is_some_and(|(first, run)| first + run.chunks > chunks.start)
+        self.in_flight
+            .range(..chunks.end)
+            .next_back()
+            .is_some_and(|(first, run)| first + run.chunks > chunks.start)
     }
 
     /// First chunks of the runs that touch `chunks`.
@@ -724,7 +760,10 @@ impl State {
     fn runs_within(&self, chunks: &Range<u64>) -> impl Iterator<Item = (u64, &Run)> {
         let start = self.dirty.range(..=chunks.start).next_back().map_or(chunks.start, |(first, _)| *first);
         let wanted = chunks.clone();
-        self.dirty.range(start..chunks.end.max(start)).map(|(first, run)| (*first, run)).filter(move |(first, run)| first + run.filled > wanted.start)
+        self.dirty
+            .range(start..chunks.end.max(start))
+            .map(|(first, run)| (*first, run))
+            .filter(move |(first, run)| first + run.filled > wanted.start)
     }
 
     /// The parts of `range` that no run has gathered.
@@ -745,7 +784,11 @@ impl State {
 
     /// The run that has gathered `chunk`.
     fn run_of(&self, chunk: u64) -> Option<u64> {
-        self.dirty.range(..=chunk).next_back().filter(|(first, run)| *first + run.filled > chunk).map(|(first, _)| *first)
+        self.dirty
+            .range(..=chunk)
+            .next_back()
+            .filter(|(first, run)| *first + run.filled > chunk)
+            .map(|(first, _)| *first)
     }
 
     /// The run that would take `chunk` next, with room for it.
@@ -767,7 +810,9 @@ impl State {
         let (&start, &extent) = self.reserved.range(..=logical).next_back()?;
         let taken = extent.cut(logical..logical.saturating_add(want))?;
         self.reserved.remove(&start);
-        for rest in [extent.cut(0..taken.logical), extent.cut(taken.logical_end()..u64::MAX)].into_iter().flatten() {
+        for rest in
+            [extent.cut(0..taken.logical), extent.cut(taken.logical_end()..u64::MAX)].into_iter().flatten()
+        {
             self.reserved.insert(rest.logical, rest);
         }
         Some(taken)
@@ -790,7 +835,9 @@ impl State {
         let chunk = self.layout.chunk_size() as u64;
         self.layout.lookup(logical, len).into_iter().find_map(|piece| {
             let Piece::Data(extent) = piece else { return None };
-            (0..extent.len / chunk).map(|index| extent.logical + index * chunk).find(|at| self.fresh_at(*at).is_some())
+            (0..extent.len / chunk)
+                .map(|index| extent.logical + index * chunk)
+                .find(|at| self.fresh_at(*at).is_some())
         })
     }
 
@@ -827,7 +874,9 @@ impl State {
 
 /// Whether the two put the same byte of the region at the same place.
 fn same_place(a: &Extent, b: &Extent) -> bool {
-    a.member == b.member && a.file == b.file && a.offset.wrapping_sub(a.logical) == b.offset.wrapping_sub(b.logical)
+    a.member == b.member
+        && a.file == b.file
+        && a.offset.wrapping_sub(a.logical) == b.offset.wrapping_sub(b.logical)
 }
 
 impl RunOwner for Shared {
@@ -867,7 +916,8 @@ impl Content for ExtentDraft {
 
     fn allocated(&self) -> u64 {
         let state = self.shared.lock();
-        let gathered: u64 = state.dirty.values().filter(|run| !state.names(&run.extent)).map(|run| run.extent.len).sum();
+        let gathered: u64 =
+            state.dirty.values().filter(|run| !state.names(&run.extent)).map(|run| run.extent.len).sum();
         state.layout.allocated() + state.reserved.values().map(|extent| extent.len).sum::<u64>() + gathered
     }
 
@@ -899,7 +949,10 @@ impl Content for ExtentDraft {
 impl Draft for ExtentDraft {
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<usize> {
         if offset.checked_add(data.len() as u64).is_none_or(|end| end > i64::MAX as u64) {
-            return Err(Error::new(ErrorKind::TooLarge, format!("{} bytes at {offset} end beyond 2^63", data.len())));
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!("{} bytes at {offset} end beyond 2^63", data.len()),
+            ));
         }
         self.shared.write(offset, data)
     }

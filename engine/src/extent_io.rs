@@ -41,7 +41,10 @@ type Reclaim = Box<dyn Fn() -> Result<bool> + Send + Sync>;
 
 impl fmt::Debug for ExtentIo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ExtentIo").field("stripes", &self.stripes).field("reader", &self.reader).finish_non_exhaustive()
+        f.debug_struct("ExtentIo")
+            .field("stripes", &self.stripes)
+            .field("reader", &self.reader)
+            .finish_non_exhaustive()
     }
 }
 
@@ -50,7 +53,11 @@ impl ExtentIo {
     pub fn new(members: Vec<Arc<dyn Member>>, options: &ExtentIoOptions) -> Result<Arc<ExtentIo>> {
         let threads = members.len().clamp(2, 4);
         let stripes = Arc::new(Stripes::new(members, options.chunk_size, options.stripe_unit)?);
-        let tier = RamTier::new(&RamTierOptions { budget_bytes: options.ram_bytes, chunk_bytes: options.chunk_size, huge: true })?;
+        let tier = RamTier::new(&RamTierOptions {
+            budget_bytes: options.ram_bytes,
+            chunk_bytes: options.chunk_size,
+            huge: true,
+        })?;
         // A quarter of the tier may be dirty; without a tier, a little heap.
         let dirty = (tier.budget_bytes() / 4).clamp(8 << 20, 256 << 20).max(2 * options.chunk_size as usize);
         let writes = WriteBehind::new(threads, dirty, tier.arena())?;
@@ -103,7 +110,9 @@ pub fn seek(layout: &Layout, offset: u64, what: Seek) -> Result<u64> {
         Seek::Data => layout.next_data(offset).filter(|at| *at < size),
         Seek::Hole => Some(layout.next_hole(offset).min(size)),
     };
-    found.ok_or_else(|| Error::new(ErrorKind::OutOfRange, format!("no {what:?} at or after {offset} of {size} bytes")))
+    found.ok_or_else(|| {
+        Error::new(ErrorKind::OutOfRange, format!("no {what:?} at or after {offset} of {size} bytes"))
+    })
 }
 
 /// Streams that are watched for being sequential, per content.
@@ -161,7 +170,9 @@ impl ExtentContent {
             *clock += 1;
             // Reads of one stream may arrive a little out of order, from several threads.
             let slack = 2 * (len as u64).max(128 << 10);
-            let known = streams.iter_mut().find(|stream| stream.used > 0 && offset + slack >= stream.end && offset <= stream.end + slack);
+            let known = streams.iter_mut().find(|stream| {
+                stream.used > 0 && offset + slack >= stream.end && offset <= stream.end + slack
+            });
             match known {
                 Some(stream) => {
                     stream.used = *clock;

@@ -45,12 +45,20 @@ impl Extent {
     pub fn cut(&self, range: Range<u64>) -> Option<Extent> {
         let start = self.logical.max(range.start);
         let end = self.logical_end().min(range.end);
-        (start < end).then(|| Extent { logical: start, offset: self.offset + (start - self.logical), len: end - start, ..*self })
+        (start < end).then(|| Extent {
+            logical: start,
+            offset: self.offset + (start - self.logical),
+            len: end - start,
+            ..*self
+        })
     }
 
     /// Whether `next` goes on where this ends, both in the region and on the member.
     fn continues(&self, next: &Extent) -> bool {
-        self.member == next.member && self.file == next.file && self.logical_end() == next.logical && self.offset + self.len == next.offset
+        self.member == next.member
+            && self.file == next.file
+            && self.logical_end() == next.logical
+            && self.offset + self.len == next.offset
     }
 }
 
@@ -136,7 +144,13 @@ impl Layout {
     /// The same content with the extents of `range` only; sums are shared, not copied.
     pub(crate) fn part(&self, range: Range<u64>) -> Layout {
         let extents = self.overlapping(range).map(|extent| (extent.logical, extent)).collect();
-        Layout { size: self.size, generation: self.generation, chunk_size: self.chunk_size, extents, sums: self.sums.clone() }
+        Layout {
+            size: self.size,
+            generation: self.generation,
+            chunk_size: self.chunk_size,
+            extents,
+            sums: self.sums.clone(),
+        }
     }
 
     /// All extents by logical offset.
@@ -158,7 +172,8 @@ impl Layout {
     pub fn single_file(&self) -> Option<(u16, u64)> {
         let mut extents = self.extents.values();
         let first = extents.next()?;
-        let whole = first.logical == 0 && first.offset == 0 && first.len >= self.size && extents.next().is_none();
+        let whole =
+            first.logical == 0 && first.offset == 0 && first.len >= self.size && extents.next().is_none();
         whole.then_some((first.member, first.file))
     }
 
@@ -182,7 +197,11 @@ impl Layout {
 
     /// The extent that holds the byte at `offset`, whole.
     pub fn extent_at(&self, offset: u64) -> Option<Extent> {
-        self.extents.range(..=offset).next_back().map(|(_, extent)| *extent).filter(|extent| extent.logical_end() > offset)
+        self.extents
+            .range(..=offset)
+            .next_back()
+            .map(|(_, extent)| *extent)
+            .filter(|extent| extent.logical_end() > offset)
     }
 
     /// First byte at or after `offset` that is stored.
@@ -204,9 +223,12 @@ impl Layout {
 
     /// The extents within `range`, cut to it.
     fn overlapping(&self, range: Range<u64>) -> impl Iterator<Item = Extent> {
-        let first = self.extents.range(..=range.start).next_back().map_or(range.start, |(logical, _)| *logical);
+        let first =
+            self.extents.range(..=range.start).next_back().map_or(range.start, |(logical, _)| *logical);
         let range_end = range.end;
-        self.extents.range(first..range_end.max(first)).filter_map(move |(_, extent)| extent.cut(range.clone()))
+        self.extents
+            .range(first..range_end.max(first))
+            .filter_map(move |(_, extent)| extent.cut(range.clone()))
     }
 
     /// Puts an extent in, over whatever was there. Returns what it displaced. Sums are set by the caller.
@@ -301,9 +323,15 @@ impl Layout {
     pub fn validate(&self, members: u16) -> Result<()> {
         let mut at = 0;
         for extent in self.extents.values() {
-            let fits = extent.len > 0 && extent.logical >= at && extent.logical.checked_add(extent.len).is_some() && extent.offset.checked_add(extent.len).is_some();
+            let fits = extent.len > 0
+                && extent.logical >= at
+                && extent.logical.checked_add(extent.len).is_some()
+                && extent.offset.checked_add(extent.len).is_some();
             if !fits || extent.member >= members {
-                return Err(Error::new(ErrorKind::Corrupt, format!("layout holds an impossible extent: {extent:?}")));
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("layout holds an impossible extent: {extent:?}"),
+                ));
             }
             at = extent.logical_end();
         }

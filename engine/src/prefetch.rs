@@ -210,14 +210,34 @@ impl Prefetcher {
     }
 
     /// Brings ranges (offset, length) of committed content into the RAM tier, in this order.
-    pub fn extents(&self, node: NodeId, layout: &Arc<Layout>, ranges: &[(u64, u64)], priority: Priority, deadline: Option<Instant>) -> PrefetchTicket {
+    pub fn extents(
+        &self,
+        node: NodeId,
+        layout: &Arc<Layout>,
+        ranges: &[(u64, u64)],
+        priority: Priority,
+        deadline: Option<Instant>,
+    ) -> PrefetchTicket {
         let size = layout.size();
         let budget = self.shared.reader.as_ref().map_or(0, |reader| reader.tier().budget_bytes() as u64);
-        self.start(What::Extents { node, layout: layout.clone() }, ranges, size, budget / 4 * 3, priority, deadline)
+        self.start(
+            What::Extents { node, layout: layout.clone() },
+            ranges,
+            size,
+            budget / 4 * 3,
+            priority,
+            deadline,
+        )
     }
 
     /// Brings ranges (offset, length) of a file into the page cache, in this order.
-    pub fn file(&self, file: &Arc<File>, ranges: &[(u64, u64)], priority: Priority, deadline: Option<Instant>) -> PrefetchTicket {
+    pub fn file(
+        &self,
+        file: &Arc<File>,
+        ranges: &[(u64, u64)],
+        priority: Priority,
+        deadline: Option<Instant>,
+    ) -> PrefetchTicket {
         let size = file.metadata().map_or(0, |meta| meta.len());
         self.start(What::File(file.clone()), ranges, size, u64::MAX, priority, deadline)
     }
@@ -225,11 +245,20 @@ impl Prefetcher {
     /// As [`extents`](Self::extents), for a sequential reader: at once, without a ticket, dropped when too many wait.
     pub(crate) fn read_ahead(&self, node: NodeId, layout: &Arc<Layout>, range: Range<u64>) {
         if lock(&self.shared.jobs).heap.len() < READ_AHEAD_JOBS {
-            self.extents(node, layout, &[(range.start, range.end - range.start)], Priority::High, None).detach();
+            self.extents(node, layout, &[(range.start, range.end - range.start)], Priority::High, None)
+                .detach();
         }
     }
 
-    fn start(&self, what: What, ranges: &[(u64, u64)], size: u64, allowance: u64, priority: Priority, deadline: Option<Instant>) -> PrefetchTicket {
+    fn start(
+        &self,
+        what: What,
+        ranges: &[(u64, u64)],
+        size: u64,
+        allowance: u64,
+        priority: Priority,
+        deadline: Option<Instant>,
+    ) -> PrefetchTicket {
         let ranges: VecDeque<_> = ranges
             .iter()
             .map(|(offset, len)| (*offset).min(size)..offset.saturating_add(*len).min(size))
@@ -293,7 +322,8 @@ fn worker(shared: &Shared) {
         let job = queued.job.clone();
         let unit = {
             let mut state = lock(&job.state);
-            if job.cancelled.load(Relaxed) || job.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            if job.cancelled.load(Relaxed) || job.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+            {
                 state.ranges.clear();
             }
             let unit = state.next_unit();
@@ -333,7 +363,8 @@ fn fetch(shared: &Shared, what: &What, unit: Range<u64>) -> Result<()> {
         },
         What::File(file) => {
             let len = std::num::NonZeroU64::new(unit.end - unit.start);
-            rustix::fs::fadvise(&**file, unit.start, len, rustix::fs::Advice::WillNeed).map_err(|e| Error::io("posix_fadvise", e.into()))
+            rustix::fs::fadvise(&**file, unit.start, len, rustix::fs::Advice::WillNeed)
+                .map_err(|e| Error::io("posix_fadvise", e.into()))
         }
     }
 }

@@ -48,7 +48,9 @@ pub struct FrameKey {
 impl FrameKey {
     /// splitmix64 over the three numbers: picks the shard and marks ghosts.
     fn mix(&self) -> u64 {
-        let mut x = self.node.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ self.generation.rotate_left(32) ^ self.frame.wrapping_mul(0xd1b5_4a32_d192_ed03);
+        let mut x = self.node.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            ^ self.generation.rotate_left(32)
+            ^ self.frame.wrapping_mul(0xd1b5_4a32_d192_ed03);
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         x ^ (x >> 31)
@@ -352,7 +354,10 @@ impl RamTier {
     pub fn claim_missing(self: &Arc<Self>, key: FrameKey, wanted: Range<u32>) -> Vec<FillTicket> {
         let mut parts = Vec::new();
         self.claim_inner(key, wanted, &mut parts, false);
-        parts.into_iter().filter_map(|part| if let Part::Fill(ticket) = part { Some(ticket) } else { None }).collect()
+        parts
+            .into_iter()
+            .filter_map(|part| if let Part::Fill(ticket) = part { Some(ticket) } else { None })
+            .collect()
     }
 
     fn claim_inner(self: &Arc<Self>, key: FrameKey, wanted: Range<u32>, parts: &mut Vec<Part>, asked: bool) {
@@ -390,7 +395,11 @@ impl RamTier {
                 .chain(frame.fills.iter().map(|fill| next(fill.chunks.start)))
                 .fold(wanted.end, u32::min);
             misses += (end - at) as u64;
-            let fill = Arc::new(Fill { chunks: at..end, state: Mutex::new(FillState::Pending), changed: Condvar::new() });
+            let fill = Arc::new(Fill {
+                chunks: at..end,
+                state: Mutex::new(FillState::Pending),
+                changed: Condvar::new(),
+            });
             frame.fills.push(fill.clone());
             parts.push(Part::Fill(FillTicket { tier: self.clone(), key, fill, done: false }));
             at = end;
@@ -423,7 +432,12 @@ impl RamTier {
         }
         for shard in &self.shards {
             let mut shard = lock(shard);
-            let keys: Vec<_> = shard.frames.keys().filter(|key| key.node == node && key.generation == generation).copied().collect();
+            let keys: Vec<_> = shard
+                .frames
+                .keys()
+                .filter(|key| key.node == node && key.generation == generation)
+                .copied()
+                .collect();
             for key in keys {
                 self.remove(&mut shard, &key);
             }
@@ -485,7 +499,8 @@ impl RamTier {
         let mut looks = 5 * (shard.small.len() + shard.main.len());
         while looks > 0 {
             looks -= 1;
-            let from_small = !shard.small.is_empty() && (shard.main.is_empty() || shard.small_bytes * 9 > shard.main_bytes);
+            let from_small = !shard.small.is_empty()
+                && (shard.main.is_empty() || shard.small_bytes * 9 > shard.main_bytes);
             let popped = if from_small { shard.small.pop_front() } else { shard.main.pop_front() };
             let Some((key, stay)) = popped else { return 0 };
             let Some(frame) = shard.frames.get_mut(&key).filter(|frame| frame.stay == stay) else { continue };

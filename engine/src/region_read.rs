@@ -81,7 +81,14 @@ enum Held {
 impl RegionReader {
     /// Reads from `stripes` through `tier`. Without `verify` sums are not looked at (scrubbing does).
     pub fn new(stripes: Arc<Stripes>, tier: Arc<RamTier>, verify: bool) -> RegionReader {
-        RegionReader { stripes, tier, verify, read_bytes: AtomicU64::new(0), verified_chunks: AtomicU64::new(0), corrupt_chunks: AtomicU64::new(0) }
+        RegionReader {
+            stripes,
+            tier,
+            verify,
+            read_bytes: AtomicU64::new(0),
+            verified_chunks: AtomicU64::new(0),
+            corrupt_chunks: AtomicU64::new(0),
+        }
     }
 
     /// The RAM tier.
@@ -112,7 +119,9 @@ impl RegionReader {
             self.fetch(source, at..window_end, &mut |logical, held| {
                 let start = (logical - offset) as usize;
                 match held {
-                    Held::Page(page, range) => buf[start..start + range.len()].copy_from_slice(&page.bytes()[range]),
+                    Held::Page(page, range) => {
+                        buf[start..start + range.len()].copy_from_slice(&page.bytes()[range])
+                    }
                     Held::Zeros(len) => buf[start..start + len].fill(0),
                 }
             })?;
@@ -122,7 +131,13 @@ impl RegionReader {
     }
 
     /// Lends `len` bytes from `offset`, as far as the region goes, to `f` without a copy: slices in order. Returns the bytes lent.
-    pub fn read_with(&self, source: Source<'_>, offset: u64, len: usize, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
+    pub fn read_with(
+        &self,
+        source: Source<'_>,
+        offset: u64,
+        len: usize,
+        f: &mut dyn FnMut(&[&[u8]]),
+    ) -> Result<usize> {
         let end = source.layout.size().min(offset.saturating_add(len as u64));
         if offset >= end {
             f(&[]);
@@ -166,7 +181,12 @@ impl RegionReader {
     }
 
     /// Reads chunks past the RAM tier, verified: for content that has no generation yet. `sink` gets them in any order.
-    pub(crate) fn read_uncached(&self, source: Source<'_>, range: Range<u64>, sink: &mut dyn FnMut(u64, &[u8])) -> Result<()> {
+    pub(crate) fn read_uncached(
+        &self,
+        source: Source<'_>,
+        range: Range<u64>,
+        sink: &mut dyn FnMut(u64, &[u8]),
+    ) -> Result<()> {
         let chunk = source.layout.chunk_size() as u64;
         let range = range.start / chunk * chunk..range.end.next_multiple_of(chunk);
         let mut misses = Vec::new();
@@ -188,7 +208,12 @@ impl RegionReader {
     }
 
     /// Calls `f` for every run of stored chunks within one frame that `range` touches.
-    fn for_frames(&self, source: Source<'_>, range: &Range<u64>, mut f: impl FnMut(FrameKey, Range<u32>, Extent)) {
+    fn for_frames(
+        &self,
+        source: Source<'_>,
+        range: &Range<u64>,
+        mut f: impl FnMut(FrameKey, Range<u32>, Extent),
+    ) {
         let chunk = source.layout.chunk_size() as u64;
         let frame = self.tier.frame_bytes() as u64;
         let start = range.start / chunk * chunk;
@@ -202,7 +227,8 @@ impl RegionReader {
             while at < extent.logical_end() {
                 let frame_start = at / frame * frame;
                 let cut_end = extent.logical_end().min(frame_start + frame);
-                let key = FrameKey { node: source.node, generation: source.layout.generation(), frame: at / frame };
+                let key =
+                    FrameKey { node: source.node, generation: source.layout.generation(), frame: at / frame };
                 let chunks = ((at - frame_start) / chunk) as u32..((cut_end - frame_start) / chunk) as u32;
                 if let Some(cut) = extent.cut(at..cut_end) {
                     f(key, chunks, cut);
@@ -237,7 +263,10 @@ impl RegionReader {
             let end = part.end.min(range.end);
             if start < end {
                 let page_start = self.logical_range(source, key, page.chunks()).start;
-                sink(start, Held::Page(page.clone(), (start - page_start) as usize..(end - page_start) as usize));
+                sink(
+                    start,
+                    Held::Page(page.clone(), (start - page_start) as usize..(end - page_start) as usize),
+                );
             }
         };
         let mut misses = Vec::new();
@@ -247,7 +276,9 @@ impl RegionReader {
             self.tier.claim(key, chunks, &mut parts);
             for part in parts.drain(..) {
                 match part {
-                    Part::Hit { chunks, page } => give(&page, key, self.logical_range(source, key, chunks), sink),
+                    Part::Hit { chunks, page } => {
+                        give(&page, key, self.logical_range(source, key, chunks), sink)
+                    }
                     Part::Fill(ticket) => misses.extend(self.miss(source, ticket, &extent)),
                     Part::Wait { chunks, fill } => waits.push((key, chunks, extent, fill)),
                 }
@@ -273,13 +304,22 @@ impl RegionReader {
                     continue;
                 }
                 if Instant::now() >= deadline {
-                    return Err(Error::new(ErrorKind::Timeout, format!("waited {} s for another reader's read of node {}", WAIT.as_secs(), source.node)));
+                    return Err(Error::new(
+                        ErrorKind::Timeout,
+                        format!(
+                            "waited {} s for another reader's read of node {}",
+                            WAIT.as_secs(),
+                            source.node
+                        ),
+                    ));
                 }
                 // That reader failed: try ourselves, to learn why.
                 self.tier.claim(key, chunks, &mut parts);
                 for part in parts.drain(..) {
                     match part {
-                        Part::Hit { chunks, page } => give(&page, key, self.logical_range(source, key, chunks), sink),
+                        Part::Hit { chunks, page } => {
+                            give(&page, key, self.logical_range(source, key, chunks), sink)
+                        }
                         Part::Fill(ticket) => misses.extend(self.miss(source, ticket, &extent)),
                         Part::Wait { chunks, fill } => waits.push((key, chunks, extent, fill)),
                     }
@@ -335,7 +375,9 @@ impl RegionReader {
                         next += 1;
                         open += 1;
                     }
-                    Err(refused) if refused.error.kind() == nvme::ErrorKind::QueueFull && open > 0 => full = true,
+                    Err(refused) if refused.error.kind() == nvme::ErrorKind::QueueFull && open > 0 => {
+                        full = true
+                    }
                     Err(refused) => {
                         failed.get_or_insert(Error::from(refused.error));
                     }
@@ -380,7 +422,11 @@ impl RegionReader {
 
     fn op(&self, source: Source<'_>, tag: u64, extent: &Extent) -> Result<Op> {
         let device = self.stripes.device(extent)?;
-        let key = FrameKey { node: source.node, generation: source.layout.generation(), frame: extent.logical / self.tier.frame_bytes() as u64 };
+        let key = FrameKey {
+            node: source.node,
+            generation: source.layout.generation(),
+            frame: extent.logical / self.tier.frame_bytes() as u64,
+        };
         let buffer = self.tier.buffer(extent.len as usize, &key)?;
         let mut op = Op::read(device, extent.offset, buffer);
         op.tag = tag;

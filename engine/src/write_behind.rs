@@ -93,7 +93,13 @@ pub struct WriteBehind {
 impl WriteBehind {
     /// `threads` writers and at most `limit` dirty bytes. Buffers of `arena` are registered with their queues.
     pub fn new(threads: usize, limit: usize, arena: Option<&Arena>) -> Result<WriteBehind> {
-        let shared = Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), room: Condvar::new(), limit, arena: arena.cloned() });
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            work: Condvar::new(),
+            room: Condvar::new(),
+            limit,
+            arena: arena.cloned(),
+        });
         let mut writers = WriteBehind { shared: shared.clone(), threads: Vec::new() };
         for index in 0..threads.max(1) {
             let shared = shared.clone();
@@ -145,7 +151,14 @@ impl WriteBehind {
                 return Ok(());
             }
             if Instant::now() >= deadline {
-                return Err(Error::new(ErrorKind::Timeout, format!("{} bytes wait to be written, and none were in {} s", state.dirty, WAIT.as_secs())));
+                return Err(Error::new(
+                    ErrorKind::Timeout,
+                    format!(
+                        "{} bytes wait to be written, and none were in {} s",
+                        state.dirty,
+                        WAIT.as_secs()
+                    ),
+                ));
             }
             // A short nap: an owner that was busy is asked again.
             let _ = self.shared.room.wait_timeout(state, Duration::from_millis(50));
@@ -253,7 +266,9 @@ fn writer(shared: &Arc<Shared>) {
         let idle = shared.lock().queue.is_empty() || open as u32 >= QUEUE_DEPTH / 2;
         let waited = queue.submit().and_then(|_| if idle { queue.wait(1) } else { Ok(()) });
         queue.reap(|completion| {
-            let Some(written) = under_way.get_mut(completion.tag as usize).and_then(Option::take) else { return };
+            let Some(written) = under_way.get_mut(completion.tag as usize).and_then(Option::take) else {
+                return;
+            };
             open -= 1;
             drop(completion.op);
             written.finish(completion.result.map(|_| ()).map_err(Error::from));
@@ -262,7 +277,10 @@ fn writer(shared: &Arc<Shared>) {
             // The queue is of no more use: what is under way may or may not arrive, its buffers stay with it.
             tracing::error!(%error, "a writer's queue failed");
             for written in under_way.drain(..).flatten() {
-                written.finish(Err(Error::new(ErrorKind::Timeout, format!("a write did not come back: {error}"))));
+                written.finish(Err(Error::new(
+                    ErrorKind::Timeout,
+                    format!("a write did not come back: {error}"),
+                )));
             }
             open = 0;
         }

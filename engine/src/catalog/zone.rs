@@ -60,7 +60,12 @@ impl ZoneBackend {
     /// Makes an empty zone at `start`, `len` bytes long with its head. Overwrites what was there. Durable when it returns.
     pub fn create(device: Arc<dyn Device>, start: u64, len: u64) -> Result<ZoneBackend> {
         let capacity = capacity(&device, start, len)?;
-        let zone = ZoneBackend { device, start, capacity, state: Mutex::new(State { len: 0, sequence: 1, header_dirty: false, data_dirty: false }) };
+        let zone = ZoneBackend {
+            device,
+            start,
+            capacity,
+            state: Mutex::new(State { len: 0, sequence: 1, header_dirty: false, data_dirty: false }),
+        };
         // Both slots, so that a slot of an older zone here cannot come back.
         for sequence in [1, 2] {
             zone.write_header(sequence, 0).map_err(|e| zone.error(e, "writing the zone header"))?;
@@ -77,20 +82,43 @@ impl ZoneBackend {
         let mut newer_format = None;
         for slot in 0..2 {
             let mut bytes = [0u8; HEADER_BYTES];
-            device.read_at(start + slot * SLOT_BYTES, &mut bytes).map_err(|e| Error::from(e).context(format!("reading the catalog zone of {}", device.name())))?;
+            device.read_at(start + slot * SLOT_BYTES, &mut bytes).map_err(|e| {
+                Error::from(e).context(format!("reading the catalog zone of {}", device.name()))
+            })?;
             match decode(&bytes) {
                 Some(Header { version, .. }) if version > VERSION => newer_format = Some(version),
-                Some(Header { sequence, len, .. }) if len <= capacity && newest.is_none_or(|(known, _)| sequence > known) => newest = Some((sequence, len)),
+                Some(Header { sequence, len, .. })
+                    if len <= capacity && newest.is_none_or(|(known, _)| sequence > known) =>
+                {
+                    newest = Some((sequence, len))
+                }
                 _ => {}
             }
         }
         if let Some(version) = newer_format {
-            return Err(Error::new(ErrorKind::NewerFormat, format!("catalog zone of {} has version {version}, this program knows {VERSION}", device.name())));
+            return Err(Error::new(
+                ErrorKind::NewerFormat,
+                format!(
+                    "catalog zone of {} has version {version}, this program knows {VERSION}",
+                    device.name()
+                ),
+            ));
         }
         let Some((sequence, len)) = newest else {
-            return Err(Error::new(ErrorKind::Corrupt, format!("both headers of the catalog zone of {} (at byte {start}) are damaged", device.name())));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "both headers of the catalog zone of {} (at byte {start}) are damaged",
+                    device.name()
+                ),
+            ));
         };
-        Ok(ZoneBackend { device, start, capacity, state: Mutex::new(State { len, sequence, header_dirty: false, data_dirty: false }) })
+        Ok(ZoneBackend {
+            device,
+            start,
+            capacity,
+            state: Mutex::new(State { len, sequence, header_dirty: false, data_dirty: false }),
+        })
     }
 
     /// Most bytes that the database can have.
@@ -133,7 +161,11 @@ fn capacity(device: &Arc<dyn Device>, start: u64, len: u64) -> Result<u64> {
     if !inside || len <= ZONE_HEAD_BYTES || !start.is_multiple_of(SLOT_BYTES) {
         return Err(Error::new(
             ErrorKind::Corrupt,
-            format!("a catalog zone of {len} bytes at {start} does not fit the {} bytes of {}", device.len(), device.name()),
+            format!(
+                "a catalog zone of {len} bytes at {start} does not fit the {} bytes of {}",
+                device.len(),
+                device.name()
+            ),
         ));
     }
     Ok(len - ZONE_HEAD_BYTES)
@@ -178,7 +210,11 @@ impl StorageBackend for ZoneBackend {
         if len > self.capacity {
             return Err(io::Error::new(
                 io::ErrorKind::StorageFull,
-                format!("the catalog needs {len} bytes, its zone on {} has {}", self.device.name(), self.capacity),
+                format!(
+                    "the catalog needs {len} bytes, its zone on {} has {}",
+                    self.device.name(),
+                    self.capacity
+                ),
             ));
         }
         if len > state.len {
@@ -219,4 +255,3 @@ impl StorageBackend for ZoneBackend {
         written
     }
 }
-

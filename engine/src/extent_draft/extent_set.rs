@@ -33,7 +33,11 @@ impl ExtentSet {
         let mut at = extent.offset;
         let end = extent.offset + extent.len;
         while at < end {
-            let Some((start, len)) = self.covering_or_next(extent.member, extent.file, at).filter(|(start, _)| *start < end) else { break };
+            let Some((start, len)) =
+                self.covering_or_next(extent.member, extent.file, at).filter(|(start, _)| *start < end)
+            else {
+                break;
+            };
             let from = start.max(at);
             let to = (start + len).min(end);
             self.ranges.remove(&(extent.member, extent.file, start));
@@ -43,7 +47,12 @@ impl ExtentSet {
             if to < start + len {
                 self.ranges.insert((extent.member, extent.file, to), start + len - to);
             }
-            removed.push(Extent { logical: extent.logical + (from - extent.offset), offset: from, len: to - from, ..*extent });
+            removed.push(Extent {
+                logical: extent.logical + (from - extent.offset),
+                offset: from,
+                len: to - from,
+                ..*extent
+            });
             at = to;
         }
         removed
@@ -52,12 +61,16 @@ impl ExtentSet {
     /// The beginning of `extent` as far as it is in the set.
     pub fn starts(&self, extent: &Extent) -> Option<Extent> {
         let (start, len) = self.covering_or_next(extent.member, extent.file, extent.offset)?;
-        (start <= extent.offset).then(|| Extent { len: extent.len.min(start + len - extent.offset), ..*extent })
+        (start <= extent.offset)
+            .then(|| Extent { len: extent.len.min(start + len - extent.offset), ..*extent })
     }
 
     /// All of it; logical offsets mean nothing.
     pub fn extents(&self) -> Vec<Extent> {
-        self.ranges.iter().map(|(&(member, file, offset), &len)| Extent { logical: 0, member, file, offset, len }).collect()
+        self.ranges
+            .iter()
+            .map(|(&(member, file, offset), &len)| Extent { logical: 0, member, file, offset, len })
+            .collect()
     }
 
     /// The range that holds `at`, else the next one in the same file.

@@ -32,20 +32,35 @@ impl Random {
 }
 
 fn sims(count: u16, len: u64) -> (Vec<Arc<dyn Device>>, Vec<Arc<dyn Member>>) {
-    let devices: Vec<Arc<dyn Device>> = (0..count).map(|_| Arc::new(SimDevice::new(len, SimOptions::default()).unwrap()) as Arc<dyn Device>).collect();
+    let devices: Vec<Arc<dyn Device>> = (0..count)
+        .map(|_| Arc::new(SimDevice::new(len, SimOptions::default()).unwrap()) as Arc<dyn Device>)
+        .collect();
     let members = devices
         .iter()
         .enumerate()
         .map(|(index, device)| {
             let geometry = RawGeometry::plan(len, CHUNK, false).unwrap();
-            Arc::new(RawMember::new(index as u16, Path::new(&format!("sim{index}")), device.clone(), geometry, CHUNK).unwrap()) as Arc<dyn Member>
+            Arc::new(
+                RawMember::new(
+                    index as u16,
+                    Path::new(&format!("sim{index}")),
+                    device.clone(),
+                    geometry,
+                    CHUNK,
+                )
+                .unwrap(),
+            ) as Arc<dyn Member>
         })
         .collect();
     (devices, members)
 }
 
 fn io_of(members: Vec<Arc<dyn Member>>, ram_bytes: u64) -> Arc<ExtentIo> {
-    ExtentIo::new(members, &ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 256 << 10, ram_bytes, verify: true }).unwrap()
+    ExtentIo::new(
+        members,
+        &ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 256 << 10, ram_bytes, verify: true },
+    )
+    .unwrap()
 }
 
 fn free(io: &ExtentIo) -> u64 {
@@ -88,7 +103,12 @@ fn what_is_written_is_read_before_and_after_the_commit() {
     assert_eq!(draft.size(), data.len() as u64);
     assert!(read_all(&draft) == data);
     let layout = commit(&io, &draft, &empty());
-    assert_eq!(layout.extent_count(), 1, "a stream lies in one piece: {:?}", layout.extents().collect::<Vec<_>>());
+    assert_eq!(
+        layout.extent_count(),
+        1,
+        "a stream lies in one piece: {:?}",
+        layout.extents().collect::<Vec<_>>()
+    );
     let content = ExtentContent::new(&io, NODE, layout.clone());
     assert!(read_all(&content) == data);
     let mut pieces = Vec::new();
@@ -147,7 +167,10 @@ fn a_full_pool_says_so_at_the_write_and_loses_nothing() {
     let mut back = vec![0; data.len()];
     draft.read_at(data.len() as u64, &mut back).unwrap();
     assert!(back == data, "what was written before it was full is there");
-    assert_eq!(draft.allocate(0, written + 1, Allocate::Reserve { keep_size: true }).unwrap_err().kind(), ErrorKind::NoSpace);
+    assert_eq!(
+        draft.allocate(0, written + 1, Allocate::Reserve { keep_size: true }).unwrap_err().kind(),
+        ErrorKind::NoSpace
+    );
     drop(draft);
     assert_eq!(free(&io), rest);
     assert!(read_all(&ExtentContent::new(&io, 1, layout.clone())) == kept);
@@ -204,10 +227,18 @@ fn one_bad_byte_is_named_and_not_handed_out() {
             let error = content.read_at(offset, &mut buf).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt);
             let text = error.chain();
-            for part in ["node 42".to_owned(), format!("chunk {bad} "), format!("member {}", extent.member), format!("offset {}", at - 77)] {
+            for part in [
+                "node 42".to_owned(),
+                format!("chunk {bad} "),
+                format!("member {}", extent.member),
+                format!("offset {}", at - 77),
+            ] {
                 assert!(text.contains(&part), "{text:?} lacks {part:?}");
             }
-            assert_eq!(content.read_with(offset, 10, &mut |_| panic!("bad bytes were lent")).unwrap_err().kind(), ErrorKind::Corrupt);
+            assert_eq!(
+                content.read_with(offset, 10, &mut |_| panic!("bad bytes were lent")).unwrap_err().kind(),
+                ErrorKind::Corrupt
+            );
         }
         for chunk in [bad - 1, bad + 1] {
             let offset = (chunk * CHUNK as u64) as usize;
@@ -216,7 +247,11 @@ fn one_bad_byte_is_named_and_not_handed_out() {
         }
     }
     let next = ExtentDraft::new(&io, NODE, layout);
-    assert_eq!(next.write_at(bad * CHUNK as u64 + 5, b"x").unwrap_err().kind(), ErrorKind::Corrupt, "a partial overwrite does not launder it");
+    assert_eq!(
+        next.write_at(bad * CHUNK as u64 + 5, b"x").unwrap_err().kind(),
+        ErrorKind::Corrupt,
+        "a partial overwrite does not launder it"
+    );
     next.write_at(bad * CHUNK as u64, &data[..CHUNK as usize]).unwrap();
     assert!(io.reader().stats().corrupt_chunks >= 5);
 }
@@ -379,13 +414,19 @@ fn striped_directories_agree_with_a_vector() {
             .map(|index| {
                 let path = folder.path().join(index.to_string());
                 std::fs::create_dir(&path).unwrap();
-                let options = ExtentDirectoryOptions { index, chunk_size: CHUNK, quota: Some(64 << 20), read_only: false };
+                let options = ExtentDirectoryOptions {
+                    index,
+                    chunk_size: CHUNK,
+                    quota: Some(64 << 20),
+                    read_only: false,
+                };
                 Arc::new(ExtentDirectory::new(&path, &options).unwrap()) as Arc<dyn Member>
             })
             .collect();
         model(&io_of(members, 4 << 20), seed, 150, 2_000_000);
         for index in 0..2 {
-            let left = std::fs::read_dir(folder.path().join(index.to_string()).join("extents")).unwrap().count();
+            let left =
+                std::fs::read_dir(folder.path().join(index.to_string()).join("extents")).unwrap().count();
             assert_eq!(left, 0, "seed {seed}: files without extents are removed");
         }
     }

@@ -95,7 +95,13 @@ impl Layout {
         }
         let u64_at = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().unwrap_or_default());
         let u32_at = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap_or_default());
-        let mut layout = Layout { size: u64_at(0), generation: u64_at(8), chunk_size: u32_at(16), extents: BTreeMap::new(), sums: Vec::new() };
+        let mut layout = Layout {
+            size: u64_at(0),
+            generation: u64_at(8),
+            chunk_size: u32_at(16),
+            extents: BTreeMap::new(),
+            sums: Vec::new(),
+        };
         if !layout.chunk_size.is_power_of_two() {
             return Err(corrupt(format!("layout has a chunk size of {}", layout.chunk_size)));
         }
@@ -105,23 +111,34 @@ impl Layout {
             let body = need(EXTENTS_KEY + index as u32, EXTENTS)?;
             let mut body = body.as_slice();
             while !body.is_empty() {
-                let mut next = || varint(&mut body).ok_or_else(|| corrupt("layout extents end in the middle"));
+                let mut next =
+                    || varint(&mut body).ok_or_else(|| corrupt("layout extents end in the middle"));
                 let (gap, len, member, file, offset) = (next()?, next()?, next()?, next()?, next()?);
                 let logical = at.checked_add(gap).ok_or_else(|| corrupt("extent beyond 2^64"))?;
-                let member = u16::try_from(member).map_err(|_| corrupt(format!("extent on member {member}")))?;
-                at = logical.checked_add(len).filter(|_| len > 0).ok_or_else(|| corrupt("extent of impossible length"))?;
+                let member =
+                    u16::try_from(member).map_err(|_| corrupt(format!("extent on member {member}")))?;
+                at = logical
+                    .checked_add(len)
+                    .filter(|_| len > 0)
+                    .ok_or_else(|| corrupt("extent of impossible length"))?;
                 layout.extents.insert(logical, Extent { logical, member, file, offset, len });
             }
         }
         if layout.extents.len() != extents {
-            return Err(corrupt(format!("layout has {} extents, its head says {extents}", layout.extents.len())));
+            return Err(corrupt(format!(
+                "layout has {} extents, its head says {extents}",
+                layout.extents.len()
+            )));
         }
         for index in 0..segments {
             let body = need(SUMS_KEY + index, SUMS)?;
             if body.len() % 4 != 0 || body.len() as u64 / 4 > SEGMENT_CHUNKS {
                 return Err(corrupt(format!("layout sums have {} bytes", body.len())));
             }
-            let sums = body.chunks_exact(4).map(|sum| u32::from_le_bytes(sum.try_into().unwrap_or_default())).collect();
+            let sums = body
+                .chunks_exact(4)
+                .map(|sum| u32::from_le_bytes(sum.try_into().unwrap_or_default()))
+                .collect();
             layout.sums.push(Arc::new(sums));
         }
         Ok(layout)
@@ -165,7 +182,10 @@ fn open(key: u32, part: u8, mut value: Vec<u8>) -> Result<Vec<u8>> {
         return Err(corrupt(format!("layout record {key:#x} fails its checksum")));
     }
     if bytes[0] > VERSION {
-        return Err(Error::new(ErrorKind::NewerFormat, format!("layout record {key:#x} has version {}, this program knows {VERSION}", bytes[0])));
+        return Err(Error::new(
+            ErrorKind::NewerFormat,
+            format!("layout record {key:#x} has version {}, this program knows {VERSION}", bytes[0]),
+        ));
     }
     if bytes[1] != part {
         return Err(corrupt(format!("layout record {key:#x} is of part {}, not {part}", bytes[1])));

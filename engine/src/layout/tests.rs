@@ -24,7 +24,10 @@ fn neighbours_merge_and_replacements_split() {
     assert_eq!(layout.extents().collect::<Vec<_>>(), [&extent(0, 0, 10, 6)]);
     let displaced = layout.replace(extent(1, 1, 0, 2));
     assert_eq!(displaced, [extent(1, 0, 11, 2)]);
-    assert_eq!(layout.extents().collect::<Vec<_>>(), [&extent(0, 0, 10, 1), &extent(1, 1, 0, 2), &extent(3, 0, 13, 3)]);
+    assert_eq!(
+        layout.extents().collect::<Vec<_>>(),
+        [&extent(0, 0, 10, 1), &extent(1, 1, 0, 2), &extent(3, 0, 13, 3)]
+    );
     assert_eq!(layout.allocated(), 6 * CHUNK);
     assert_eq!(layout.lookup(CHUNK / 2, CHUNK).len(), 2);
 }
@@ -36,7 +39,11 @@ fn lookup_names_holes() {
     let pieces = layout.lookup(0, 5 * CHUNK);
     assert_eq!(
         pieces,
-        [Piece::Hole { logical: 0, len: 2 * CHUNK }, Piece::Data(extent(2, 0, 0, 1)), Piece::Hole { logical: 3 * CHUNK, len: 2 * CHUNK }]
+        [
+            Piece::Hole { logical: 0, len: 2 * CHUNK },
+            Piece::Data(extent(2, 0, 0, 1)),
+            Piece::Hole { logical: 3 * CHUNK, len: 2 * CHUNK }
+        ]
     );
     assert_eq!(layout.next_data(0), Some(2 * CHUNK));
     assert_eq!(layout.next_data(3 * CHUNK), None);
@@ -108,7 +115,10 @@ fn damaged_records_are_refused() {
         for len in 0..value.len() {
             let mut map: BTreeMap<_, _> = records.iter().cloned().collect();
             map.get_mut(key).unwrap().truncate(len);
-            assert!(Layout::from_records(|key| Ok(map.get(&key).cloned())).is_err(), "record {index} cut to {len}");
+            assert!(
+                Layout::from_records(|key| Ok(map.get(&key).cloned())).is_err(),
+                "record {index} cut to {len}"
+            );
         }
         let mut map: BTreeMap<_, _> = records.iter().cloned().collect();
         map.remove(key);

@@ -72,9 +72,15 @@ impl ExtentDirectory {
     pub fn new(member: &Path, options: &ExtentDirectoryOptions) -> Result<ExtentDirectory> {
         let directory = member.join(DIRECTORY);
         if !options.read_only {
-            fs::create_dir_all(&directory).map_err(|e| Error::io(format!("making {}", directory.display()), e))?;
+            fs::create_dir_all(&directory)
+                .map_err(|e| Error::io(format!("making {}", directory.display()), e))?;
         }
-        Ok(ExtentDirectory { member: member.to_owned(), directory, options: options.clone(), state: Mutex::default() })
+        Ok(ExtentDirectory {
+            member: member.to_owned(),
+            directory,
+            options: options.clone(),
+            state: Mutex::default(),
+        })
     }
 
     /// The path of a file.
@@ -110,7 +116,8 @@ impl ExtentDirectory {
         let device = match FileDevice::from_file(opened, name.clone(), true) {
             Ok(device) => device,
             Err(refused) => {
-                let again = OpenOptions::new().read(true).write(!self.options.read_only).open(self.file_path(file));
+                let again =
+                    OpenOptions::new().read(true).write(!self.options.read_only).open(self.file_path(file));
                 let again = again.map_err(|e| Error::io(format!("opening {name}"), e))?;
                 tracing::debug!(file = name, reason = %refused, "no O_DIRECT here");
                 FileDevice::from_file(again, name, false)?
@@ -143,8 +150,15 @@ impl ExtentDirectory {
     fn free_one(&self, state: &mut State, extent: &Extent) -> Result<()> {
         let path = self.file_path(extent.file);
         let end = extent.offset.checked_add(extent.len);
-        let Some(entry) = state.files.get_mut(&extent.file).filter(|entry| entry.live >= extent.len && end.is_some_and(|end| end <= entry.end)) else {
-            return Err(Error::new(ErrorKind::Corrupt, format!("{}: {extent:?} is freed, but not in use", path.display())));
+        let Some(entry) = state
+            .files
+            .get_mut(&extent.file)
+            .filter(|entry| entry.live >= extent.len && end.is_some_and(|end| end <= entry.end))
+        else {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{}: {extent:?} is freed, but not in use", path.display()),
+            ));
         };
         entry.live -= extent.len;
         state.used -= extent.len;
@@ -155,8 +169,18 @@ impl ExtentDirectory {
             return fs::remove_file(&path).map_err(|e| Error::io(format!("removing {}", path.display()), e));
         }
         let device = self.open_file(state, extent.file)?;
-        rustix::fs::fallocate(device.file(), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, extent.offset, extent.len)
-            .map_err(|e| Error::io(format!("punching {} bytes at {} out of {}", extent.len, extent.offset, path.display()), e.into()))
+        rustix::fs::fallocate(
+            device.file(),
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            extent.offset,
+            extent.len,
+        )
+        .map_err(|e| {
+            Error::io(
+                format!("punching {} bytes at {} out of {}", extent.len, extent.offset, path.display()),
+                e.into(),
+            )
+        })
     }
 
     fn file_system_free(&self) -> u64 {
@@ -195,7 +219,10 @@ impl Member for ExtentDirectory {
 
     fn allocate(&self, len: u64, hint: &Hint) -> Result<Vec<Extent>> {
         if self.options.read_only {
-            return Err(Error::new(ErrorKind::ReadOnly, format!("{} was opened read-only", self.member.display())));
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("{} was opened read-only", self.member.display()),
+            ));
         }
         let len = len.next_multiple_of(self.options.chunk_size as u64);
         let mut guard = self.lock();
@@ -203,10 +230,19 @@ impl Member for ExtentDirectory {
         if let Some(quota) = self.options.quota
             && quota.saturating_sub(state.used) < len
         {
-            return Err(Error::new(ErrorKind::NoSpace, format!("{}: {len} bytes asked for, {} of its quota are left", self.member.display(), quota.saturating_sub(state.used))));
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!(
+                    "{}: {len} bytes asked for, {} of its quota are left",
+                    self.member.display(),
+                    quota.saturating_sub(state.used)
+                ),
+            ));
         }
         // The file goes on only where the draft's last extent ends it: a removed or foreign file does not.
-        let own = hint.after.filter(|after| state.files.get(&after.file).is_some_and(|entry| entry.end == after.offset + after.len));
+        let own = hint.after.filter(|after| {
+            state.files.get(&after.file).is_some_and(|entry| entry.end == after.offset + after.len)
+        });
         let file = match own {
             Some(after) => after.file,
             None => self.create(state)?,
@@ -256,7 +292,10 @@ impl Member for ExtentDirectory {
         let mut state = self.lock();
         for extent in extents {
             let Some(end) = extent.offset.checked_add(extent.len).filter(|_| extent.file != 0) else {
-                return Err(Error::new(ErrorKind::Corrupt, format!("{}: {extent:?} is impossible", self.member.display())));
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    format!("{}: {extent:?} is impossible", self.member.display()),
+                ));
             };
             state.last = state.last.max(extent.file);
             state.used += extent.len;
@@ -277,18 +316,26 @@ impl Member for ExtentDirectory {
         let mut there = HashSet::new();
         for entry in listing {
             let entry = entry.map_err(|e| Error::io(format!("listing {}", self.directory.display()), e))?;
-            let id = entry.file_name().to_str().filter(|name| name.len() == 16).and_then(|name| u64::from_str_radix(name, 16).ok());
+            let id = entry
+                .file_name()
+                .to_str()
+                .filter(|name| name.len() == 16)
+                .and_then(|name| u64::from_str_radix(name, 16).ok());
             let Some(id) = id else { continue };
             state.last = state.last.max(id);
             if state.files.contains_key(&id) {
                 there.insert(id);
             } else if !self.options.read_only {
                 tracing::info!(file = %entry.path().display(), "removing extents that a crash left behind");
-                fs::remove_file(entry.path()).map_err(|e| Error::io(format!("removing {}", entry.path().display()), e))?;
+                fs::remove_file(entry.path())
+                    .map_err(|e| Error::io(format!("removing {}", entry.path().display()), e))?;
             }
         }
         match state.files.keys().find(|id| !there.contains(id)) {
-            Some(id) => Err(Error::new(ErrorKind::Corrupt, format!("{} is missing, and regions have extents in it", self.file_path(*id).display()))),
+            Some(id) => Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{} is missing, and regions have extents in it", self.file_path(*id).display()),
+            )),
             None => Ok(()),
         }
     }
@@ -305,7 +352,9 @@ impl Member for ExtentDirectory {
                 }
                 self.open_file(&mut state, file)?
             };
-            done = done.and(device.flush().map_err(|e| Error::from(e).context(format!("syncing {}", device.name()))));
+            done = done.and(
+                device.flush().map_err(|e| Error::from(e).context(format!("syncing {}", device.name()))),
+            );
         }
         if std::mem::take(&mut self.lock().directory_dirty) {
             let synced = File::open(&self.directory).and_then(|open| open.sync_all());
@@ -320,7 +369,10 @@ impl Member for ExtentDirectory {
     fn open(&self, extent: &Extent) -> Result<(Arc<dyn Device>, u64)> {
         let mut state = self.lock();
         if !state.files.contains_key(&extent.file) {
-            return Err(Error::new(ErrorKind::Corrupt, format!("{} is not in use, but an extent names it", self.file_path(extent.file).display())));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{} is not in use, but an extent names it", self.file_path(extent.file).display()),
+            ));
         }
         let device: Arc<dyn Device> = self.open_file(&mut state, extent.file)?;
         Ok((device, extent.offset))

@@ -57,7 +57,10 @@ impl RawGeometry {
         if data_len < chunk.max(1 << 20) {
             return Err(Error::new(
                 ErrorKind::TooSmall,
-                format!("a raw member of {len} bytes has no room: {data_offset} bytes go to its head and catalog; make it at least {} bytes", data_offset + chunk.max(1 << 20) + 2 * TAIL_BYTES),
+                format!(
+                    "a raw member of {len} bytes has no room: {data_offset} bytes go to its head and catalog; make it at least {} bytes",
+                    data_offset + chunk.max(1 << 20) + 2 * TAIL_BYTES
+                ),
             ));
         }
         Ok(RawGeometry { zone_offset: HEAD_BYTES, zone_len, data_offset, data_len })
@@ -83,13 +86,24 @@ pub struct RawMember {
 
 impl RawMember {
     /// With all chunks free; what layouts name is then taken with [`Member::take`].
-    pub fn new(index: u16, path: &Path, device: Arc<dyn Device>, geometry: RawGeometry, chunk_size: u32) -> Result<RawMember> {
+    pub fn new(
+        index: u16,
+        path: &Path,
+        device: Arc<dyn Device>,
+        geometry: RawGeometry,
+        chunk_size: u32,
+    ) -> Result<RawMember> {
         let chunk = chunk_size as u64;
         let end = geometry.data_offset.checked_add(geometry.data_len);
         if end.is_none_or(|end| end > device.len()) || !geometry.data_offset.is_multiple_of(chunk) {
             return Err(Error::new(
                 ErrorKind::TooSmall,
-                format!("{} has {} bytes, its superblock speaks of {:?}: it was cut or copied in part", device.name(), device.len(), end),
+                format!(
+                    "{} has {} bytes, its superblock speaks of {:?}: it was cut or copied in part",
+                    device.name(),
+                    device.len(),
+                    end
+                ),
             ));
         }
         let allocator = Mutex::new(ChunkAllocator::new(geometry.data_len / chunk));
@@ -108,18 +122,33 @@ impl RawMember {
     fn run(&self, extent: &Extent) -> Result<Run> {
         let start = extent.offset.checked_sub(self.geometry.data_offset);
         match start {
-            Some(start) if extent.file == 0 && start.is_multiple_of(self.chunk) && extent.len.is_multiple_of(self.chunk) && extent.len > 0 => {
+            Some(start)
+                if extent.file == 0
+                    && start.is_multiple_of(self.chunk)
+                    && extent.len.is_multiple_of(self.chunk)
+                    && extent.len > 0 =>
+            {
                 Ok(Run { start: start / self.chunk, count: extent.len / self.chunk })
             }
-            _ => Err(Error::new(ErrorKind::Corrupt, format!("{}: {extent:?} is not whole chunks of the data area", self.path.display()))),
+            _ => Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{}: {extent:?} is not whole chunks of the data area", self.path.display()),
+            )),
         }
     }
 
-    fn each(&self, extents: &[Extent], mut f: impl FnMut(&mut ChunkAllocator, Run) -> Result<()>) -> Result<()> {
+    fn each(
+        &self,
+        extents: &[Extent],
+        mut f: impl FnMut(&mut ChunkAllocator, Run) -> Result<()>,
+    ) -> Result<()> {
         let mut allocator = self.lock();
         let mut first = Ok(());
         for extent in extents {
-            let done = self.run(extent).and_then(|run| f(&mut allocator, run)).map_err(|e| e.context(self.path.display()));
+            let done = self
+                .run(extent)
+                .and_then(|run| f(&mut allocator, run))
+                .map_err(|e| e.context(self.path.display()));
             first = first.and(done);
         }
         first
@@ -185,7 +214,13 @@ impl Member for RawMember {
             .into_iter()
             .map(|run| {
                 let len = run.count * self.chunk;
-                let extent = Extent { logical, member: self.index, file: 0, offset: self.geometry.data_offset + run.start * self.chunk, len };
+                let extent = Extent {
+                    logical,
+                    member: self.index,
+                    file: 0,
+                    offset: self.geometry.data_offset + run.start * self.chunk,
+                    len,
+                };
                 logical += len;
                 extent
             })
@@ -219,8 +254,13 @@ mod tests {
             for chunk in [4096u32, 16 << 10, 4 << 20] {
                 for with_catalog in [true, false] {
                     let g = RawGeometry::plan(len, chunk, with_catalog).unwrap();
-                    assert!(g.data_offset.is_multiple_of(1 << 20) && g.data_offset.is_multiple_of(chunk as u64));
-                    assert!(g.data_len.is_multiple_of(chunk as u64) && g.data_offset + g.data_len <= len / 4096 * 4096 - 4096);
+                    assert!(
+                        g.data_offset.is_multiple_of(1 << 20) && g.data_offset.is_multiple_of(chunk as u64)
+                    );
+                    assert!(
+                        g.data_len.is_multiple_of(chunk as u64)
+                            && g.data_offset + g.data_len <= len / 4096 * 4096 - 4096
+                    );
                     assert!(g.data_offset >= g.zone_offset + g.zone_len);
                     assert_eq!(g.zone_len > 0, with_catalog);
                     let [(a, n), (b, m)] = g.zone_halves();

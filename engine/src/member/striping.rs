@@ -26,7 +26,10 @@ impl Stripes {
         if members.is_empty() || members.len() > 16 || !unit.is_multiple_of(chunk_size as u64) || unit == 0 {
             return Err(Error::new(
                 ErrorKind::InvalidArgument,
-                format!("{} members with stripe unit {unit} and chunk size {chunk_size}: 1 to 16 members and whole chunks are needed", members.len()),
+                format!(
+                    "{} members with stripe unit {unit} and chunk size {chunk_size}: 1 to 16 members and whole chunks are needed",
+                    members.len()
+                ),
             ));
         }
         Ok(Stripes { members, chunk_size, unit })
@@ -54,18 +57,29 @@ impl Stripes {
 
     /// The member's name, for messages.
     pub fn member_name(&self, member: u16) -> String {
-        self.members.get(member as usize).map_or_else(|| format!("member {member}"), |member| member.path().display().to_string())
+        self.members
+            .get(member as usize)
+            .map_or_else(|| format!("member {member}"), |member| member.path().display().to_string())
     }
 
     fn member(&self, member: u16) -> Result<&Arc<dyn Member>> {
         self.members.get(member as usize).ok_or_else(|| {
-            Error::new(ErrorKind::Corrupt, format!("an extent names member {member}, the pool has {}", self.members.len()))
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("an extent names member {member}, the pool has {}", self.members.len()),
+            )
         })
     }
 
     /// Space for some of the `len` bytes at `logical` of a region, at least a chunk, at most to the end of the stripe unit: as much as
     /// there is in one member. `after` has the last extent that this draft got of each member.
-    pub fn allocate(&self, node: NodeId, after: &mut [Option<Extent>], logical: u64, len: u64) -> Result<Vec<Extent>> {
+    pub fn allocate(
+        &self,
+        node: NodeId,
+        after: &mut [Option<Extent>],
+        logical: u64,
+        len: u64,
+    ) -> Result<Vec<Extent>> {
         let unit_index = logical / self.unit;
         let count = self.members.len();
         let first = ((node % count as u64 + unit_index % count as u64) % count as u64) as usize;
@@ -84,7 +98,9 @@ impl Stripes {
                 }
             }
             if len <= self.chunk_size as u64 {
-                return Err(refused.unwrap_or_else(|| Error::new(ErrorKind::NoSpace, "the pool has no members")));
+                return Err(
+                    refused.unwrap_or_else(|| Error::new(ErrorKind::NoSpace, "the pool has no members"))
+                );
             }
             len = (len / 2).next_multiple_of(self.chunk_size as u64);
         }
@@ -94,7 +110,8 @@ impl Stripes {
     pub fn free(&self, extents: &[Extent]) -> Result<()> {
         let mut first = Ok(());
         for extent in extents {
-            let done = self.member(extent.member).and_then(|member| member.free(std::slice::from_ref(extent)));
+            let done =
+                self.member(extent.member).and_then(|member| member.free(std::slice::from_ref(extent)));
             first = first.and(done);
         }
         first

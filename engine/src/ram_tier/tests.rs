@@ -191,7 +191,8 @@ fn forgotten_generations_give_their_memory_back() {
 
 #[test]
 fn large_chunks_make_large_frames() {
-    let tier = RamTier::new(&RamTierOptions { budget_bytes: 8 << 20, chunk_bytes: 1 << 20, huge: false }).unwrap();
+    let tier =
+        RamTier::new(&RamTierOptions { budget_bytes: 8 << 20, chunk_bytes: 1 << 20, huge: false }).unwrap();
     assert_eq!((tier.frame_bytes(), tier.chunks_per_frame()), (1 << 20, 1));
     let mut parts = Vec::new();
     tier.claim(key(0), 0..1, &mut parts);
