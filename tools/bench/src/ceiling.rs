@@ -40,8 +40,10 @@ pub struct Evidence {
     pub depth: f64,
     /// CPU share of the busiest worker, 0..=1.
     pub worker_cpu: f64,
-    /// CPU time of the process per wall time, in cores.
-    pub process_cores: f64,
+    /// Share of that worker's time spent ready to run while other threads had the CPUs, 0..=1.
+    pub worker_waiting: f64,
+    /// CPU time of the process as a share of all CPUs it may use, 0..=1.
+    pub process_share: f64,
     /// Busy share of all CPUs of the machine, 0..=1.
     pub machine_busy: Option<f64>,
     /// Share of the busiest worker's time spent filling, sealing and checking buffers.
@@ -113,13 +115,17 @@ impl Evidence {
                 bytes[d] += outcome.directions[d].bytes;
             }
             evidence.depth += depth(&worker.settings);
-            evidence.worker_cpu = evidence.worker_cpu.max(outcome.usage.cpu_ns as f64 / wall);
+            let (cpu, waiting) = (outcome.usage.cpu_ns as f64 / wall, outcome.usage.waited_ns as f64 / wall);
+            if cpu + waiting > evidence.worker_cpu + evidence.worker_waiting {
+                (evidence.worker_cpu, evidence.worker_waiting) = (cpu, waiting);
+            }
             evidence.data_share = evidence.data_share.max(outcome.data_ns as f64 / wall);
             evidence.paused_share = evidence.paused_share.min(outcome.paused_ns as f64 / wall);
             evidence.null |= worker.settings.engine == EngineKind::Null;
         }
         evidence.latency_ns = if ios == 0 { 0.0 } else { latency_sum / ios as f64 };
-        evidence.process_cores = phase.process_cpu_ns as f64 / phase.wall_ns.max(1) as f64;
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+        evidence.process_share = phase.process_cpu_ns as f64 / phase.wall_ns.max(1) as f64 / cpus;
         evidence.machine_busy = phase.machine_busy;
         evidence.disk = busiest(workers, phase, bytes);
         evidence
@@ -132,7 +138,11 @@ impl Evidence {
         let flight = format!("{:.1} of {:.0} in flight", self.in_flight(), self.depth);
         let of_ceiling =
             self.ceiling.as_ref().map(|ceiling| (self.bandwidth / ceiling.bandwidth.max(1.0), ceiling));
-        let cpu_bound = self.worker_cpu >= REACHED || self.machine_busy.is_some_and(|busy| busy >= 0.95);
+        // Running or waiting for a CPU nearly all the time; or, where other threads of ours do the work, all CPUs full
+        // and mostly with us.
+        let full = self.machine_busy.is_some_and(|busy| busy >= 0.95) && self.process_share >= 0.5;
+        let cpu_bound =
+            self.worker_cpu + self.worker_waiting >= REACHED || self.process_share >= REACHED || full;
         if self.iops == 0.0 {
             return (Bound::Unknown, "nothing was moved".into());
         }
@@ -325,7 +335,7 @@ mod tests {
             latency_ns: 10e6,
             depth: 32.0,
             worker_cpu: 0.1,
-            process_cores: 0.1,
+            process_share: 0.05,
             machine_busy: Some(0.1),
             disk: Some(("nvme0n1".into(), 0.98, 1.0)),
             ceiling: Some(DriveCeiling { bandwidth: 3300.0 * 1048576.0, how: "measured at depth 64".into() }),
@@ -349,7 +359,11 @@ mod tests {
         assert_eq!(bound(|e| (e.ceiling, e.data_share) = (None, 0.7)).0, Bound::Data);
         assert_eq!(bound(|e| e.paused_share = 0.4).0, Bound::Option);
         assert_eq!(bound(|e| e.disk = Some(("vda".into(), 0.0, 0.0))).0, Bound::Memory);
-        assert_eq!(bound(|e| (e.ceiling, e.machine_busy) = (None, Some(0.99))).0, Bound::Cpu);
+        assert_eq!(bound(|e| (e.ceiling, e.worker_waiting) = (None, 0.85)).0, Bound::Cpu);
+        let full = |e: &mut Evidence| (e.ceiling, e.machine_busy, e.process_share) = (None, Some(0.99), 0.6);
+        assert_eq!(bound(full).0, Bound::Cpu);
+        // Others filling the CPUs is no bound while our worker sleeps.
+        assert_eq!(bound(|e| (e.ceiling, e.machine_busy) = (None, Some(0.99))).0, Bound::Unknown);
         assert_eq!(bound(|e| e.iops = 0.0).0, Bound::Unknown);
     }
 

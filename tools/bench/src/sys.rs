@@ -10,6 +10,8 @@ use rustix::time::{ClockId, clock_gettime};
 pub struct ThreadUsage {
     /// CPU time, nanoseconds (exact).
     pub cpu_ns: u64,
+    /// Time spent ready to run and waiting for a CPU, nanoseconds (Documentation/scheduler/sched-stats.rst).
+    pub waited_ns: u64,
     /// User time, clock ticks.
     pub user_ticks: u64,
     /// System time, clock ticks.
@@ -34,6 +36,9 @@ impl ThreadUsage {
             usage.user_ticks = field(14);
             usage.system_ticks = field(15);
         }
+        let scheduled = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+        usage.waited_ns =
+            scheduled.split_whitespace().nth(1).and_then(|field| field.parse().ok()).unwrap_or(0);
         let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
         usage.switches = status
             .lines()
@@ -47,6 +52,7 @@ impl ThreadUsage {
     pub fn since(&self, earlier: &ThreadUsage) -> ThreadUsage {
         ThreadUsage {
             cpu_ns: self.cpu_ns.saturating_sub(earlier.cpu_ns),
+            waited_ns: self.waited_ns.saturating_sub(earlier.waited_ns),
             user_ticks: self.user_ticks.saturating_sub(earlier.user_ticks),
             system_ticks: self.system_ticks.saturating_sub(earlier.system_ticks),
             minor_faults: self.minor_faults.saturating_sub(earlier.minor_faults),
@@ -58,6 +64,7 @@ impl ThreadUsage {
     /// Adds another thread's use.
     pub fn merge(&mut self, other: &ThreadUsage) {
         self.cpu_ns += other.cpu_ns;
+        self.waited_ns += other.waited_ns;
         self.user_ticks += other.user_ticks;
         self.system_ticks += other.system_ticks;
         self.minor_faults += other.minor_faults;
