@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::Shared;
 use crate::exec::{self, run};
@@ -23,6 +23,13 @@ pub fn environment(command: &mut Command, shared: &Shared, python: Option<&PyEnv
         .env("RUST_BACKTRACE", "1");
     if let Some(python) = python {
         command.env("NVTIER_PYTHON", &python.python).env("NVTIER_MODEL", &python.model);
+        // Tests that call plain `python3` get the one with numpy.
+        let mut path = python.python.parent().context("folder of the interpreter")?.as_os_str().to_owned();
+        if let Some(old) = std::env::var_os("PATH") {
+            path.push(":");
+            path.push(old);
+        }
+        command.env("PATH", path);
     }
     Ok(())
 }
@@ -38,8 +45,8 @@ pub fn build(shared: &Shared) -> Result<()> {
 }
 
 /// Every crate but the system tests: unit, integration and documentation tests.
-pub fn crates(shared: &Shared) -> Result<Outcome> {
-    cargo_test(shared, "crates", &["--workspace", "--exclude", "nvtier-tests"], None)
+pub fn crates(shared: &Shared, python: Option<&PyEnv>) -> Result<Outcome> {
+    cargo_test(shared, "crates", &["--workspace", "--exclude", "nvtier-tests"], python)
 }
 
 /// The workspace member `nvtier-tests`: the command and the mount as a whole.

@@ -138,7 +138,8 @@ pub fn run(args: &TestArgs) -> Result<bool> {
 
     thread::scope(|scope| -> Result<()> {
         // Downloads and builds of the outer tools overlap with the build and tests of the crates.
-        let needs_python = [Suite::System, Suite::Bindings, Suite::Frameworks].into_iter().any(wanted);
+        let needs_python = args.suite.iter().any(|suite| !matches!(suite, Suite::User | Suite::Posix))
+            || args.suite.is_empty();
         let python = scope.spawn({
             let log = shared.log("setup-python");
             move || if needs_python { Some(pyenv::ensure(&log)) } else { None }
@@ -153,8 +154,14 @@ pub fn run(args: &TestArgs) -> Result<bool> {
         });
 
         cargo::build(&shared)?;
+        let python = python.join().expect("setup thread");
+        if let Some(Err(error)) = &python {
+            println!("  no Python environment: {error:#}");
+        }
+        let python: Option<Result<PyEnv, String>> = python.map(|p| p.map_err(|e| format!("{e:#}")));
+        let env = python.as_ref().and_then(|p| p.as_ref().ok());
         if wanted(Suite::Crates) {
-            timed(&report, &shared, "crates", || cargo::crates(&shared));
+            timed(&report, &shared, "crates", || cargo::crates(&shared, env));
         }
         let (missing, posix_programs) = programs.join().expect("setup thread");
         for reason in missing {
@@ -169,12 +176,6 @@ pub fn run(args: &TestArgs) -> Result<bool> {
             let (report, shared) = (&report, &shared);
             scope.spawn(move || timed(report, shared, "posix", || posix::run(shared, programs)))
         });
-        let python = python.join().expect("setup thread");
-        if let Some(Err(error)) = &python {
-            println!("  no Python environment: {error:#}");
-        }
-        let python: Option<Result<PyEnv, String>> = python.map(|p| p.map_err(|e| format!("{e:#}")));
-        let env = python.as_ref().and_then(|p| p.as_ref().ok());
         if wanted(Suite::System) && !stop() {
             timed(&report, &shared, "system", || cargo::system(&shared, env));
         }
