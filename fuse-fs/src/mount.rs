@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use fuser::{BackingId, Config, MountOption, Session, SessionACL};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno as Os;
 use rustix::mount::UnmountFlags;
 
@@ -333,7 +334,8 @@ pub fn repair_stale(mountpoint: &Path) -> Result<bool> {
     let path = resolve(mountpoint)?;
     let mut repaired = false;
     for _ in 0..MAX_STALE_LAYERS {
-        match rustix::fs::stat(&path) {
+        // A plain stat may be answered from the kernel's cache for as long as VALIDITY after the daemon's death.
+        match rustix::fs::statx(CWD, &path, AtFlags::STATX_FORCE_SYNC, StatxFlags::TYPE) {
             Err(Os::NOTCONN | Os::CONNABORTED) => {}
             _ => return Ok(repaired),
         }

@@ -215,7 +215,6 @@ both_ways! {
         assert_eq!(set("user.a", b"6", XattrFlags::CREATE), Err(Errno::EXIST));
         assert_eq!(get("user.a", 10).unwrap(), b"12345");
         assert_eq!(get("user.a", 4), Err(Errno::RANGE));
-        assert_eq!(rustix::fs::getxattr(&path, "user.a", &mut [0u8; 0][..]).unwrap(), 5, "size probe");
         set("user.a", b"", XattrFlags::empty()).unwrap();
         assert_eq!(get("user.a", 10).unwrap(), b"");
         let big = vec![7u8; 64 << 10];
