@@ -111,8 +111,8 @@ impl Evidence {
                 latency_sum += direction.lat.sum();
                 ios += direction.ios;
             }
-            for d in 0..2 {
-                bytes[d] += outcome.directions[d].bytes;
+            for (sum, direction) in bytes.iter_mut().zip(&outcome.directions) {
+                *sum += direction.bytes;
             }
             evidence.depth += depth(&worker.settings);
             let (cpu, waiting) = (outcome.usage.cpu_ns as f64 / wall, outcome.usage.waited_ns as f64 / wall);
@@ -158,7 +158,7 @@ impl Evidence {
         }
         if let Some((share, ceiling)) = of_ceiling
             && share >= REACHED
-            && !self.from_memory()
+            && !self.memory_answered()
         {
             let (best, how) = (units::binary(ceiling.bandwidth), &ceiling.how);
             let text =
@@ -176,10 +176,10 @@ impl Evidence {
             let machine =
                 self.machine_busy.map_or(String::new(), |busy| format!(", machine {:.0} %", 100.0 * busy));
             let memory =
-                if self.from_memory() { "; the disk moved next to nothing: memory answered" } else { "" };
+                if self.memory_answered() { "; the disk moved next to nothing: memory answered" } else { "" };
             return (Bound::Cpu, format!("CPU: {busy}{machine}; {rate}, {flight}{memory}"));
         }
-        if self.from_memory() {
+        if self.memory_answered() {
             return (Bound::Memory, format!("memory: the page cache or a RAM tier answered; {rate}, {busy}"));
         }
         if self.in_flight() >= 0.75 * self.depth
@@ -211,7 +211,7 @@ impl Evidence {
     }
 
     /// The disk moved less than a tenth of the bytes: they came from, or stayed in, memory.
-    fn from_memory(&self) -> bool {
+    fn memory_answered(&self) -> bool {
         self.disk.as_ref().is_some_and(|(_, _, moved)| *moved < 0.1)
     }
 }

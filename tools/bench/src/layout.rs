@@ -137,7 +137,7 @@ pub fn check_mount(settings: &Settings, path: &Path) -> Result<()> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")
         .map_err(|error| Error::io("cannot read /proc/self/mountinfo", error))?;
     match mount_of(&mounts, &real) {
-        Some((_, kind)) if kind == "fuse.nvtier" => Ok(()),
+        Some((_, "fuse.nvtier")) => Ok(()),
         Some((point, kind)) => Err(Error::new(
             ErrorKind::Usage,
             format!(

@@ -331,7 +331,7 @@ fn check(job: &mut Settings, read_only: bool) -> Result<(), String> {
         return Err(format!("pool= means nothing to ioengine={}: use ioengine=pool", job.engine.name()));
     }
     let block = job.max_block_bytes();
-    if job.direct && [0, 1].iter().any(|&d| job.block_bytes[d] % 512 != 0) {
+    if job.direct && [0, 1].iter().any(|&d| !job.block_bytes[d].is_multiple_of(512)) {
         return Err("direct=1 needs a block size that is a multiple of 512".into());
     }
     if job.verify.is_some() && job.profile.is_some() {

@@ -175,7 +175,7 @@ mod tests {
         assert!(note.contains("2 tensors"), "{note}");
         let bytes: u64 = requests.iter().map(|request| u64::from(request.len)).sum();
         assert_eq!(requests[0].offset, 0);
-        assert!(bytes >= 16192 && bytes < 16192 + 3 * 4096, "{bytes}");
+        assert!((16192..16192 + 3 * 4096).contains(&bytes), "{bytes}");
     }
 
     #[test]

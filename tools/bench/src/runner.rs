@@ -173,10 +173,10 @@ fn run_phase(
     for ((plan, outcome), samples) in plans.iter().zip(outcomes).zip(samples) {
         let (mut outcome, elapsed_s) = outcome
             .map_err(|_| Error::new(ErrorKind::Io, format!("a worker of {} panicked", plan.settings.name)))?;
-        for d in 0..2 {
-            if outcome.directions[d].ios > 0 {
-                outcome.directions[d].bw_samples = samples[d].iter().map(|sample| sample.0).collect();
-                outcome.directions[d].iops_samples = samples[d].iter().map(|sample| sample.1).collect();
+        for (direction, samples) in outcome.directions.iter_mut().zip(&samples) {
+            if direction.ios > 0 {
+                direction.bw_samples = samples.iter().map(|sample| sample.0).collect();
+                direction.iops_samples = samples.iter().map(|sample| sample.1).collect();
             }
         }
         if let Some(note) = outcome.note.take()

@@ -236,10 +236,9 @@ impl<'a> Worker<'a> {
         self.out.usage = ThreadUsage::now().since(&usage);
         if let Some(written) = self.written.take()
             && self.out.error.is_none()
+            && let Err(error) = self.read_back(&work, &written)
         {
-            if let Err(error) = self.read_back(&work, &written) {
-                self.out.error = Some(error);
-            }
+            self.out.error = Some(error);
         }
         if self.out.error.is_none() && self.out.bad_blocks > 0 {
             let first = self.out.first_bad.clone().unwrap_or_default();

@@ -101,22 +101,17 @@ impl PoolSource {
     }
 
     /// Length of a region and a way to read it.
-    pub fn reader(
-        &self,
-        region: &Path,
-    ) -> Result<(u64, impl FnMut(u64, &mut [u8]) -> engine::Result<()> + use<>)> {
+    pub fn reader(&self, region: &Path) -> Result<(u64, Box<crate::profile::ReadAt<'static>>)> {
         let handle = self.handle(region, Access::Read)?;
-        let read_at = {
-            let handle = handle.clone();
-            move |offset: u64, buffer: &mut [u8]| match handle.read_at(offset, buffer)? {
-                read if read == buffer.len() => Ok(()),
-                read => {
-                    let text = format!("{read} of {} bytes at {offset}", buffer.len());
-                    Err(engine::Error::new(engine::ErrorKind::OutOfRange, text))
-                }
+        let len = handle.size();
+        let read_at = move |offset: u64, buffer: &mut [u8]| match handle.read_at(offset, buffer)? {
+            read if read == buffer.len() => Ok(()),
+            read => {
+                let text = format!("{read} of {} bytes at {offset}", buffer.len());
+                Err(engine::Error::new(engine::ErrorKind::OutOfRange, text))
             }
         };
-        Ok((handle.size(), read_at))
+        Ok((len, Box::new(read_at)))
     }
 
     /// A file or device on the pool's drive, at least 64 MiB long, for the sweep that finds the drive's ceiling.

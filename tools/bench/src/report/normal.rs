@@ -13,7 +13,7 @@ pub fn starting(jobs: &[Settings]) -> String {
     let mut text = String::new();
     for (index, job) in jobs.iter().enumerate() {
         let group = jobs[..=index].iter().skip(1).filter(|job| job.stonewall || job.new_group).count();
-        let [read, write] = job.block_bytes.map(|bytes| fio_bytes(bytes));
+        let [read, write] = job.block_bytes.map(fio_bytes);
         let _ = writeln!(
             text,
             "{}: (g={group}): rw={}, bs=(R) {read}-{read}, (W) {write}-{write}, ioengine={}, iodepth={}",
@@ -33,7 +33,7 @@ pub fn starting(jobs: &[Settings]) -> String {
 }
 
 fn fio_bytes(bytes: u64) -> String {
-    if bytes % 1024 == 0 { format!("{}KiB", bytes / 1024) } else { format!("{bytes}B") }
+    if bytes.is_multiple_of(1024) { format!("{}KiB", bytes / 1024) } else { format!("{bytes}B") }
 }
 
 /// The report after the run.
@@ -257,9 +257,8 @@ fn depths(out: &mut String, label: &str, map: &DepthMap, names: [&str; 7]) {
         .iter()
         .zip(map.percents())
         .map(|(name, share)| {
-            let sign = if name.starts_with('>') { "" } else { "" };
             let share = if share > 0.0 && share < 0.1 { 0.1 } else { share };
-            format!("{name}{sign}={share:.1}%")
+            format!("{name}={share:.1}%")
         })
         .collect();
     let _ = writeln!(out, "{label}: {}", cells.join(", "));
