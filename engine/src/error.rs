@@ -3,7 +3,8 @@
 use std::fmt;
 
 /// What went wrong, for code. Stable; new kinds may come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// No such name, node, region or member path.
@@ -60,14 +61,15 @@ pub enum ErrorKind {
     NotSupported,
     /// The handle or lease is of something that is gone.
     Stale,
-    /// The drive or the file system under it failed.
-    Io,
     /// A deadline passed.
     Timeout,
     /// A tensor file's header breaks its format; the source is a `tensors::Malformed` that says how.
     Malformed,
     /// The peer on the control socket broke the protocol.
     Protocol,
+    /// The drive or the file system under it failed. Last, because a kind that a newer owner sends is read as this one.
+    #[serde(other)]
+    Io,
 }
 
 /// An error of the engine. `Display` shows the context; the source is apart, see [`std::error::Error::source`].

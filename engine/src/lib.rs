@@ -4,6 +4,7 @@
 pub mod allocator;
 mod catalog;
 pub mod content;
+pub mod control;
 pub mod error;
 pub mod extent_draft;
 pub mod extent_io;
@@ -17,6 +18,7 @@ pub mod pool;
 pub mod prefetch;
 pub mod ram_tier;
 pub mod region_read;
+pub mod session;
 pub mod tensors;
 pub mod types;
 pub mod verify;
@@ -27,6 +29,7 @@ pub use handle::Handle;
 pub use pool::{
     FormatOptions, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
 };
+pub use session::{Entry, RegionReader, RegionWriter, Session, SessionOptions, WriterOptions};
 pub use types::{
     Access, Allocate, Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Seek, SetAttr, Timestamp,
     XattrSet,

@@ -10,7 +10,8 @@ pub type NodeId = u64;
 pub const ROOT: NodeId = 1;
 
 /// What a node is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[repr(u8)]
 pub enum NodeKind {
     /// A directory.

@@ -6,6 +6,7 @@
 //! A file that lies is refused whole with [`ErrorKind::Malformed`]; the error's source is a [`Malformed`] that says which
 //! rule it broke. The file itself stays readable as bytes: only its tensor views are absent.
 
+mod cache;
 mod cursor;
 pub mod dtype;
 pub mod gguf;
@@ -20,6 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub use dtype::{Dtype, GgmlType};
 pub use npy::npy_header;
+pub(crate) use view::fnv1a;
 pub use view::{tensor_name, view_name};
 
 /// A named slice of a file.
@@ -210,13 +212,6 @@ pub fn parse(name: &str, size: u64, read_at: &mut ReadAt<'_>) -> Result<Option<T
             format!("{name} is not a valid {} file", format.name()),
             reason,
         )),
-    }
-}
-
-impl crate::Pool {
-    /// Tensors of a region's current content, parsed when first asked for. The same `Arc` as long as the content is the same.
-    pub fn tensors(&self, _node: crate::NodeId) -> Result<std::sync::Arc<TensorIndex>> {
-        Err(Error::new(ErrorKind::NotSupported, "tensors of a region are not built yet"))
     }
 }
 

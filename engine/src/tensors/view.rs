@@ -59,7 +59,7 @@ pub fn tensor_name(view: &str) -> Option<String> {
 }
 
 /// FNV-1a, 64 bit (draft-eastlake-fnv): stable across versions, which std's hashers do not promise.
-fn fnv1a(bytes: &[u8]) -> u64 {
+pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
 }
 

@@ -1,0 +1,415 @@
+//! The side of a process that does not own the pool.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::frame::{Connection, Frame};
+use super::location;
+use super::protocol::{PAYLOAD_MAX, REPLY_MAX, Reply, Request, VERSION};
+use crate::error::{Error, ErrorKind, Result};
+use crate::pool::{Pool, PoolInfo, PoolStat};
+use crate::session::{Entry, WriterOptions};
+use crate::verify::{VerifyProgress, VerifyReport};
+
+/// An owner that says nothing for so long is given up; while it works it says so every 2 s.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// A connection to the process that owns a pool.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    owner_pid: u32,
+    /// `None` after a failure, until the next call connects anew.
+    connection: Mutex<Option<Connection>>,
+}
+
+impl Client {
+    /// Connects to the owner of the pool at `path`. `Stale`: nobody listens there (yet, or any more).
+    pub fn connect(path: &Path) -> Result<Client> {
+        let (connection, owner_pid) = dial(path)?;
+        Ok(Client { path: path.to_owned(), owner_pid, connection: Mutex::new(Some(connection)) })
+    }
+
+    /// The owner's process, when it was connected to.
+    pub fn owner_pid(&self) -> u32 {
+        self.owner_pid
+    }
+
+    fn ask(&self, request: Request) -> Result<Reply> {
+        self.ask_and_watch(request, &mut |_| Ok(()))
+    }
+
+    /// Sends a request; `watch` sees the frames before the last.
+    fn ask_and_watch(&self, request: Request, watch: &mut dyn FnMut(Reply) -> Result<()>) -> Result<Reply> {
+        let mut slot = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let connection = match slot.take() {
+            Some(connection) if !hung_up(&connection) => connection,
+            _ => dial(&self.path)?.0,
+        };
+        match call(&connection, &request, &[], watch) {
+            // The owner's answer, be it an error: the connection goes on.
+            Ok(frame) => {
+                *slot = Some(connection);
+                answer(frame).map(|f| f.message)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn done(&self, request: Request) -> Result<()> {
+        match self.ask(request)? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`Session::info`](crate::Session::info).
+    pub fn info(&self) -> Result<PoolInfo> {
+        match self.ask(Request::Info)? {
+            Reply::Info(info) => Ok(info),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`Session::stat`](crate::Session::stat).
+    pub fn stat(&self) -> Result<PoolStat> {
+        match self.ask(Request::Stat)? {
+            Reply::Stat(stat) => Ok(stat),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`Session::list`](crate::Session::list).
+    pub fn list(&self, path: &str, recursive: bool) -> Result<Vec<Entry>> {
+        let mut all = Vec::new();
+        let request = Request::List { path: path.to_owned(), recursive };
+        let last = self.ask_and_watch(request, &mut |reply| match reply {
+            Reply::Entries { entries, .. } => {
+                all.extend(entries);
+                Ok(())
+            }
+            Reply::Working(_) => Ok(()),
+            other => Err(unexpected(&other)),
+        })?;
+        match last {
+            Reply::Entries { entries, .. } => all.extend(entries),
+            other => return Err(unexpected(&other)),
+        }
+        Ok(all)
+    }
+
+    /// See [`Session::stat_path`](crate::Session::stat_path).
+    pub fn stat_path(&self, path: &str) -> Result<Entry> {
+        match self.ask(Request::StatPath { path: path.to_owned() })? {
+            Reply::Entry(entry) => Ok(entry),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`Session::mkdirs`](crate::Session::mkdirs).
+    pub fn mkdirs(&self, path: &str) -> Result<()> {
+        self.done(Request::Mkdirs { path: path.to_owned() })
+    }
+
+    /// See [`Session::remove`](crate::Session::remove).
+    pub fn remove(&self, path: &str, recursive: bool) -> Result<()> {
+        self.done(Request::Remove { path: path.to_owned(), recursive })
+    }
+
+    /// See [`Session::rename`](crate::Session::rename).
+    pub fn rename(&self, from: &str, to: &str) -> Result<()> {
+        self.done(Request::Rename { from: from.to_owned(), to: to.to_owned() })
+    }
+
+    /// See [`Session::verify`](crate::Session::verify).
+    pub fn verify(&self, path: &str, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+        let request = Request::Verify { path: path.to_owned() };
+        let last = self.ask_and_watch(request, &mut |reply| match reply {
+            Reply::Working(news) => {
+                news.into_iter().for_each(&mut *progress);
+                Ok(())
+            }
+            other => Err(unexpected(&other)),
+        })?;
+        match last {
+            Reply::Verified(report) => Ok(report),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`Session::sync`](crate::Session::sync).
+    pub fn sync(&self) -> Result<()> {
+        self.done(Request::Sync)
+    }
+
+    /// Opens a region for reading, on a connection of its own.
+    pub fn reader(&self, path: &str) -> Result<RemoteReader> {
+        let connection = dial(&self.path)?.0;
+        let frame = ask_on(&connection, &Request::OpenReader { path: path.to_owned() }, &[])?;
+        match frame.message {
+            Reply::Reader { size, direct } => Ok(RemoteReader {
+                size,
+                file: file_of(frame.fd, direct)?,
+                connection: Mutex::new(connection),
+            }),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Opens a region for writing, on a connection of its own.
+    pub fn writer(
+        &self,
+        path: &str,
+        size_hint: Option<u64>,
+        options: &WriterOptions,
+    ) -> Result<RemoteWriter> {
+        let connection = dial(&self.path)?.0;
+        let request = Request::OpenWriter { path: path.to_owned(), size_hint, options: options.clone() };
+        let frame = ask_on(&connection, &request, &[])?;
+        match frame.message {
+            Reply::Writer { resume_offset, direct } => Ok(RemoteWriter {
+                resume_offset,
+                end: AtomicU64::new(resume_offset),
+                file: file_of(frame.fd, direct)?,
+                connection: Mutex::new(connection),
+            }),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
+
+/// Connects and says hello.
+fn dial(path: &Path) -> Result<(Connection, u32)> {
+    let info = Pool::probe(path).ok();
+    let mut refused = None;
+    for location in location::to_connect(path, info.as_ref()) {
+        let stream = match location.connect() {
+            Ok(stream) => stream,
+            Err(error) => {
+                use io::ErrorKind as Os;
+                // Not there, or there without a listener: whoever owns the pool may be elsewhere, or not there yet.
+                if !matches!(error.kind(), Os::NotFound | Os::ConnectionRefused | Os::NotADirectory) {
+                    refused = refused
+                        .or(Some(Error::io(format!("connect to {}", location.path().display()), error)));
+                }
+                continue;
+            }
+        };
+        match hello(stream, info.as_ref()) {
+            Err(error) if error.kind() == ErrorKind::Stale => continue,
+            other => return other,
+        }
+    }
+    Err(refused.unwrap_or_else(|| {
+        Error::new(ErrorKind::Stale, format!("no process listens for the pool {}", path.display()))
+    }))
+}
+
+fn hello(stream: UnixStream, info: Option<&PoolInfo>) -> Result<(Connection, u32)> {
+    let connection = Connection::new(stream, REPLY_MAX);
+    let sent = connection.send(&Request::Hello { version: VERSION }, &[], None);
+    // A refusal may stand there although the other side took nothing.
+    let frame = match connection.receive::<Reply>(Some(SILENCE)) {
+        Ok(Some(frame)) => answer(frame)?,
+        Ok(None) => return Err(Error::new(ErrorKind::Stale, "the pool's owner hung up")),
+        Err(error) => return Err(sent.err().unwrap_or(error)),
+    };
+    match frame.message {
+        Reply::Hello { pool, .. } if info.is_some_and(|i| i.id != pool) => Err(Error::new(
+            ErrorKind::Stale,
+            format!("the process that listens there owns another pool, {pool}"),
+        )),
+        Reply::Hello { pid, .. } => Ok((connection, pid)),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// Whether the other side closed an idle connection. Between calls nothing is on its way, so anything readable is the end.
+fn hung_up(connection: &Connection) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(connection.stream(), PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    !matches!(poll(&mut fds, Some(&now)), Ok(0))
+}
+
+/// Sends a request and receives until its last frame, errors of the owner included.
+fn call(
+    connection: &Connection,
+    request: &Request,
+    payload: &[u8],
+    watch: &mut dyn FnMut(Reply) -> Result<()>,
+) -> Result<Frame<Reply>> {
+    let gone = |e: Error| e.context("the process that owns the pool");
+    connection.send(request, payload, None).map_err(gone)?;
+    loop {
+        let Some(frame) = connection.receive::<Reply>(Some(SILENCE)).map_err(gone)? else {
+            return Err(Error::new(ErrorKind::Stale, "the process that owned the pool has ended; try again"));
+        };
+        match frame.message {
+            Reply::Working(_) | Reply::Entries { more: true, .. } => watch(frame.message)?,
+            _ => return Ok(frame),
+        }
+    }
+}
+
+/// Turns the owner's error into ours.
+fn answer(frame: Frame<Reply>) -> Result<Frame<Reply>> {
+    match frame.message {
+        Reply::Error { kind, message } => Err(Error::new(kind, message)),
+        _ => Ok(frame),
+    }
+}
+
+fn ask_on(connection: &Connection, request: &Request, payload: &[u8]) -> Result<Frame<Reply>> {
+    answer(call(connection, request, payload, &mut |_| Ok(()))?)
+}
+
+fn unexpected(reply: &Reply) -> Error {
+    let text: String = format!("{reply:?}").chars().take(100).collect();
+    Error::new(ErrorKind::Protocol, format!("the pool's owner answered with something else: {text}"))
+}
+
+fn file_of(fd: Option<std::os::fd::OwnedFd>, direct: bool) -> Result<Option<File>> {
+    if direct && fd.is_none() {
+        let context = "the pool's owner sent no file with its answer (out of file descriptors?)";
+        return Err(Error::new(ErrorKind::Protocol, context));
+    }
+    Ok(fd.map(File::from))
+}
+
+fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
+    connection.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A region open for reading in the owner.
+#[derive(Debug)]
+pub struct RemoteReader {
+    size: u64,
+    /// The region's bytes themselves, where they are one file.
+    file: Option<File>,
+    connection: Mutex<Connection>,
+}
+
+impl RemoteReader {
+    /// Bytes, when it was opened.
+    pub fn len(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.size == 0
+    }
+
+    /// Whether the bytes come straight from the drive, not through the owner.
+    pub fn is_direct(&self) -> bool {
+        self.file.is_some()
+    }
+
+    /// See [`RegionReader::read_at`](crate::RegionReader::read_at).
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let len = self.size.saturating_sub(offset).min(buf.len() as u64) as usize;
+        let buf = &mut buf[..len];
+        if let Some(file) = &self.file {
+            loop {
+                match file.read_at(buf, offset) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    other => return other.map_err(|e| Error::io(format!("read {len} bytes at {offset}"), e)),
+                }
+            }
+        }
+        let mut done = 0;
+        for part in buf.chunks_mut(PAYLOAD_MAX as usize) {
+            let request = Request::Read { offset: offset + done as u64, len: part.len() as u32 };
+            let frame = ask_on(&lock(&self.connection), &request, &[])?;
+            if !matches!(frame.message, Reply::Data) || frame.payload.len() > part.len() {
+                return Err(unexpected(&frame.message));
+            }
+            part[..frame.payload.len()].copy_from_slice(&frame.payload);
+            done += frame.payload.len();
+            if frame.payload.len() < part.len() {
+                break;
+            }
+        }
+        Ok(done)
+    }
+}
+
+/// A region being written through the owner.
+#[derive(Debug)]
+pub struct RemoteWriter {
+    resume_offset: u64,
+    end: AtomicU64,
+    /// The draft itself, where it is one file.
+    file: Option<File>,
+    connection: Mutex<Connection>,
+}
+
+impl RemoteWriter {
+    /// See [`RegionWriter::resume_offset`](crate::RegionWriter::resume_offset).
+    pub fn resume_offset(&self) -> u64 {
+        self.resume_offset
+    }
+
+    /// See [`RegionWriter::len`](crate::RegionWriter::len).
+    pub fn len(&self) -> u64 {
+        self.end.load(Ordering::Acquire)
+    }
+
+    /// Whether nothing is written.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn done(&self, request: &Request, payload: &[u8]) -> Result<()> {
+        match ask_on(&lock(&self.connection), request, payload)?.message {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`RegionWriter::write_at`](crate::RegionWriter::write_at).
+    pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let Some(end) = offset.checked_add(data.len() as u64).filter(|&end| end <= i64::MAX as u64) else {
+            let context = format!("{} bytes at {offset} end beyond 2^63", data.len());
+            return Err(Error::new(ErrorKind::TooLarge, context));
+        };
+        if let Some(file) = &self.file {
+            file.write_all_at(data, offset)
+                .map_err(|e| Error::io(format!("write {} bytes at {offset}", data.len()), e))?;
+            self.done(&Request::Wrote { offset, len: data.len() as u64 }, &[])?;
+        } else {
+            let mut at = offset;
+            for part in data.chunks(PAYLOAD_MAX as usize) {
+                self.done(&Request::Write { offset: at }, part)?;
+                at += part.len() as u64;
+            }
+        }
+        self.end.fetch_max(end, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// See [`RegionWriter::checkpoint`](crate::RegionWriter::checkpoint).
+    pub fn checkpoint(&self) -> Result<()> {
+        self.done(&Request::Checkpoint, &[])
+    }
+
+    /// See [`RegionWriter::commit`](crate::RegionWriter::commit).
+    pub fn commit(self) -> Result<Entry> {
+        match ask_on(&lock(&self.connection), &Request::Commit, &[])?.message {
+            Reply::Entry(entry) => Ok(entry),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`RegionWriter::abort`](crate::RegionWriter::abort).
+    pub fn abort(self) -> Result<()> {
+        self.done(&Request::Abort, &[])
+    }
+}
