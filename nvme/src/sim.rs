@@ -133,7 +133,7 @@ impl SimDevice {
                 format!("a simulated device with {lba}-byte blocks: 512 or 4096"),
             ));
         }
-        if len == 0 || len % u64::from(lba) != 0 {
+        if len == 0 || !len.is_multiple_of(u64::from(lba)) {
             return Err(Error::new(
                 ErrorKind::Misaligned,
                 format!(
@@ -141,7 +141,10 @@ impl SimDevice {
                 ),
             ));
         }
-        if options.max_transfer < lba || options.max_transfer % lba != 0 || options.latency_ns.is_empty() {
+        if options.max_transfer < lba
+            || !options.max_transfer.is_multiple_of(lba)
+            || options.latency_ns.is_empty()
+        {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 "a simulated device needs a max_transfer of whole blocks and a latency range that is not empty",

@@ -256,7 +256,7 @@ fn prefault(base: NonNull<u8>, len: usize) -> rustix::io::Result<()> {
         let populate = &populate;
         let workers: Vec<_> =
             (0..len).step_by(share).map(|offset| scope.spawn(move || populate(offset))).collect();
-        workers.into_iter().map(|worker| worker.join().unwrap_or(Err(rustix::io::Errno::FAULT))).collect()
+        workers.into_iter().try_for_each(|worker| worker.join().unwrap_or(Err(rustix::io::Errno::FAULT)))
     })
 }
 

@@ -184,6 +184,3 @@ pub(crate) fn check_writable(device: &dyn Device, verb: &str) -> Result<()> {
     }
     Ok(())
 }
-
-#[cfg(test)]
-mod tests;

@@ -127,7 +127,9 @@ pub(crate) fn write_fd(
         if skip != 0 {
             read_block(fd, start, &mut bounce[..align], align).map_err(err)?;
         }
-        if (skip + part) % align != 0 && !(span == align && skip != 0) {
+        let tail_is_partial = !(skip + part).is_multiple_of(align);
+        let head_was_tail = skip != 0 && span == align;
+        if tail_is_partial && !head_was_tail {
             let last = span - align;
             read_block(fd, start + last as u64, &mut bounce[last..span], align).map_err(err)?;
         }

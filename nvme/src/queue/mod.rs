@@ -161,7 +161,7 @@ impl QueueBuilder {
         if self.backend == Backend::Threads {
             return Ok((threads(), None));
         }
-        match Ring::new(self.depth, self.deadline, self.arena.as_ref(), self.iopoll, self.register_files) {
+        match Ring::build(self.depth, self.deadline, self.arena.as_ref(), self.iopoll, self.register_files) {
             Ok(built) => Ok((Engine::Ring(built.ring), built.note)),
             Err(error) if self.backend == Backend::IoUring => Err(error),
             Err(error) => {

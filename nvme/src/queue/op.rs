@@ -144,7 +144,7 @@ impl Op {
             return Err(self.refuse(ErrorKind::Misaligned, &why));
         }
         let end = self.offset.checked_add(len as u64);
-        if !end.is_some_and(|end| end <= device.known_len()) {
+        if end.is_none_or(|end| end > device.known_len()) {
             self.check_end(end, device.len())?;
         }
         Ok(())

@@ -101,7 +101,7 @@ fn setup(entries: u32, polled: bool) -> io::Result<IoUring> {
 }
 
 impl Ring {
-    pub(super) fn new(
+    pub(super) fn build(
         depth: u32,
         deadline: Duration,
         arena: Option<&Arena>,

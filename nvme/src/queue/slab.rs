@@ -291,3 +291,87 @@ pub(super) fn advance_short(op: &Op, before: usize, done: usize) -> Result<Short
         format!("{}: only {done} bytes were moved; the device is {} bytes long", op.describe(), device.len()),
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::buffer::{Arena, ArenaOptions};
+    use crate::sim::{SimDevice, SimOptions};
+
+    fn slab_with_one_read(arena: &Arena) -> (Slab, u32) {
+        let device = Arc::new(SimDevice::new(1 << 20, SimOptions::default()).unwrap());
+        let mut slab = Slab::new(2, true);
+        let op = Op::read(device, 0, arena.alloc(8192).unwrap()).tag(5);
+        let index = slab.insert(op).map_err(drop).unwrap();
+        (slab, index)
+    }
+
+    fn arena() -> Arena {
+        Arena::new(64 << 10, ArenaOptions::default()).unwrap()
+    }
+
+    /// Ticks until the slab asks for a cancel; how many that took.
+    fn ticks_to_cancel(slab: &mut Slab, index: u32) -> u32 {
+        (1..100).find(|_| slab.tick() == [index]).unwrap()
+    }
+
+    #[test]
+    fn an_operation_gets_its_whole_deadline_though_its_first_tick_is_short() {
+        let arena = arena();
+        let (mut slab, index) = slab_with_one_read(&arena);
+        assert_eq!(ticks_to_cancel(&mut slab, index), TICKS + 1);
+        assert_eq!((slab.active(), slab.ready()), (1, 0), "cancelled, not yet given up");
+        slab.finish(index, Err(Error::new(ErrorKind::Timeout, "late")), None);
+        let done = slab.pop().unwrap();
+        assert!(done.op.buffer.is_some(), "the device gave the memory back");
+        assert_eq!((slab.active(), slab.zombies()), (0, 0));
+    }
+
+    #[test]
+    fn memory_of_an_operation_that_cannot_be_cancelled_comes_back_with_its_answer() {
+        let arena = arena();
+        for reaped_first in [true, false] {
+            let (mut slab, index) = slab_with_one_read(&arena);
+            ticks_to_cancel(&mut slab, index);
+            slab.tick();
+            slab.tick();
+            assert_eq!((slab.active(), slab.zombies(), slab.ready()), (0, 1, 1));
+            if reaped_first {
+                let done = slab.pop().unwrap();
+                assert_eq!((done.tag, done.result.unwrap_err().kind()), (5, ErrorKind::Timeout));
+                assert!(done.op.buffer.is_none());
+                assert_eq!(arena.free_bytes(), arena.len() - 8192, "the device may still write there");
+                slab.finish(index, Ok(8192), None);
+            } else {
+                slab.finish(index, Ok(8192), None);
+                let done = slab.pop().unwrap();
+                assert_eq!(done.result.unwrap_err().kind(), ErrorKind::Timeout);
+                assert!(done.op.buffer.is_some(), "answered before anybody looked");
+            }
+            assert_eq!((slab.zombies(), arena.free_bytes()), (0, arena.len()));
+            // Both slots can be used again.
+            let device = Arc::new(SimDevice::new(4096, SimOptions::default()).unwrap());
+            for _ in 0..2 {
+                slab.insert(Op::flush(device.clone())).map_err(drop).unwrap();
+            }
+            assert!(slab.insert(Op::flush(device)).is_err());
+        }
+    }
+
+    #[test]
+    fn a_short_transfer_goes_on_at_a_block_boundary_and_only_with_progress() {
+        let arena = arena();
+        let (mut slab, index) = slab_with_one_read(&arena);
+        let entry = slab.entry(index);
+        assert!(matches!(entry.advance(1000), Step::Continue));
+        assert_eq!(entry.done, 512, "the part of a block is read once more");
+        assert!(matches!(entry.advance(3584), Step::Continue));
+        assert_eq!(entry.done, 4096);
+        match entry.advance(511) {
+            Step::Finish(Err(error)) => assert_eq!(error.kind(), ErrorKind::ShortTransfer),
+            _ => panic!("less than a block of progress must not go on for ever"),
+        }
+    }
+}
