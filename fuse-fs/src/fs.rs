@@ -5,6 +5,7 @@
 //! file system keeps it alive for as long as the kernel may use it and decides which opens share it.
 
 mod attributes;
+mod closer;
 mod content;
 mod counters;
 mod handles;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use engine::{Attr, Pool};
 
+use self::closer::Closer;
 pub use self::content::{Access, IoPath, Opened};
 pub use self::counters::{Counters, Operation};
 use self::handles::{HandleTable, OpenFile};
@@ -86,13 +88,14 @@ pub struct Fs<B> {
     handles: HandleTable<B>,
     virtual_nodes: VirtualTable,
     listings: Listings,
+    closer: Closer<B>,
     passthrough: Mutex<Passthrough>,
     counters: Counters,
     started: engine::Timestamp,
     ended: AtomicBool,
 }
 
-impl<B: Send + Sync> Fs<B> {
+impl<B: Send + Sync + 'static> Fs<B> {
     /// A file system over an open pool. Passthrough is off until [`Fs::set_passthrough`].
     pub fn new(pool: Pool, options: FsOptions) -> Fs<B> {
         Fs {
@@ -102,6 +105,7 @@ impl<B: Send + Sync> Fs<B> {
             handles: HandleTable::new(),
             virtual_nodes: VirtualTable::default(),
             listings: Listings::default(),
+            closer: Closer::new(),
             passthrough: Mutex::new(Passthrough::Off("the kernel has not been asked yet".to_owned())),
             counters: Counters::default(),
             started: engine::Timestamp::now(),
@@ -146,6 +150,7 @@ impl<B: Send + Sync> Fs<B> {
         for file in self.handles.drain() {
             self.release_file(&file);
         }
+        self.closer.finish();
         self.nodes.clear();
     }
 

@@ -26,7 +26,7 @@ pub(crate) fn without_privileges(mode: u32) -> u32 {
     mode
 }
 
-impl<B: Send + Sync> Fs<B> {
+impl<B: Send + Sync + 'static> Fs<B> {
     /// Attributes of a node.
     pub fn getattr(&self, ino: u64) -> FsResult<Entry> {
         self.check_alive()?;

@@ -57,7 +57,7 @@ pub struct Opened<B> {
     pub flush_on_close: bool,
 }
 
-impl<B: Send + Sync> Fs<B> {
+impl<B: Send + Sync + 'static> Fs<B> {
     /// Opens a file. `register` makes a backing file known to the kernel.
     pub fn open(
         &self,
@@ -115,6 +115,10 @@ impl<B: Send + Sync> Fs<B> {
                 }
             },
         };
+        let passed = match &state.mode {
+            Some(IoMode::Passthrough { file, .. }) => Some(file.clone()),
+            _ => None,
+        };
         match path {
             IoPath::Passthrough(_) => {
                 // What the kernel cached while the node was served is not kept up to date from here on.
@@ -128,9 +132,11 @@ impl<B: Send + Sync> Fs<B> {
             node.writers.fetch_add(1, Ordering::Relaxed);
         }
         drop(state);
-        let file = RegionFile { id: ino, handle, node, writable: access.write };
+        // The kernel reports errors of passed-through writes by itself.
+        let flush_on_close = access.write && passed.is_none();
+        let file = RegionFile { id: ino, handle, node, writable: access.write, passed };
         let fh = self.handles.insert(OpenFile::Region(file));
-        Ok(Opened { fh, path, flush_on_close: access.write })
+        Ok(Opened { fh, path, flush_on_close })
     }
 
     fn hand_over(
@@ -258,8 +264,7 @@ impl<B: Send + Sync> Fs<B> {
     pub fn release(&self, fh: u64) -> FsResult<()> {
         let file = self.handles.remove(fh).ok_or(Errno::EBADF)?;
         self.release_file(&file);
-        // The engine's handle is dropped here, outside every lock: sealing reads the whole content.
-        drop(file);
+        self.closer.close(file);
         Ok(())
     }
 
@@ -325,8 +330,12 @@ impl<B: Send + Sync> Fs<B> {
         self.check_writable(region.id)?;
         let len = len.min(COPY_PIECE);
         if let OpenFile::Region(source) = &*source {
-            if let (Some(source), Some(target)) = (source.handle.backing(), region.handle.backing()) {
-                return copy_files(&source, from.1, &target, to.1, len);
+            if let (Some(source), Some(target)) = (&source.passed, &region.passed) {
+                match copy_files(source, from.1, target, to.1, len) {
+                    // The backing file was opened for a reader first.
+                    Err(Errno::EBADF) => {}
+                    result => return result,
+                }
             }
         }
         let mut buffer = vec![0; COPY_BUFFER.min(len as usize)];

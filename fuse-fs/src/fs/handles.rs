@@ -1,6 +1,7 @@
 //! Open files by the number that the kernel carries for us.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -30,6 +31,8 @@ pub(crate) struct RegionFile<B> {
     pub handle: Handle,
     pub node: Arc<Node<B>>,
     pub writable: bool,
+    /// The backing file, when the kernel reads and writes it by itself.
+    pub passed: Option<Arc<File>>,
 }
 
 /// The table of open files. Reads take the read lock of one shard only.

@@ -45,7 +45,7 @@ pub struct DirectoryEntry<'a> {
     pub entry: Option<Entry>,
 }
 
-impl<B: Send + Sync> Fs<B> {
+impl<B: Send + Sync + 'static> Fs<B> {
     /// Finds a name and counts one lookup of what it finds.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> FsResult<Entry> {
         self.check_alive()?;

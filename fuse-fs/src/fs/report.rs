@@ -9,7 +9,7 @@ use super::views::VNode;
 use super::{Fs, Passthrough};
 use crate::error::{Errno, FsResult};
 
-impl<B: Send + Sync> Fs<B> {
+impl<B: Send + Sync + 'static> Fs<B> {
     pub(crate) fn text_of(&self, node: VNode) -> FsResult<String> {
         match node {
             VNode::Stats => {

@@ -15,7 +15,7 @@ const OURS: &[u8] = b"user.nvtier.";
 const NAME_MAX: usize = 255;
 const SIZE_MAX: usize = 64 << 10;
 
-impl<B: Send + Sync> Fs<B> {
+impl<B: Send + Sync + 'static> Fs<B> {
     /// Value of an attribute.
     pub fn getxattr(&self, ino: u64, name: &OsStr) -> FsResult<Vec<u8>> {
         self.check_alive()?;
