@@ -128,6 +128,8 @@ struct Stream {
     /// How far read-ahead was asked for.
     ahead: u64,
     window: u64,
+    /// Reads that continued it.
+    runs: u32,
     /// For replacing the stalest.
     used: u64,
 }
@@ -158,7 +160,7 @@ impl ExtentContent {
 
     /// Notes a read; asks for more where it continues an earlier one.
     fn note(&self, offset: u64, len: usize) {
-        let end = offset + len as u64;
+        let end = offset.saturating_add(len as u64);
         let budget = self.io.tier().budget_bytes() as u64;
         if end >= self.layout.size() || budget < 4 * READ_AHEAD_MIN {
             return;
@@ -169,7 +171,7 @@ impl ExtentContent {
             let (streams, clock) = &mut *guard;
             *clock += 1;
             // Reads of one stream may arrive a little out of order, from several threads.
-            let slack = 2 * (len as u64).max(128 << 10);
+            let slack = 2 * len as u64;
             let known = streams.iter_mut().find(|stream| {
                 stream.used > 0 && offset + slack >= stream.end && offset <= stream.end + slack
             });
@@ -177,6 +179,11 @@ impl ExtentContent {
                 Some(stream) => {
                     stream.used = *clock;
                     stream.end = stream.end.max(end);
+                    stream.runs += 1;
+                    if stream.runs < 2 {
+                        // Twice may be chance.
+                        return;
+                    }
                     if stream.window == 0 {
                         stream.window = READ_AHEAD_MIN;
                         stream.ahead = stream.end;
@@ -194,7 +201,7 @@ impl ExtentContent {
                 }
                 None => {
                     if let Some(stalest) = streams.iter_mut().min_by_key(|stream| stream.used) {
-                        *stalest = Stream { end, ahead: 0, window: 0, used: *clock };
+                        *stalest = Stream { end, used: *clock, ..Stream::default() };
                     }
                     None
                 }

@@ -474,3 +474,6 @@ enum Done {
     Page(Arc<Page>),
     Loose(Buffer),
 }
+
+#[cfg(test)]
+mod tests;

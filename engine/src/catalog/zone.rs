@@ -255,3 +255,6 @@ impl StorageBackend for ZoneBackend {
         written
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -378,3 +378,6 @@ impl Member for ExtentDirectory {
         Ok((device, extent.offset))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,230 @@
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use nvme::{Device, DeviceOptions, FileDevice};
+
+use super::*;
+use crate::content::{Content, Draft};
+use crate::extent_draft::ExtentDraft;
+use crate::extent_io::{ExtentContent, ExtentIo, ExtentIoOptions};
+use crate::member::Member;
+use crate::member::raw::{RawGeometry, RawMember};
+use crate::prefetch::Priority;
+
+const CHUNK: u32 = 16 << 10;
+
+/// Real files with O_DIRECT where the file system of the temporary folder takes it.
+fn images(folder: &Path, count: u16, ram_bytes: u64) -> Arc<ExtentIo> {
+    let len = 24 << 20;
+    let members = (0..count)
+        .map(|index| {
+            let path = folder.join(format!("image{index}"));
+            let direct = DeviceOptions { direct: true, read_only: false };
+            let device = FileDevice::create(&path, len, &direct).or_else(|refused| {
+                println!("no O_DIRECT here: {refused}");
+                FileDevice::create(&path, len, &DeviceOptions { direct: false, ..direct })
+            });
+            let device: Arc<dyn Device> = Arc::new(device.unwrap());
+            let geometry = RawGeometry::plan(len, CHUNK, false).unwrap();
+            Arc::new(RawMember::new(index, &path, device, geometry, CHUNK).unwrap()) as Arc<dyn Member>
+        })
+        .collect();
+    let options = ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 1 << 20, ram_bytes, verify: true };
+    ExtentIo::new(members, &options).unwrap()
+}
+
+fn region(io: &Arc<ExtentIo>, node: u64, data: &[u8]) -> Arc<Layout> {
+    let draft = ExtentDraft::new(io, node, Arc::new(Layout::new(CHUNK)));
+    assert_eq!(draft.write_at(0, data).unwrap(), data.len());
+    let mut layout = draft.commit(true, &AtomicBool::new(false)).unwrap().unwrap().layout;
+    layout.set_generation(1);
+    Arc::new(layout)
+}
+
+fn pattern(len: usize, seed: u32) -> Vec<u8> {
+    (0..len as u32).map(|i| ((i ^ seed).wrapping_mul(2_654_435_761) >> 17) as u8).collect()
+}
+
+#[test]
+fn image_files_of_all_counts_and_odd_sizes() {
+    for members in 1..=4u16 {
+        for size in [1usize, 4095, 16_384, 16_385, 1_048_577, 5_000_003] {
+            let folder = tempfile::tempdir().unwrap();
+            let io = images(folder.path(), members, 2 << 20);
+            let data = pattern(size, members as u32);
+            let layout = region(&io, 9, &data);
+            let used: std::collections::BTreeSet<u16> =
+                layout.extents().map(|extent| extent.member).collect();
+            assert_eq!(used.len(), (size.div_ceil(1 << 20)).min(members as usize), "units go round");
+            let content = ExtentContent::new(&io, 9, layout);
+            let mut buf = vec![0; size + 5];
+            assert_eq!(content.read_at(0, &mut buf).unwrap(), size);
+            assert!(buf[..size] == data);
+            for at in (0..size).step_by(77_777) {
+                let mut lent = Vec::new();
+                let n = content.read_with(at as u64, 100_001, &mut |slices| lent = slices.concat()).unwrap();
+                assert_eq!(n, lent.len());
+                assert!(lent == data[at..size.min(at + 100_001)]);
+            }
+            assert_eq!(content.read_at(size as u64, &mut buf).unwrap(), 0);
+            assert_eq!(content.read_at(u64::MAX, &mut buf).unwrap(), 0);
+            assert_eq!(
+                content.read_with(size as u64 + 1, 10, &mut |slices| assert!(slices.is_empty())).unwrap(),
+                0
+            );
+        }
+    }
+}
+
+#[test]
+fn a_small_read_reads_one_chunk_and_a_second_one_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let io = images(folder.path(), 1, 4 << 20);
+    let data = pattern(3 << 20, 1);
+    let layout = region(&io, 9, &data);
+    let content = ExtentContent::new(&io, 9, layout);
+    let before = io.reader().stats();
+    let mut buf = [0; 4096];
+    content.read_at(40_960, &mut buf).unwrap();
+    assert!(buf == data[40_960..45_056]);
+    let after = io.reader().stats();
+    assert_eq!(
+        (after.read_bytes - before.read_bytes, after.verified_chunks - before.verified_chunks),
+        (CHUNK as u64, 1)
+    );
+    content.read_at(32_768, &mut buf).unwrap();
+    assert_eq!(io.reader().stats(), after, "the second one comes from the RAM tier");
+    assert_eq!((io.tier().stats().misses, io.tier().stats().hits), (1, 1));
+}
+
+#[test]
+fn readers_of_the_same_bytes_read_them_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let io = images(folder.path(), 2, 16 << 20);
+    let data = pattern(8 << 20, 1);
+    let layout = region(&io, 9, &data);
+    let before = io.reader().stats().read_bytes;
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                let mut buf = vec![0; 300_000];
+                for at in (0..data.len()).step_by(buf.len()) {
+                    let n = io
+                        .reader()
+                        .read_at(Source { node: 9, layout: &layout }, at as u64, &mut buf)
+                        .unwrap();
+                    assert!(buf[..n] == data[at..at + n]);
+                }
+            });
+        }
+    });
+    assert_eq!(io.reader().stats().read_bytes - before, 8 << 20);
+}
+
+#[test]
+fn lent_pages_outlive_their_eviction() {
+    let folder = tempfile::tempdir().unwrap();
+    let io = images(folder.path(), 1, 1 << 20);
+    let data = pattern(8 << 20, 1);
+    let layout = region(&io, 9, &data);
+    let source = Source { node: 9, layout: &layout };
+    io.reader()
+        .read_with(source, 100, 500_000, &mut |slices| {
+            // Washes the tier while the first pages are lent.
+            let mut buf = vec![0; 8 << 20];
+            io.reader().read_at(source, 0, &mut buf).unwrap();
+            assert!(buf == data);
+            assert!(slices.concat() == data[100..500_100]);
+        })
+        .unwrap();
+    assert!(io.tier().stats().used_bytes <= 1 << 20);
+}
+
+#[test]
+fn explicit_prefetch_fills_the_tier_in_order_and_stops_when_dropped() {
+    let folder = tempfile::tempdir().unwrap();
+    let io = images(folder.path(), 2, 8 << 20);
+    let data = pattern(8 << 20, 1);
+    let layout = region(&io, 9, &data);
+    let ticket = io.prefetcher().extents(
+        9,
+        &layout,
+        &[(5 << 20, 1 << 20), (100, 200_000), (u64::MAX, 5)],
+        Priority::Normal,
+        None,
+    );
+    let soon = Instant::now() + Duration::from_secs(30);
+    assert!(ticket.wait(soon).unwrap());
+    assert_eq!(ticket.done_bytes(), (1 << 20) + 200_000);
+    let before = io.reader().stats().read_bytes;
+    let mut buf = vec![0; 1 << 20];
+    io.reader().read_at(Source { node: 9, layout: &layout }, 5 << 20, &mut buf).unwrap();
+    assert!(buf == data[5 << 20..6 << 20]);
+    assert_eq!(io.reader().stats().read_bytes, before, "it was there already");
+    // More than fits is cut off; past deadlines bring nothing.
+    let ticket = io.prefetcher().extents(9, &layout, &[(0, u64::MAX)], Priority::Low, None);
+    assert!(ticket.wait(soon).unwrap());
+    assert_eq!(ticket.done_bytes(), 6 << 20);
+    let late = io.prefetcher().extents(9, &layout, &[(0, u64::MAX)], Priority::High, Some(Instant::now()));
+    assert!(late.wait(soon).unwrap());
+    assert_eq!(late.done_bytes(), 0);
+    // A file's ranges go to the page cache.
+    let file = Arc::new(std::fs::File::open(folder.path().join("image0")).unwrap());
+    let ticket = io.prefetcher().file(&file, &[(0, 3 << 20)], Priority::Normal, None);
+    assert!(ticket.wait(soon).unwrap());
+    assert_eq!(ticket.done_bytes(), 3 << 20);
+}
+
+#[test]
+fn a_sequential_reader_is_read_ahead_of_and_a_random_one_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let io = images(folder.path(), 1, 16 << 20);
+    let data = pattern(16 << 20, 1);
+    let layout = region(&io, 9, &data);
+    let content = ExtentContent::new(&io, 9, layout.clone());
+    let mut buf = vec![0; 64 << 10];
+    let mut at = 1u64;
+    for _ in 0..100 {
+        at = at * 7919 % 255;
+        content.read_at(at << 16, &mut buf).unwrap();
+    }
+    let stats = io.reader().stats();
+    assert!(stats.read_bytes <= 100 * (64 << 10), "random reads bring no more than they ask for");
+    let content = ExtentContent::new(&io, 10, layout);
+    for block in 0..16u64 {
+        content.read_at(block << 16, &mut buf).unwrap();
+        assert!(buf == data[(block << 16) as usize..][..64 << 10]);
+    }
+    // The threads bring it without being waited for here: wait for what must come.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while io.reader().stats().read_bytes < stats.read_bytes + (2 << 20) {
+        assert!(Instant::now() < deadline, "read-ahead never came");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_missing_device_is_an_error_for_everybody_who_waits() {
+    let folder = tempfile::tempdir().unwrap();
+    let io = images(folder.path(), 1, 4 << 20);
+    let data = pattern(1 << 20, 1);
+    let layout = region(&io, 9, &data);
+    // Cut the image short under the pool.
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(folder.path().join("image0"))
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let mut buf = vec![0; 1 << 20];
+                let error =
+                    io.reader().read_at(Source { node: 9, layout: &layout }, 0, &mut buf).unwrap_err();
+                assert!(error.chain().contains("image0"), "{}", error.chain());
+            });
+        }
+    });
+    assert_eq!(io.tier().stats().used_bytes, 0);
+}
