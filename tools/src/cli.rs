@@ -139,11 +139,12 @@ pub struct Demo {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 POOL is a directory on ext4 or XFS (made if it is not there), a block device, or with --raw an image file (made with \
---size). With --member the data is striped over all members; POOL is then member 0. A place that holds anything else is \
-refused, and said what it holds, unless --force is given.
+--size). With --member the data is striped over the members given, and POOL becomes a small directory that points to \
+them (name POOL itself as a --member to make it one). A place that holds anything else is refused, and said what it \
+holds, unless --force is given.
 
   nvtier format /mnt/nvme0/pool
-  nvtier format /mnt/nvme0/pool --member /mnt/nvme1/pool --size 500GiB
+  nvtier format /srv/pool --member /mnt/nvme0/pool --member /mnt/nvme1/pool --size 500GiB
   nvtier format pool.img --raw --size 64GiB")]
 pub struct Format {
     /// Where the pool is to be
@@ -152,7 +153,7 @@ pub struct Format {
     /// Quota of a directory member, length of an image file; default: what the file system or device has
     #[arg(long, value_parser = size::parse_nonzero)]
     pub size: Option<u64>,
-    /// A further member to stripe over (may be given several times)
+    /// A member to stripe over (may be given several times)
     #[arg(long = "member", value_name = "MEMBER", value_hint = ValueHint::AnyPath)]
     pub members: Vec<PathBuf>,
     /// Make an image file where POOL does not exist, instead of a directory

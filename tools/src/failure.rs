@@ -100,11 +100,6 @@ impl Failure {
         self.hint.get_or_insert_with(|| hint.into());
         self
     }
-
-    /// True for exit code 130.
-    pub fn is_interrupt(&self) -> bool {
-        self.code == code::INTERRUPTED
-    }
 }
 
 impl fmt::Display for Failure {

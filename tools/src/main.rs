@@ -1,6 +1,7 @@
 //! The `nvtier` command.
 #![forbid(unsafe_code)]
 
+mod ceiling;
 mod cli;
 mod cmd;
 mod config;
@@ -16,6 +17,7 @@ mod size;
 mod source;
 mod store;
 mod time;
+mod transfer;
 
 use std::ffi::OsString;
 use std::io::Write;

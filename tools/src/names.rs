@@ -8,8 +8,9 @@ use crate::failure::{Failure, Outcome};
 const COMPONENT_MAX: usize = 255;
 /// Longest path, as in Linux (`PATH_MAX` with its NUL).
 const PATH_MAX: usize = 4095;
-/// What the mount shows at its root besides the tree: a region of that name could not be seen there.
-const RESERVED: [&str; 2] = [".nvtier", ".tensors"];
+/// What the mount shows at its root besides the tree (a region of that name could not be seen there), and where the engine
+/// keeps regions that are not complete.
+const RESERVED: [&str; 3] = [".nvtier", ".tensors", crate::store::PARTIAL];
 
 /// Checks a path in a pool and brings it into the form `a/b/c`; the root is the empty path.
 ///
@@ -29,9 +30,6 @@ pub fn normalize(path: &str) -> Outcome<String> {
             _ if part.len() > COMPONENT_MAX => {
                 return refuse(format!("a component has {} bytes, {COMPONENT_MAX} are allowed", part.len()));
             }
-            _ if parts.is_empty() && RESERVED.contains(&part) => {
-                return refuse(format!("`{part}` is reserved for what a mount shows beside the tree"));
-            }
             _ => parts.push(part),
         }
     }
@@ -47,6 +45,18 @@ pub fn normalize_entry(path: &str) -> Outcome<String> {
     let name = normalize(path)?;
     if name.is_empty() {
         return Err(Failure::usage("the name is empty: name a region or directory of the pool"));
+    }
+    Ok(name)
+}
+
+/// [`normalize_entry`] for a name that is to be made.
+pub fn normalize_new(path: &str) -> Outcome<String> {
+    let name = normalize_entry(path)?;
+    let first = name.split('/').next().unwrap_or("");
+    if RESERVED.contains(&first) {
+        return Err(Failure::usage(format!(
+            "`{first}` is reserved at the root of a pool: choose another name"
+        )));
     }
     Ok(name)
 }
@@ -93,10 +103,14 @@ mod tests {
     fn what_cannot_be_a_name_is_refused() {
         let long = "x".repeat(256);
         let deep = vec!["y".repeat(200); 21].join("/");
-        for path in ["..", "a/../b", ".", "a/.", "a\0b", ".nvtier", "/.tensors/x", &long, &deep] {
+        for path in ["..", "a/../b", ".", "a/.", "a\0b", &long, &deep] {
             assert_eq!(normalize(path).unwrap_err().code, crate::failure::code::USAGE, "{path:?}");
         }
         assert!(normalize_entry("//").is_err());
+        for path in [".nvtier", "/.tensors/x", ".nvtier-partial/x", ""] {
+            assert!(normalize_new(path).is_err(), "{path}");
+        }
+        assert_eq!(normalize_new("a/.nvtier").unwrap(), "a/.nvtier");
     }
 
     #[test]

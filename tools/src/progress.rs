@@ -58,10 +58,10 @@ impl Progress {
         Self { shown, task, total, done: 0, base: 0, start, ceiling }
     }
 
-    /// The task goes on at `bytes`, which an earlier run did.
-    pub fn resume_at(&mut self, bytes: u64) {
-        self.base = bytes;
-        self.set(bytes);
+    /// `bytes` more are done, by an earlier run: they count for the total, not for the rate.
+    pub fn skip(&mut self, bytes: u64) {
+        self.base += bytes;
+        self.set(self.done + bytes);
     }
 
     /// `bytes` of the total are done.

@@ -2,13 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
+use engine::tensors::TensorIndex;
+use engine::{
+    ErrorKind, NodeKind, PoolInfo, PoolStat, RegionReader, RegionWriter, Session, SessionOptions,
+    VerifyProgress, VerifyReport, WriterOptions,
+};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome};
+use crate::names;
+
+/// RAM tier of a command that owns the pool for a moment: it streams, and a cache would only cost time.
+const COMMAND_RAM_BYTES: u64 = 64 << 20;
 
 /// An open pool: owned by this process, or reached through its owner (a running mount).
 pub struct Store {
     path: PathBuf,
+    session: Session,
 }
 
 /// A node of the pool's tree. The field names are those of `--json`.
@@ -28,10 +38,45 @@ pub struct Entry {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// Names that lead to it.
+    pub nlink: u32,
     /// Last change of the content, seconds since the epoch.
     pub modified: i64,
-    /// Counts the commits of the content.
+    /// Another one after each commit of the content.
     pub generation: u64,
+    /// Target of a symbolic link.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+}
+
+impl From<engine::Entry> for Entry {
+    fn from(entry: engine::Entry) -> Self {
+        Self {
+            path: entry.path,
+            kind: kind_word(entry.kind),
+            size: entry.size,
+            allocated: entry.allocated,
+            mode: entry.mode,
+            uid: entry.uid,
+            gid: entry.gid,
+            nlink: entry.nlink,
+            modified: entry.mtime,
+            generation: entry.generation,
+            target: entry.target,
+        }
+    }
+}
+
+fn kind_word(kind: NodeKind) -> &'static str {
+    match kind {
+        NodeKind::Directory => "directory",
+        NodeKind::Region => "region",
+        NodeKind::Symlink => "symlink",
+        NodeKind::Fifo => "fifo",
+        NodeKind::Socket => "socket",
+        NodeKind::CharDevice => "char_device",
+        NodeKind::BlockDevice => "block_device",
+    }
 }
 
 impl Entry {
@@ -43,6 +88,11 @@ impl Entry {
     /// True for a directory.
     pub fn is_directory(&self) -> bool {
         self.kind == "directory"
+    }
+
+    /// True for a region.
+    pub fn is_region(&self) -> bool {
+        self.kind == "region"
     }
 
     /// `drwxr-xr-x`.
@@ -64,20 +114,119 @@ impl Entry {
 
 impl Store {
     /// Opens the pool.
-    pub fn open(path: &Path, _read_only: bool) -> Outcome<Self> {
-        Err(Failure::unsupported(format!(
-            "open the pool {}: not supported yet in this build",
-            path.display()
-        )))
+    pub fn open(path: &Path, read_only: bool) -> Outcome<Self> {
+        let options = SessionOptions { read_only, ram_bytes: COMMAND_RAM_BYTES, ..SessionOptions::default() };
+        let session = Session::open(path, options)
+            .map_err(|error| Failure::from(error).while_doing(format!("open the pool {}", path.display())))?;
+        Ok(Self { path: path.to_owned(), session })
     }
 
-    /// The pool's path.
+    /// The pool's path, as it was given.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// The process that owns the pool, when it is another one.
+    pub fn other_owner(&self) -> Option<u32> {
+        self.session.is_remote().then(|| self.session.owner_pid())
+    }
+
+    /// What the superblocks say.
+    pub fn info(&self) -> Outcome<PoolInfo> {
+        Ok(self.session.info()?)
+    }
+
+    /// What the pool holds.
+    pub fn stat(&self) -> Outcome<PoolStat> {
+        Ok(self.session.stat()?)
+    }
+
     /// A directory's entries, or a region itself; in order of their paths.
-    pub fn list(&self, _name: &str, _recursive: bool) -> Outcome<Vec<Entry>> {
-        Ok(Vec::new())
+    pub fn list(&self, name: &str, recursive: bool) -> Outcome<Vec<Entry>> {
+        let entries =
+            self.session.list(name, recursive).map_err(|error| self.failure("list", name, error))?;
+        Ok(entries.into_iter().map(Entry::from).collect())
+    }
+
+    /// The node of a name.
+    pub fn entry(&self, name: &str) -> Outcome<Entry> {
+        self.find(name)?.ok_or_else(|| {
+            Failure::not_found(format!(
+                "there is no `{}` in the pool {}",
+                crate::output::printable(name),
+                self.path.display()
+            ))
+            .hint("`nvtier ls -r` lists what there is")
+        })
+    }
+
+    /// The node of a name, if there is one.
+    pub fn find(&self, name: &str) -> Outcome<Option<Entry>> {
+        match self.session.stat_path(name) {
+            Ok(entry) => Ok(Some(entry.into())),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotDirectory) => Ok(None),
+            Err(error) => Err(self.failure("look at", name, error)),
+        }
+    }
+
+    /// The tensors of a region; `None` when it is no tensor file.
+    pub fn tensors(&self, name: &str) -> Outcome<Option<TensorIndex>> {
+        self.session.tensors(name).map_err(|error| self.failure("read the tensors of", name, error))
+    }
+
+    /// Makes a directory and those above it.
+    pub fn make_directories(&self, name: &str) -> Outcome {
+        self.session.mkdirs(name).map_err(|error| self.failure("make the directory", name, error))
+    }
+
+    /// Removes a region or a directory.
+    pub fn remove(&self, name: &str, recursive: bool) -> Outcome {
+        self.session.remove(name, recursive).map_err(|error| self.failure("remove", name, error))
+    }
+
+    /// Moves a name.
+    pub fn rename(&self, from: &str, to: &str) -> Outcome {
+        self.session.rename(from, to).map_err(|error| self.failure("make", to, error))
+    }
+
+    /// Reads everything below a name (`""`: the pool) and compares it with its sums.
+    pub fn verify(&self, name: &str, progress: &mut dyn FnMut(VerifyProgress)) -> Outcome<VerifyReport> {
+        self.session.verify(name, progress).map_err(|error| self.failure("verify", name, error))
+    }
+
+    /// Opens a region for reading.
+    pub fn reader(&self, name: &str) -> Outcome<RegionReader> {
+        self.session.reader(name).map_err(|error| self.failure("open", name, error))
+    }
+
+    /// Opens a region for writing; see [`Session::writer`].
+    pub fn writer(&self, name: &str, len: u64, options: WriterOptions) -> Outcome<RegionWriter> {
+        self.session.writer(name, Some(len), options).map_err(|error| self.failure("make", name, error))
+    }
+
+    /// Ends the session; what dropping it would only log is an error here.
+    pub fn close(self) -> Outcome {
+        let Self { path, session } = self;
+        session
+            .close()
+            .map_err(|error| Failure::from(error).while_doing(format!("close the pool {}", path.display())))
+    }
+
+    /// An error of the engine, with what was tried on which name.
+    pub fn failure(&self, tried: &str, name: &str, error: engine::Error) -> Failure {
+        let shown = if name.is_empty() {
+            "the root".to_owned()
+        } else {
+            format!("`{}`", crate::output::printable(name))
+        };
+        Failure::from(error).while_doing(format!("{tried} {shown} in the pool {}", self.path.display()))
     }
 }
+
+/// A path below [`PARTIAL`] for what is not complete yet. Listings leave it out.
+pub fn staging_path(name: &str) -> String {
+    names::join(PARTIAL, name)
+}
+
+/// Where the engine keeps regions that are being imported.
+pub const PARTIAL: &str = ".nvtier-partial";

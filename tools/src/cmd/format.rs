@@ -10,6 +10,7 @@ use crate::{output, size};
 pub fn run(global: &Global, args: &Format) -> Outcome {
     let mut options =
         FormatOptions { size: args.size, force: args.force, raw: args.raw, ..FormatOptions::default() };
+    options.members.clone_from(&args.members);
     if let Some(chunk_size) = args.chunk_size {
         options.chunk_size = u32::try_from(chunk_size).map_err(|_| {
             Failure::usage("a chunk is at most 4MiB").hint("leave --chunk-size out for 16KiB")
@@ -17,9 +18,6 @@ pub fn run(global: &Global, args: &Format) -> Outcome {
     }
     if let Some(stripe_unit) = args.stripe_unit {
         options.stripe_unit = stripe_unit;
-    }
-    if !args.members.is_empty() {
-        options.members = std::iter::once(&args.pool).chain(&args.members).cloned().collect();
     }
     let info = Pool::format(&args.pool, &options)
         .map_err(|error| Failure::from(error).while_doing(format!("format {}", args.pool.display())))?;

@@ -76,7 +76,34 @@ pub fn run(global: &Global, config: &Config, args: &Mount) -> Outcome {
         };
         return serve(&settings, mounted);
     }
-    start_daemon(global, &settings)
+    let (pid, log) = start_daemon(global.verbose, &settings)?;
+    if global.json {
+        return output::json(&serde_json::json!({
+            "pool": settings.pool,
+            "mountpoint": settings.mountpoint,
+            "pid": pid,
+            "log": log,
+            "ram_bytes": settings.ram_bytes,
+        }));
+    }
+    Ok(())
+}
+
+/// Mounts with the defaults; for the demo.
+pub fn mount_in_background(pool: &Path, mountpoint: &Path) -> Outcome {
+    let args = Mount {
+        pool: pool.to_owned(),
+        mountpoint: mountpoint.to_owned(),
+        foreground: false,
+        ram: None,
+        read_only: false,
+        allow_other: false,
+        verify: None,
+        threads: None,
+        ready_on_stdout: false,
+        log: None,
+    };
+    start_daemon(0, &Settings::resolve(&Config::default(), &args)?).map(drop)
 }
 
 impl Settings {
@@ -216,7 +243,8 @@ fn say_ready() -> Outcome {
     rustix::stdio::dup2_stdout(null.as_fd()).map_err(|error| Failure::io(tried, &error.into()))
 }
 
-fn start_daemon(global: &Global, settings: &Settings) -> Outcome {
+/// Starts the daemon and waits until it is ready. Returns its process id and its log.
+fn start_daemon(verbose: u8, settings: &Settings) -> Outcome<(u32, PathBuf)> {
     let (log_path, log) = runtime::create_log(&settings.mountpoint)?;
     let program = std::env::current_exe().map_err(|error| Failure::io("find this program", &error))?;
     let mut command = Command::new(program);
@@ -231,32 +259,22 @@ fn start_daemon(global: &Global, settings: &Settings) -> Outcome {
     if let Some(threads) = settings.threads {
         command.arg("--threads").arg(threads.to_string());
     }
-    for _ in 0..global.verbose {
+    for _ in 0..verbose {
         command.arg("-v");
     }
     command.arg("--").arg(&settings.pool).arg(&settings.mountpoint);
     // Its working directory must not keep another file system busy.
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
     let mut daemon = command.spawn().map_err(|error| Failure::io("start the mount daemon", &error))?;
-    let pid = match wait_until_ready(&mut daemon) {
-        Ok(pid) => pid,
+    match wait_until_ready(&mut daemon) {
+        Ok(pid) => Ok((pid, log_path)),
         Err(failure) => {
             stop(&mut daemon);
             let log = format!("the daemon's log is {}", log_path.display());
             let hint = failure.hint.clone().map_or(log.clone(), |hint| format!("{hint}\n  {log}"));
-            return Err(Failure { hint: Some(hint), ..failure });
+            Err(Failure { hint: Some(hint), ..failure })
         }
-    };
-    if global.json {
-        return output::json(&serde_json::json!({
-            "pool": settings.pool,
-            "mountpoint": settings.mountpoint,
-            "pid": pid,
-            "log": log_path,
-            "ram_bytes": settings.ram_bytes,
-        }));
     }
-    Ok(())
 }
 
 /// Reads the daemon's one line; looks for SIGINT and the deadline meanwhile.

@@ -1,5 +1,6 @@
 //! `nvtier umount MNT`: unmounts and waits until the daemon has written everything and is gone.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::cli::{Global, Umount};
@@ -13,8 +14,17 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(120);
 /// Unmounts.
 pub fn run(global: &Global, args: &Umount) -> Outcome {
     let mountpoint = mountpoint::resolve(&args.mountpoint)?;
+    let pid = unmount(&mountpoint)?;
+    if global.json {
+        return output::json(&serde_json::json!({ "mountpoint": mountpoint, "pid": pid }));
+    }
+    Ok(())
+}
+
+/// Unmounts a resolved path and waits for its daemon, whose process id is returned if it is known.
+pub fn unmount(mountpoint: &Path) -> Outcome<Option<u32>> {
     let shown = mountpoint.display();
-    match mountpoint::mounted_at(&mountpoint)? {
+    match mountpoint::mounted_at(mountpoint)? {
         None => return Err(Failure::not_found(format!("unmount {shown}: nothing is mounted there"))),
         Some(mount) if !mount.is_nvtier() => {
             let message = format!("unmount {shown}: it is a mount of type {}, not of nvtier", mount.fs_type);
@@ -22,20 +32,15 @@ pub fn run(global: &Global, args: &Umount) -> Outcome {
         }
         Some(_) => {}
     }
-    let record = MountRecord::load(&mountpoint);
-    fuse_fs::unmount(&mountpoint).map_err(|error| unmount_failure(&mountpoint, error))?;
+    let record = MountRecord::load(mountpoint);
+    fuse_fs::unmount(mountpoint).map_err(|error| unmount_failure(mountpoint, error))?;
     if let Some(record) = &record {
         wait_for_exit(record)?;
     }
-    if global.json {
-        return output::json(
-            &serde_json::json!({ "mountpoint": mountpoint, "pid": record.map(|record| record.pid) }),
-        );
-    }
-    Ok(())
+    Ok(record.map(|record| record.pid))
 }
 
-fn unmount_failure(mountpoint: &std::path::Path, error: fuse_fs::Error) -> Failure {
+fn unmount_failure(mountpoint: &Path, error: fuse_fs::Error) -> Failure {
     let failure = Failure::from(error).while_doing(format!("unmount {}", mountpoint.display()));
     if failure.code == code::BUSY {
         failure.hint("files on it are open: close them (`fuser -vm MNT` shows by whom) and try again")

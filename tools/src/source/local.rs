@@ -74,21 +74,25 @@ fn item(path: &Path, name: String, metadata: &Metadata) -> Outcome<Item> {
         let message = format!("{} is neither a file nor a directory", path.display());
         return Err(Failure::failed(message).hint("remove it from the tree, or import the files one by one"));
     }
-    let identity = format!(
-        "file:{}:{}:{}:{}.{:09}",
-        metadata.dev(),
-        metadata.ino(),
-        metadata.len(),
-        metadata.mtime(),
-        metadata.mtime_nsec()
-    );
     Ok(Item {
         name,
         len: metadata.len(),
-        identity,
+        identity: identity_of(metadata),
         mode: metadata.mode() & 0o777,
         origin: Origin::File(path.to_owned()),
     })
+}
+
+/// See [`Item::identity`].
+pub fn identity(path: &Path) -> Outcome<String> {
+    let metadata =
+        fs::metadata(path).map_err(|error| Failure::io(format!("open {}", path.display()), &error))?;
+    Ok(identity_of(&metadata))
+}
+
+fn identity_of(metadata: &Metadata) -> String {
+    let (time, nanos) = (metadata.mtime(), metadata.mtime_nsec());
+    format!("file:{}:{}:{}:{time}.{nanos:09}", metadata.dev(), metadata.ino(), metadata.len())
 }
 
 /// Reads all of `buffer` at `offset`.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use object_store::ObjectStore;
 
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome, code};
 
 pub use direct::DirectReader;
 pub use object::ObjectOptions;
@@ -102,11 +102,29 @@ impl Source {
         }
     }
 
+    /// After the stream: all bytes came, and a local file is still the one that was listed.
+    pub fn recheck(&self, item: &Item, done: u64) -> Outcome {
+        let changed = |what: String| {
+            let message = format!("{} changed while it was imported: {what}", item.origin.describe());
+            Err(Failure::new(code::FAILED, "Changed", message)
+                .hint("import it again when nothing writes to it"))
+        };
+        if done != item.len {
+            return changed(format!("{done} bytes came, {} were expected", item.len));
+        }
+        match &item.origin {
+            Origin::File(path) if local::identity(path)? != item.identity => {
+                changed("size or time are others".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The bytes of an item from `offset` on, in order.
     pub fn stream(&self, item: &Item, offset: u64) -> Outcome<Stream> {
         match (&item.origin, self) {
             (Origin::File(path), _) => {
-                Ok(Stream::File(DirectReader::open(path, offset, direct::IMPORT_DEPTH)?))
+                Ok(Stream::File(Box::new(DirectReader::open(path, offset, direct::IMPORT_DEPTH)?)))
             }
             (origin, Self::Object(source)) => Ok(Stream::Object(source.stream(origin, offset, item.len))),
             (origin, Self::Local(_)) => {
@@ -119,7 +137,7 @@ impl Source {
 /// Bytes in order, with more of them under way.
 pub enum Stream {
     /// A local file.
-    File(DirectReader),
+    File(Box<DirectReader>),
     /// An object.
     Object(object::ObjectStream),
 }
