@@ -69,7 +69,10 @@ impl Cache {
             self.bytes -= weight(&old.outcome);
         }
         while self.bytes > BUDGET && self.kept.len() > 1 {
-            let Some(oldest) = self.kept.iter().min_by_key(|(_, k)| k.used).map(|(key, _)| key.clone()) else { break };
+            let Some(oldest) = self.kept.iter().min_by_key(|(_, k)| k.used).map(|(key, _)| key.clone())
+            else {
+                break;
+            };
             if let Some(old) = self.kept.remove(&oldest) {
                 self.bytes -= weight(&old.outcome);
             }
@@ -87,9 +90,17 @@ impl Pool {
     pub fn tensors(&self, node: NodeId) -> Result<Arc<TensorIndex>> {
         let attr = self.getattr(node)?;
         let path = self.path_of(node)?;
-        let none = || Error::new(ErrorKind::NotSupported, format!("{path:?} is no tensor file (.safetensors, .gguf, .npy)"));
-        let format = Format::of_name(&path).filter(|_| attr.kind == NodeKind::Region && attr.size > 0).ok_or_else(none)?;
-        let content = |attr: &Attr| Content { generation: attr.generation, size: attr.size, mtime: attr.mtime, format };
+        let none = || {
+            Error::new(
+                ErrorKind::NotSupported,
+                format!("{path:?} is no tensor file (.safetensors, .gguf, .npy)"),
+            )
+        };
+        let format = Format::of_name(&path)
+            .filter(|_| attr.kind == NodeKind::Region && attr.size > 0)
+            .ok_or_else(none)?;
+        let content =
+            |attr: &Attr| Content { generation: attr.generation, size: attr.size, mtime: attr.mtime, format };
         let key = (self.info().id, node);
         if let Some(kept) = with(|cache| cache.get(&key, content(&attr))) {
             return outcome(kept);
@@ -100,7 +111,12 @@ impl Pool {
             let mut done = 0;
             while done < out.len() {
                 match handle.read_at(offset + done as u64, &mut out[done..])? {
-                    0 => return Err(Error::new(ErrorKind::Stale, format!("{path:?} became shorter while it was read"))),
+                    0 => {
+                        return Err(Error::new(
+                            ErrorKind::Stale,
+                            format!("{path:?} became shorter while it was read"),
+                        ));
+                    }
                     n => done += n,
                 }
             }
@@ -128,7 +144,8 @@ mod tests {
     #[test]
     fn the_cache_is_bounded_and_follows_the_content() {
         let mut cache = Cache::default();
-        let content = |generation| Content { generation, size: 1, mtime: Timestamp::default(), format: Format::Npy };
+        let content =
+            |generation| Content { generation, size: 1, mtime: Timestamp::default(), format: Format::Npy };
         let big = |len: usize| {
             let metadata = BTreeMap::from([("k".to_owned(), "v".repeat(len))]);
             Ok(Arc::new(TensorIndex::new(Format::Npy, Vec::new(), metadata)))

@@ -1,0 +1,45 @@
+"""Tensor files on NVMe pools. See ``Pool``."""
+
+from ._errors import (
+    Corrupt,
+    Error,
+    Exists,
+    InvalidArgument,
+    IsADirectory,
+    Malformed,
+    NoSpace,
+    NotADirectory,
+    NotAPool,
+    NotEmpty,
+    NotFound,
+    NotSupported,
+    PermissionDenied,
+    PoolBusy,
+    ReadOnly,
+    Timeout,
+)
+from ._nvtier import Entry, Pool, Tensor, __version__, format
+
+__all__ = [
+    "Corrupt",
+    "Entry",
+    "Error",
+    "Exists",
+    "InvalidArgument",
+    "IsADirectory",
+    "Malformed",
+    "NoSpace",
+    "NotADirectory",
+    "NotAPool",
+    "NotEmpty",
+    "NotFound",
+    "NotSupported",
+    "PermissionDenied",
+    "Pool",
+    "PoolBusy",
+    "ReadOnly",
+    "Tensor",
+    "Timeout",
+    "__version__",
+    "format",
+]
