@@ -129,7 +129,8 @@ pub fn run(args: &TestArgs) -> Result<bool> {
         filter: args.filter.clone(),
         scratch: scratch.path().to_path_buf(),
         logs: log_folder()?,
-        nvtier: paths::target().join("debug/nvtier"),
+        nvtier: std::env::var_os("NVTIER_BIN")
+            .map_or_else(|| paths::target().join("debug/nvtier"), PathBuf::from),
         no_fuse: no_fuse(),
     };
     let report = Report { verbose_skips: true, tally: Mutex::default() };
