@@ -84,6 +84,8 @@ pub struct FsOptions {
 pub struct Fs<B> {
     pool: Pool,
     options: FsOptions,
+    /// Whether the pool has a size of its own: then the kernel must not write to it behind the engine's back.
+    quota: bool,
     nodes: NodeTable<B>,
     handles: HandleTable<B>,
     virtual_nodes: VirtualTable,
@@ -98,9 +100,13 @@ pub struct Fs<B> {
 impl<B: Send + Sync + 'static> Fs<B> {
     /// A file system over an open pool. Passthrough is off until [`Fs::set_passthrough`].
     pub fn new(pool: Pool, options: FsOptions) -> Fs<B> {
+        let is_quota =
+            |member: &engine::MemberInfo| member.kind == engine::MemberKind::Directory && member.bytes > 0;
+        let quota = pool.info().members.iter().any(is_quota);
         Fs {
             pool,
             options,
+            quota,
             nodes: NodeTable::new(),
             handles: HandleTable::new(),
             virtual_nodes: VirtualTable::default(),

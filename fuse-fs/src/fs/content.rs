@@ -104,7 +104,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
                 IoPath::Passthrough(token.clone())
             }
             Some(IoMode::Served) => self.served(&mut state.cached_generation, ino, access.direct),
-            None => match self.hand_over(&handle, register) {
+            None => match self.hand_over(&handle, access, register) {
                 Some((token, file)) => {
                     state.mode = Some(IoMode::Passthrough { token: token.clone(), file });
                     IoPath::Passthrough(token)
@@ -142,9 +142,10 @@ impl<B: Send + Sync + 'static> Fs<B> {
     fn hand_over(
         &self,
         handle: &Handle,
+        access: Access,
         register: &mut dyn FnMut(&File) -> io::Result<B>,
     ) -> Option<(Arc<B>, Arc<File>)> {
-        if self.passthrough() != Passthrough::On {
+        if self.passthrough() != Passthrough::On || (access.write && self.quota) {
             return None;
         }
         let file = handle.backing()?;

@@ -295,9 +295,14 @@ print("ok")
 /// A quota: what is there stays, what does not fit is refused, removing gives the space back.
 #[test]
 fn a_full_pool_says_enospc() {
+    full_pool(Way::Passed);
+    full_pool(Way::Served);
+}
+
+fn full_pool(way: Way) {
     let quota = 16 << 20;
     let options = FormatOptions { size: Some(quota), ..FormatOptions::default() };
-    let Some(mount) = Mount::with(Way::Served, &options) else { return };
+    let Some(mount) = Mount::with(way, &options) else { return };
     let old = pattern(6, 4 << 20);
     fs::write(mount.path("old"), &old).unwrap();
     let fill = || -> std::io::Result<u64> {

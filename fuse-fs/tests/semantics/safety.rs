@@ -141,16 +141,25 @@ both_ways! {
     }
 
     fn a_mapping_that_outlives_its_descriptor(mount: Mount) {
-        // np.memmap of some libraries and torch.from_file close the file and go on storing.
+        // torch.from_file(shared=True) closes the file and goes on storing. Python's mmap keeps a descriptor, so this asks libc.
         let script = r#"
-import mmap, os, sys
-with open("m", "wb") as f: f.write(bytes(1 << 20))
-fd = os.open("m", os.O_RDWR)
-m = mmap.mmap(fd, 1 << 20)   # Python keeps a duplicate; MAP_SHARED
-m[0:4] = b"open"
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+size = 1 << 20
+fd = os.open("m", os.O_RDWR | os.O_CREAT)
+os.write(fd, bytes(size))
+m = libc.mmap(None, size, 3, 1, fd, 0)   # PROT_READ | PROT_WRITE, MAP_SHARED
+assert m != ctypes.c_void_p(-1).value
+ctypes.memmove(m, b"open", 4)
 os.close(fd)
-m[4096:4100] = b"late"
-m.close()
+# The daemon hears of the close some time later; until then and long after, stores go on.
+import time
+for i in range(40):
+    ctypes.memmove(m + 4096, b"late%d" % (i % 10), 5)
+    time.sleep(0.05)
+ctypes.memmove(m + 4096, b"last!", 5)
 "#;
         let status = Command::new("python3").arg("-c").arg(script).current_dir(mount.root()).status();
         match status {
@@ -164,7 +173,7 @@ m.close()
         pool.close().unwrap();
         mount.mount();
         let bytes = fs::read(mount.path("m")).unwrap();
-        assert_eq!((&bytes[..4], &bytes[4096..4100]), (&b"open"[..], &b"late"[..]));
+        assert_eq!((&bytes[..4], &bytes[4096..4101]), (&b"open"[..], &b"last!"[..]));
     }
 
     fn unmounting(mount: Mount) {
