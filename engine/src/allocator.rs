@@ -4,16 +4,9 @@
 //! full stretches are skipped without looking at their words. A search starts where the last one ended
 //! (next fit), which keeps a stream of writes in one sweep over the drive, and prefers one contiguous run.
 //!
-//! A chunk is in one of three states:
-//!
-//! ```text
-//!   free --alloc--> taken --retire--> retired --release_retired--> free
-//!                     \---release-------------------------------->/
-//! ```
-//!
-//! `release` is for space that no durable catalog names: a draft that failed or was dropped. `retire` is for
-//! space that the last durable catalog still names; it becomes free only after a newer catalog is durable,
-//! else a crash would bring back a catalog whose extents hold somebody else's bytes.
+//! Space that the last durable catalog names must not be released before a newer catalog is durable, else a crash
+//! would bring back a catalog whose extents hold somebody else's bytes. The pool keeps such extents until then; here
+//! they stay taken.
 //!
 //! The bitmap is not stored. [`ChunkAllocator::take`] rebuilds it at open from the layouts, which are the only
 //! truth; two layouts that claim the same chunk are found by that.
@@ -43,15 +36,12 @@ impl Run {
 /// Bitmap of taken chunks with free counts; see the module documentation.
 #[derive(Debug)]
 pub struct ChunkAllocator {
-    /// Bit set: taken (or retired). Bits past `chunks` in the last word are set for good.
+    /// Bit set: taken. Bits past `chunks` in the last word are set for good.
     taken: Vec<u64>,
-    /// Bit set: retired, waits for a durable catalog. Always a subset of `taken`.
-    retired: Vec<u64>,
     /// Free chunks of each group.
     group_free: Vec<u32>,
     chunks: u64,
     free: u64,
-    retired_count: u64,
     hint: u64,
 }
 
@@ -69,15 +59,7 @@ impl ChunkAllocator {
         if let Some(last) = group_free.last_mut() {
             *last = (chunks - (groups as u64 - 1) * GROUP_CHUNKS) as u32;
         }
-        ChunkAllocator {
-            taken,
-            retired: vec![0; words],
-            group_free,
-            chunks,
-            free: chunks,
-            retired_count: 0,
-            hint: 0,
-        }
+        ChunkAllocator { taken, group_free, chunks, free: chunks, hint: 0 }
     }
 
     /// Chunks in all.
@@ -88,11 +70,6 @@ impl ChunkAllocator {
     /// Chunks that [`alloc`](Self::alloc) can still give.
     pub fn free(&self) -> u64 {
         self.free
-    }
-
-    /// Chunks that become free with the next durable catalog.
-    pub fn retired(&self) -> u64 {
-        self.retired_count
     }
 
     /// Takes `count` chunks in at most `max_pieces` runs: one run where there is one, else the longest runs.
@@ -172,47 +149,16 @@ impl ChunkAllocator {
         Ok(())
     }
 
-    /// Gives back a run that no durable catalog names. Freeing what is free (or retired) is refused and changes nothing.
+    /// Gives back a run. Freeing what is free is refused and changes nothing.
     pub fn release(&mut self, run: Run) -> Result<()> {
         self.check_taken(run)?;
         self.clear(run);
         Ok(())
     }
 
-    /// Marks a run to be given back once the next catalog is durable.
-    pub fn retire(&mut self, run: Run) -> Result<()> {
-        self.check_taken(run)?;
-        for chunk in run.start..run.end() {
-            self.retired[(chunk / 64) as usize] |= 1 << (chunk % 64);
-        }
-        self.retired_count += run.count;
-        Ok(())
-    }
-
-    /// Gives back a run that was retired, now that a catalog without it is durable.
-    pub fn release_retired(&mut self, run: Run) -> Result<()> {
-        self.check_bounds(run)?;
-        if let Some(chunk) = (run.start..run.end()).find(|chunk| !self.is_retired(*chunk)) {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                format!("chunk {chunk} is released after a commit, but was never retired"),
-            ));
-        }
-        for chunk in run.start..run.end() {
-            self.retired[(chunk / 64) as usize] &= !(1 << (chunk % 64));
-        }
-        self.retired_count -= run.count;
-        self.clear(run);
-        Ok(())
-    }
-
-    /// Whether the chunk is taken or retired.
+    /// Whether the chunk is taken.
     pub fn is_taken(&self, chunk: u64) -> bool {
         self.taken[(chunk / 64) as usize] >> (chunk % 64) & 1 == 1
-    }
-
-    fn is_retired(&self, chunk: u64) -> bool {
-        self.retired[(chunk / 64) as usize] >> (chunk % 64) & 1 == 1
     }
 
     fn check_bounds(&self, run: Run) -> Result<()> {
@@ -231,7 +177,7 @@ impl ChunkAllocator {
 
     fn check_taken(&self, run: Run) -> Result<()> {
         self.check_bounds(run)?;
-        match (run.start..run.end()).find(|chunk| !self.is_taken(*chunk) || self.is_retired(*chunk)) {
+        match (run.start..run.end()).find(|chunk| !self.is_taken(*chunk)) {
             Some(chunk) => Err(Error::new(ErrorKind::Corrupt, format!("chunk {chunk} is freed twice"))),
             None => Ok(()),
         }
@@ -361,21 +307,17 @@ mod tests {
     }
 
     #[test]
-    fn retired_space_waits_for_the_commit() {
+    fn freeing_twice_is_refused_and_changes_nothing() {
         let mut a = ChunkAllocator::new(10);
         let run = a.alloc(10, 1).unwrap()[0];
-        a.retire(run).unwrap();
-        assert_eq!((a.free(), a.retired()), (0, 10));
+        a.release(Run { start: 2, count: 3 }).unwrap();
+        assert_eq!(a.release(run).unwrap_err().kind(), ErrorKind::Corrupt, "a part of it is free");
+        assert_eq!(a.free(), 3);
         assert_eq!(
-            a.release(run).unwrap_err().kind(),
+            a.release(Run { start: 8, count: 3 }).unwrap_err().kind(),
             ErrorKind::Corrupt,
-            "retired space is not freed by the short way"
+            "past the end"
         );
-        assert_eq!(a.retire(run).unwrap_err().kind(), ErrorKind::Corrupt, "retired twice");
-        a.release_retired(run).unwrap();
-        assert_eq!((a.free(), a.retired()), (10, 0));
-        assert_eq!(a.release_retired(run).unwrap_err().kind(), ErrorKind::Corrupt);
-        assert_eq!(a.release(run).unwrap_err().kind(), ErrorKind::Corrupt, "freed twice");
     }
 
     #[test]
@@ -415,8 +357,6 @@ mod tests {
         UpTo(u64),
         Extend(u64, u64),
         Release(usize),
-        Retire(usize),
-        Commit,
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -425,8 +365,6 @@ mod tests {
             (1u64..5000).prop_map(Step::UpTo),
             (0u64..9000, 1u64..100).prop_map(|(s, n)| Step::Extend(s, n)),
             any::<usize>().prop_map(Step::Release),
-            any::<usize>().prop_map(Step::Retire),
-            Just(Step::Commit),
         ]
     }
 
@@ -438,7 +376,6 @@ mod tests {
             let mut a = ChunkAllocator::new(chunks);
             let mut model = vec![0u8; chunks as usize];
             let mut owned: Vec<Run> = Vec::new();
-            let mut retired: Vec<Run> = Vec::new();
             let longest = |model: &[u8]| model.split(|s| *s != 0).map(<[u8]>::len).max().unwrap_or(0) as u64;
             for step in steps {
                 match step {
@@ -488,22 +425,9 @@ mod tests {
                         a.release(r).unwrap();
                         model[r.start as usize..r.end() as usize].fill(0);
                     }
-                    Step::Retire(i) if !owned.is_empty() => {
-                        let r = owned.swap_remove(i % owned.len());
-                        a.retire(r).unwrap();
-                        model[r.start as usize..r.end() as usize].fill(2);
-                        retired.push(r);
-                    }
-                    Step::Commit => {
-                        for r in retired.drain(..) {
-                            a.release_retired(r).unwrap();
-                            model[r.start as usize..r.end() as usize].fill(0);
-                        }
-                    }
-                    Step::Release(_) | Step::Retire(_) => {}
+                    Step::Release(_) => {}
                 }
                 prop_assert_eq!(a.free(), model.iter().filter(|s| **s == 0).count() as u64);
-                prop_assert_eq!(a.retired(), model.iter().filter(|s| **s == 2).count() as u64);
             }
         }
     }

@@ -203,8 +203,18 @@ impl Written {
     }
 }
 
+fn build_queue(shared: &Shared) -> nvme::Result<Queue> {
+    // Files are not registered: an idle thread would keep the space of one that was removed.
+    Queue::builder()
+        .depth(QUEUE_DEPTH)
+        .arena(shared.arena.as_ref())
+        .measure_latency(false)
+        .register_files(false)
+        .build()
+}
+
 fn writer(shared: &Arc<Shared>) {
-    let mut queue = match Queue::builder().depth(QUEUE_DEPTH).arena(shared.arena.as_ref()).build() {
+    let mut queue = match build_queue(shared) {
         Ok(queue) => Some(queue),
         Err(error) => {
             tracing::error!(%error, "no queue for a writer thread: writing one run at a time");

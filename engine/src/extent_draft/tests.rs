@@ -31,8 +31,11 @@ impl Random {
     }
 }
 
-fn sims(count: u16, len: u64) -> (Vec<Arc<dyn Device>>, Vec<Arc<dyn Member>>) {
-    let devices: Vec<Arc<dyn Device>> = (0..count)
+type Devices = Vec<Arc<dyn Device>>;
+type Members = Vec<Arc<dyn Member>>;
+
+fn sims(count: u16, len: u64) -> (Devices, Members) {
+    let devices: Devices = (0..count)
         .map(|_| Arc::new(SimDevice::new(len, SimOptions::default()).unwrap()) as Arc<dyn Device>)
         .collect();
     let members = devices
@@ -55,7 +58,7 @@ fn sims(count: u16, len: u64) -> (Vec<Arc<dyn Device>>, Vec<Arc<dyn Member>>) {
     (devices, members)
 }
 
-fn io_of(members: Vec<Arc<dyn Member>>, ram_bytes: u64) -> Arc<ExtentIo> {
+fn io_of(members: Members, ram_bytes: u64) -> Arc<ExtentIo> {
     ExtentIo::new(
         members,
         &ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 256 << 10, ram_bytes, verify: true },
