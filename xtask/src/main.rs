@@ -1,6 +1,7 @@
 //! `cargo xtask`: the project's own tasks. CI runs the same commands as a person does.
 #![forbid(unsafe_code)]
 
+mod bindgen;
 mod exec;
 mod external;
 mod lint;
@@ -30,6 +31,8 @@ enum Task {
     Lint,
     /// Prepare what the tests need (Python environment, model, POSIX suites) and stop.
     Setup,
+    /// Make the committed bindings of NVMe structures anew; `--check`: fail if they have drifted.
+    Bindgen(bindgen::Args),
     /// Remove mounts, processes and loop devices that an interrupted test run left behind.
     Sweep,
 }
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Task::Test(args) => suites::run(&args),
         Task::Lint => lint::run(),
         Task::Setup => suites::setup(),
+        Task::Bindgen(args) => bindgen::run(&args),
         Task::Sweep => sweep::abandoned().map(|()| true),
     };
     match outcome {
