@@ -312,6 +312,11 @@ impl RemoteReader {
         self.file.is_some()
     }
 
+    /// The region's file, read-only, where the bytes come from it.
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref()
+    }
+
     /// See [`RegionReader::read_at`](crate::RegionReader::read_at).
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let len = self.size.saturating_sub(offset).min(buf.len() as u64) as usize;

@@ -332,7 +332,7 @@ impl Served {
             }
             Request::Wrote { offset, len } => {
                 let writer = self.take_writer()?;
-                let result = self.long(|_| Ok((writer.wrote(offset, len), writer)));
+                let result = self.long(|_| Ok((writer.claimed(offset, len), writer)));
                 let (result, writer) = result?;
                 self.writer = Some(writer);
                 result?;

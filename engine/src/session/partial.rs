@@ -70,10 +70,11 @@ pub(crate) fn sweep(pool: &Pool) {
         let Some((next, _)) = page.last() else { break };
         cookie = *next;
         for (_, child) in page {
-            if child.name.to_string_lossy().contains('-') {
-                if let Err(error) = pool.unlink(dir.node, &child.name) {
-                    tracing::warn!("cannot remove {DIRECTORY}/{:?}: {}", child.name, error.chain());
-                }
+            if !child.name.to_string_lossy().contains('-') {
+                continue;
+            }
+            if let Err(error) = pool.unlink(dir.node, &child.name) {
+                tracing::warn!("cannot remove {DIRECTORY}/{:?}: {}", child.name, error.chain());
             }
         }
     }
@@ -213,10 +214,7 @@ impl PartialWriter {
     }
 
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
-        if offset.checked_add(data.len() as u64).is_none_or(|end| end > OFFSET_MAX) {
-            let context = format!("{} bytes at {offset} of {:?} end beyond 2^63", data.len(), self.target);
-            return Err(Error::new(ErrorKind::TooLarge, context));
-        }
+        in_range(offset, data.len() as u64, &self.target)?;
         let mut done = 0;
         while done < data.len() {
             match self.handle()?.write_at(offset + done as u64, &data[done..])? {
@@ -232,8 +230,22 @@ impl PartialWriter {
         self.wrote(offset, data.len() as u64)
     }
 
-    /// Counts bytes that a client wrote to [`backing`](Self::backing) itself; every now and then makes them durable.
-    pub fn wrote(&self, offset: u64, len: u64) -> Result<()> {
+    /// As [`wrote`](Self::wrote), for bytes that a client says it wrote to [`backing`](Self::backing) itself.
+    pub fn claimed(&self, offset: u64, len: u64) -> Result<()> {
+        let end = in_range(offset, len, &self.target)?;
+        let size = self.handle()?.size();
+        if end > size {
+            let context = format!(
+                "bytes up to {end} of {:?} are said to be written, but its draft ends at {size}",
+                self.target
+            );
+            return Err(Error::new(ErrorKind::OutOfRange, context));
+        }
+        self.wrote(offset, len)
+    }
+
+    /// Counts bytes that were written; every now and then makes them durable.
+    fn wrote(&self, offset: u64, len: u64) -> Result<()> {
         let due = {
             let mut progress = self.progress();
             progress.wrote(offset, len);
@@ -314,6 +326,13 @@ impl Drop for PartialWriter {
             tracing::warn!("give up writing {:?}: {}", self.target, error.chain());
         }
     }
+}
+
+/// The end of a range that a file can have.
+fn in_range(offset: u64, len: u64, target: &str) -> Result<u64> {
+    offset.checked_add(len).filter(|&end| end <= OFFSET_MAX).ok_or_else(|| {
+        Error::new(ErrorKind::TooLarge, format!("{len} bytes at {offset} of {target:?} end beyond 2^63"))
+    })
 }
 
 /// The region to write to, and how many of its bytes are kept.
