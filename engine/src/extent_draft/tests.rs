@@ -1,6 +1,7 @@
 use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
 
-use nvme::{Device, SimDevice, SimOptions};
+use nvme::{Device, SimDecision, SimDevice, SimHook, SimIo, SimOptions, SimRng, Verb};
 
 use super::*;
 use crate::extent_io::{ExtentContent, ExtentIoOptions};
@@ -297,6 +298,108 @@ fn many_drafts_share_the_dirty_memory() {
         let bytes = read_all(draft);
         assert!(bytes[..5] == [0; 5] && bytes[5..] == [draft.shared.node as u8; 100]);
     }
+}
+
+/// Fails writes (or reads) while it is switched on.
+#[derive(Debug, Default)]
+struct Faults {
+    writes: AtomicBool,
+    reads: AtomicBool,
+    hang: AtomicBool,
+}
+
+impl SimHook for Faults {
+    fn decide(&self, io: &SimIo, _random: &mut SimRng) -> SimDecision {
+        if io.verb == Verb::Write && self.hang.load(Relaxed) {
+            return SimDecision::Hang;
+        }
+        let fails = match io.verb {
+            Verb::Write => self.writes.load(Relaxed),
+            Verb::Read => self.reads.load(Relaxed),
+            _ => false,
+        };
+        if fails { SimDecision::Fail(5) } else { SimDecision::Proceed }
+    }
+}
+
+fn faulty() -> (Arc<Faults>, Arc<ExtentIo>) {
+    let faults = Arc::new(Faults::default());
+    let options = SimOptions { hook: Some(faults.clone()), ..SimOptions::default() };
+    let len = 32 << 20;
+    let device: Arc<dyn Device> = Arc::new(SimDevice::new(len, options).unwrap());
+    let geometry = RawGeometry::plan(len, CHUNK, false).unwrap();
+    let member = RawMember::new(0, Path::new("sim"), device, geometry, CHUNK).unwrap();
+    (faults, io_of(vec![Arc::new(member)], 4 << 20))
+}
+
+#[test]
+fn a_failed_write_is_told_by_flush_and_never_committed() {
+    let (faults, io) = faulty();
+    let before = free(&io);
+    let draft = ExtentDraft::new(&io, NODE, empty());
+    let data = Random(4).bytes(600_000);
+    draft.write_at(0, &data).unwrap();
+    let layout = commit(&io, &draft, &empty());
+    drop(draft);
+    let used = free(&io);
+    let draft = ExtentDraft::new(&io, NODE, layout.clone());
+    faults.writes.store(true, Relaxed);
+    // Behind the writer's back: the write itself succeeds.
+    assert_eq!(draft.write_at(1000, &data[..50_000]).unwrap(), 50_000);
+    let error = draft.flush().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io, "{}", error.chain());
+    assert!(error.chain().contains("sim"), "{}", error.chain());
+    draft.flush().unwrap();
+    faults.writes.store(false, Relaxed);
+    assert_eq!(
+        draft.write_at(0, b"x").unwrap_err().kind(),
+        ErrorKind::Io,
+        "the draft is not what was written"
+    );
+    assert_eq!(draft.commit(true, &AtomicBool::new(false)).unwrap_err().kind(), ErrorKind::Io);
+    drop(draft);
+    assert_eq!(free(&io), used);
+    assert!(read_all(&ExtentContent::new(&io, NODE, layout.clone())) == data, "the old content is whole");
+    io.stripes().free(&layout.extents().copied().collect::<Vec<_>>()).unwrap();
+    assert_eq!(free(&io), before);
+}
+
+#[test]
+fn space_under_a_write_that_never_came_back_is_not_used_again() {
+    let (faults, io) = faulty();
+    let before = free(&io);
+    let draft = ExtentDraft::new(&io, NODE, empty());
+    faults.hang.store(true, Relaxed);
+    draft.write_at(0, &[1; 100_000]).unwrap();
+    assert_eq!(draft.flush().unwrap_err().kind(), ErrorKind::Timeout);
+    drop(draft);
+    assert!(free(&io) < before, "the device may still write there");
+}
+
+#[test]
+fn a_failed_read_leaves_the_draft_as_it_was() {
+    let (faults, io) = faulty();
+    let draft = ExtentDraft::new(&io, NODE, empty());
+    let data = Random(4).bytes(600_000);
+    draft.write_at(0, &data).unwrap();
+    let layout = commit(&io, &draft, &empty());
+    drop(draft);
+    let draft = ExtentDraft::new(&io, NODE, layout);
+    faults.reads.store(true, Relaxed);
+    // Each needs the rest of a chunk; each is refused, and may be tried again.
+    assert!(draft.write_at(100, b"partly").is_err());
+    assert!(draft.set_len(5000).is_err());
+    assert!(draft.allocate(10, 10, Allocate::PunchHole).is_err());
+    assert!(draft.write_at(700_000, b"gap").is_err());
+    assert!(draft.read_at(0, &mut [0; 10]).is_err());
+    assert_eq!(draft.size(), 600_000);
+    faults.reads.store(false, Relaxed);
+    assert!(read_all(&draft) == data);
+    draft.set_len(5000).unwrap();
+    draft.write_at(100, b"partly").unwrap();
+    let mut want = data[..5000].to_vec();
+    want[100..106].copy_from_slice(b"partly");
+    assert!(read_all(&draft) == want);
 }
 
 /// Every operation against a vector, with commits, abandoned drafts and reopening in between.
