@@ -40,8 +40,8 @@ pub static OPTIONS: &[Spec] = &[
         "iodepth_batch",
         ["iodepth_batch_submit"],
         Value::Int,
-        "0",
-        "most operations in one submit; 0 = all that are free (fio's default is 1)",
+        "4",
+        "most operations in one submit; 0 = all that are free (fio: 1)",
         |s, v| {
             s.batch_submit = ranged(v, 0, 4096)? as u32;
             Ok(())
