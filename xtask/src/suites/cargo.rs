@@ -34,11 +34,14 @@ pub fn environment(command: &mut Command, shared: &Shared, python: Option<&PyEnv
     Ok(())
 }
 
-/// Builds the command and all test programs, so that time limits of tests are not spent on compiling.
-pub fn build(shared: &Shared) -> Result<()> {
+/// Builds the command and, with `tests`, all test programs, so that time limits of tests are not spent on compiling.
+pub fn build(shared: &Shared, tests: bool) -> Result<()> {
     let mut bin = Command::new("cargo");
     bin.args(["build", "--package", "nvtier", "--bins"]);
     exec::step(bin, &shared.log("build"), LIMIT)?;
+    if !tests {
+        return Ok(());
+    }
     let mut tests = Command::new("cargo");
     tests.args(["test", "--workspace", "--no-run"]);
     exec::step(tests, &shared.log("build"), LIMIT)

@@ -154,7 +154,8 @@ pub fn run(args: &TestArgs) -> Result<bool> {
             }
         });
 
-        cargo::build(&shared)?;
+        let rust_tests = [Suite::Crates, Suite::System, Suite::User].into_iter().any(wanted);
+        cargo::build(&shared, rust_tests)?;
         let python = python.join().expect("setup thread");
         if let Some(Err(error)) = &python {
             println!("  no Python environment: {error:#}");
