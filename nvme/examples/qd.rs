@@ -39,6 +39,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .register_files(!has("nofiles"))
         .measure_latency(has("lat"))
         .build()?;
+    if let Some(note) = queue.note() {
+        eprintln!("{note}");
+    }
     let mut rng = SimRng::new(1);
     let mut next = 0u64;
     let mut offset = || {
@@ -59,6 +62,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for mut op in idle.drain(..) {
             op.offset = offset();
             queue.push(op)?;
+        }
+        if has("submit") {
+            queue.submit()?;
         }
         queue.wait(1)?;
         queue.reap(|done| {

@@ -98,6 +98,27 @@ fn what_is_written_is_read_back_whatever_the_backend_and_the_memory() {
 }
 
 #[test]
+fn an_arena_that_was_not_prefaulted_is_registered_as_it_is_used() {
+    for backend in backends() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = file(&dir, 24 << 20);
+        let mut bytes = vec![0; 24 << 20];
+        pattern(6, 0, &mut bytes);
+        device.write_at(0, &bytes).unwrap();
+        let arena = Arena::new(96 << 20, ArenaOptions { prefault: false, ..Default::default() }).unwrap();
+        let mut queue = queue(backend, 4, Some(&arena));
+        // Buffers of 24 MiB: the second lies in two parts of 32 MiB, and so does the third.
+        let read = |_| Op::read(device.clone(), 0, arena.alloc(24 << 20).unwrap());
+        for done in queue.run((0..4).map(read).collect()).unwrap() {
+            assert_eq!(done.result.unwrap(), 24 << 20);
+            assert!(done.op.buffer.unwrap()[..] == bytes[..]);
+        }
+        // Ordinary users may lock little memory: then it goes on without, and says so.
+        assert_eq!(queue.has_fixed_buffers(), backend == Backend::IoUring && queue.note().is_none());
+    }
+}
+
+#[test]
 fn a_part_of_a_buffer_can_be_moved() {
     for backend in backends() {
         let dir = tempfile::tempdir().unwrap();

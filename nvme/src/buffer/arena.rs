@@ -50,6 +50,7 @@ pub(super) struct ArenaInner {
     base: NonNull<u8>,
     len: usize,
     pages: Pages,
+    prefaulted: bool,
     state: Mutex<Allocator>,
 }
 
@@ -93,7 +94,9 @@ impl Arena {
             Some((map, map_len)) => (map, map_len, map, Pages::Hugetlb),
             None => map_base(len, huge)?,
         };
-        let inner = ArenaInner { map, map_len, base, len, pages, state: Mutex::new(Allocator::new(len)) };
+        let prefaulted = options.prefault || options.lock;
+        let inner =
+            ArenaInner { map, map_len, base, len, pages, prefaulted, state: Mutex::new(Allocator::new(len)) };
         if options.prefault {
             prefault(inner.base, len).map_err(|error| {
                 Error::os(
@@ -146,6 +149,11 @@ impl Arena {
             Pages::Hugetlb | Pages::Transparent => HUGE_PAGE,
             Pages::Base => 0,
         }
+    }
+
+    /// Every page was backed with memory when it was made.
+    pub fn is_prefaulted(&self) -> bool {
+        self.0.prefaulted
     }
 
     /// Bytes that huge pages back right now, read from `/proc/self/smaps`. For `doctor`: not cheap.

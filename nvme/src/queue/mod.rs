@@ -13,6 +13,7 @@
 #![allow(unsafe_code)]
 
 mod files;
+mod fixed;
 mod op;
 mod ring;
 mod slab;
@@ -94,8 +95,9 @@ impl QueueBuilder {
         self
     }
 
-    /// Registers this arena with the kernel, so that its pages are pinned once and not per operation. Buffers
-    /// from elsewhere work too. Default: none.
+    /// Registers this arena with the kernel, so that its pages are pinned once and not per operation: a prefaulted
+    /// one whole and now, another by parts of 32 MiB as operations first touch them. Buffers from elsewhere work
+    /// too. Default: none.
     pub fn arena(mut self, arena: Option<&Arena>) -> Self {
         self.arena = arena.cloned();
         self
@@ -162,7 +164,7 @@ impl QueueBuilder {
             return Ok((threads(), None));
         }
         match Ring::build(self.depth, self.deadline, self.arena.as_ref(), self.iopoll, self.register_files) {
-            Ok(built) => Ok((Engine::Ring(built.ring), built.note)),
+            Ok(ring) => Ok((Engine::Ring(ring), None)),
             Err(error) if self.backend == Backend::IoUring => Err(error),
             Err(error) => {
                 tracing::warn!("{error}: using threads with pread and pwrite, which costs more CPU");
@@ -321,7 +323,11 @@ impl Queue {
 
     /// Why something slower than asked for is used: io_uring refused, or the arena not registered. For people.
     pub fn note(&self) -> Option<&str> {
-        self.note.as_deref()
+        let later = match &self.engine {
+            Engine::Ring(ring) => ring.note(),
+            Engine::Threads(_) => None,
+        };
+        self.note.as_deref().or(later)
     }
 
     /// The arena is registered with the kernel.

@@ -23,6 +23,7 @@ use io_uring::types::{CancelBuilder, Fd, Fixed, FsyncFlags, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 
 use super::files::{self, FileTable};
+use super::fixed::FixedBuffers;
 use super::op::Verb;
 use super::slab::{Slab, State, Step, TICKS};
 use crate::buffer::Arena;
@@ -33,8 +34,6 @@ use crate::error::{Error, ErrorKind, Result};
 const PULSE: u64 = u64::MAX;
 /// `user_data` of cancel requests.
 const CANCEL: u64 = u64::MAX - 1;
-/// The most bytes per registered buffer: the kernel refuses iovecs above 1 GiB (io_uring_register(2)).
-const FIXED_MAX: usize = 1 << 30;
 /// Extra submission entries, for pulse and cancels.
 const SPARE: u32 = 8;
 /// How often a submit is retried that the kernel turns away for lack of memory while nothing is in flight.
@@ -48,10 +47,9 @@ pub(super) struct Ring {
     pending: u32,
     /// Of those, operations.
     pending_ops: usize,
-    /// Registered, and so pinned by the kernel; kept mapped too.
-    arena: Option<Arena>,
-    arena_id: usize,
-    arena_base: usize,
+    fixed: Option<FixedBuffers>,
+    /// Why the arena is not registered.
+    note: Option<String>,
     files: Option<FileTable>,
     pulse: Box<Timespec>,
     pulse_armed: bool,
@@ -64,13 +62,6 @@ pub(super) struct Ring {
     next_tick: Instant,
     /// Operations to issue again. Reused by `harvest`.
     again: Vec<u32>,
-}
-
-/// What was found on the way: why a fallback was taken.
-pub(super) struct Built {
-    pub(super) ring: Ring,
-    /// Why the arena is not registered.
-    pub(super) note: Option<String>,
 }
 
 /// Makes a ring, with the best flags that this kernel takes.
@@ -107,7 +98,7 @@ impl Ring {
         arena: Option<&Arena>,
         polled: bool,
         register_files: bool,
-    ) -> Result<Built> {
+    ) -> Result<Ring> {
         let entries = (depth + SPARE).next_power_of_two();
         let ring = setup(entries, polled).map_err(|error| {
             let hint = match error.raw_os_error() {
@@ -127,9 +118,8 @@ impl Ring {
             enabled,
             pending: 0,
             pending_ops: 0,
-            arena: None,
-            arena_id: 0,
-            arena_base: 0,
+            fixed: None,
+            note: None,
             files: None,
             pulse: Box::new(Timespec::from(tick)),
             pulse_armed: false,
@@ -142,52 +132,32 @@ impl Ring {
         if register_files && ring.ring.submitter().register_files_sparse(files::SLOTS).is_ok() {
             ring.files = Some(FileTable::default());
         }
-        let note = arena.and_then(|arena| ring.register_arena(arena).err()).map(|error| {
-            let note = format!(
-                "{error}: {}",
-                std::error::Error::source(&error).map_or(String::new(), |e| e.to_string())
-            );
-            tracing::warn!("{note}");
-            note
-        });
-        Ok(Built { ring, note })
+        match arena.map(|arena| FixedBuffers::register(&ring.ring.submitter(), arena)) {
+            Some(Ok(fixed)) => ring.fixed = Some(fixed),
+            Some(Err(error)) => ring.go_without_fixed(&error),
+            None => {}
+        }
+        Ok(ring)
     }
 
-    /// Pins the arena once, as fixed buffers of up to 1 GiB.
-    fn register_arena(&mut self, arena: &Arena) -> Result<()> {
-        let base = arena.as_ptr();
-        let iovecs: Vec<libc::iovec> = (0..arena.len())
-            .step_by(FIXED_MAX)
-            .map(|offset| libc::iovec {
-                iov_base: base.wrapping_add(offset).cast(),
-                iov_len: FIXED_MAX.min(arena.len() - offset),
-            })
-            .collect();
-        // SAFETY: the iovecs cover exactly the arena's mapping, which outlives the registration: `self.arena` keeps
-        // it mapped, and the kernel pins the pages besides.
-        unsafe { self.ring.submitter().register_buffers(&iovecs) }.map_err(|error| {
-            let hint = match (error.raw_os_error(), crate::buffer::memlock_limit()) {
-                (Some(libc::ENOMEM), Some(limit)) => format!(
-                    "; RLIMIT_MEMLOCK is {limit} bytes: raise it (ulimit -l, LimitMEMLOCK=, docker --ulimit \
-                     memlock=-1) or use a smaller budget"
-                ),
-                _ => String::new(),
-            };
-            let len = arena.len();
-            Error::os(
-                error,
-                format!("register an arena of {len} bytes with io_uring (going on without, slower){hint}"),
-            )
-        })?;
-        self.arena_id = arena.id();
-        self.arena_base = base as usize;
-        self.arena = Some(arena.clone());
-        Ok(())
+    #[cold]
+    fn go_without_fixed(&mut self, error: &Error) {
+        let cause = std::error::Error::source(error).map_or(String::new(), |source| format!(": {source}"));
+        let note = format!("{error}{cause}");
+        tracing::warn!("{note}");
+        self.note = Some(note);
+        // Operations in flight hold their own references to what was registered so far.
+        self.fixed = None;
     }
 
     /// The arena's pages are pinned once, not per operation.
     pub(super) fn has_fixed_buffers(&self) -> bool {
-        self.arena.is_some()
+        self.fixed.is_some()
+    }
+
+    /// Why the arena is not registered.
+    pub(super) fn note(&self) -> Option<&str> {
+        self.note.as_deref()
     }
 
     /// Puts the operation of this slot into the ring's memory.
@@ -247,16 +217,23 @@ impl Ring {
             self.blocking.push(index);
             return;
         }
+        let mut refused = None;
         let sqe = match op.verb {
             Verb::Read | Verb::Write => {
                 let Some(buffer) = &op.buffer else { return };
                 let start = op.range.start + entry.done;
                 let left = (entry.len - entry.done).min(op.device.max_transfer() as usize);
                 let address = buffer.as_ptr().wrapping_add(start);
-                let fixed = (self.arena_id != 0 && buffer.arena_id() == self.arena_id)
-                    .then(|| address as usize - self.arena_base)
-                    .filter(|&at| at / FIXED_MAX == (at + left - 1) / FIXED_MAX)
-                    .map(|at| (at / FIXED_MAX) as u16);
+                let fixed = match &mut self.fixed {
+                    Some(fixed) if fixed.id() == buffer.arena_id() => {
+                        fixed.index(&self.ring.submitter(), address as usize, left)
+                    }
+                    _ => Ok(None),
+                };
+                let fixed = fixed.unwrap_or_else(|error| {
+                    refused = Some(error);
+                    None
+                });
                 let offset = op.offset + entry.done as u64;
                 transfer(op.verb, fd, entry.file, address, left as u32, fixed, offset)
             }
@@ -273,6 +250,9 @@ impl Ring {
                 }
             }
         };
+        if let Some(error) = refused {
+            self.go_without_fixed(&error);
+        }
         if self.enqueue(&sqe.user_data(u64::from(index))) {
             self.pending_ops += 1;
         } else {
