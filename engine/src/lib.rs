@@ -8,6 +8,7 @@ pub mod control;
 pub mod error;
 pub mod extent_draft;
 pub mod extent_io;
+mod file_draft;
 pub mod format;
 pub mod handle;
 pub mod layout;

@@ -16,6 +16,7 @@ use crate::types::{Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, SetAttr, Tim
 
 mod attributes;
 mod links;
+pub(crate) use links::Gone;
 pub(crate) mod record;
 
 #[cfg(test)]

@@ -1,179 +1,316 @@
 //! A pool: a tree of named regions on one or several members, with one owner process.
 //!
-//! `Pool::tensors` is in `tensors/mod.rs`, `Pool::lease` in `lease.rs`.
+//! - `names.rs`: the calls on names, each a moment under the tree's lock.
+//! - `live.rs`: open regions, their drafts and seals. `stored.rs`: committed content.
+//! - `commit.rs`: snapshots into the catalog, and freeing what they leave behind.
+//! - `format.rs`, `open.rs`: making and opening pools.
+//!
+//! Locks, in the order they are taken: a region's gate, the snapshot turn, the tree, `contents`, `graveyard`.
+//!
+//! `Pool::tensors` is in `tensors/cache.rs`.
 
-use std::ffi::{OsStr, OsString};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
+use std::thread::JoinHandle;
 
+use crate::catalog::Catalog;
+use crate::catalog::store::CatalogStore;
 use crate::error::{Error, ErrorKind, Result};
+use crate::extent_io::ExtentIo;
 use crate::handle::Handle;
-use crate::types::{Access, Attr, DirEntry, NewNode, NodeId, RenameFlags, SetAttr, XattrSet};
+use crate::member::directory::FileDirectory;
+use crate::namespace::Tree;
+use crate::owner::Owner;
+use crate::prefetch::Prefetcher;
+use crate::types::{Access, NodeId};
 use crate::verify::{VerifyProgress, VerifyReport};
 
+mod commit;
+mod format;
+pub(crate) mod live;
+mod names;
+mod open;
 mod options;
+pub(crate) mod stored;
+
+#[cfg(test)]
+mod tests;
 
 pub use options::*;
+
+use live::Live;
 
 /// An open pool; clones share it. The last one to go closes it, see [`Pool::close`].
 #[derive(Clone, Debug)]
 pub struct Pool {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
+/// Ends the pool when the last `Pool` or `Handle` goes.
 #[derive(Debug)]
-struct Inner {}
-
-fn todo<T>(what: &str) -> Result<T> {
-    Err(Error::new(ErrorKind::NotSupported, format!("{what} is not built yet")))
+pub(crate) struct Inner {
+    pub shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    closed: AtomicBool,
 }
 
-#[allow(unused_variables)]
+/// Where regions have their bytes.
+#[derive(Debug)]
+pub(crate) enum Storage {
+    /// The only member is a directory: every region a file.
+    Files {
+        directory: Arc<FileDirectory>,
+        prefetcher: Prefetcher,
+    },
+    /// Raw or several members: extents.
+    Extents(Arc<ExtentIo>),
+}
+
+/// What happened since the pool was opened.
+#[derive(Debug, Default)]
+pub(crate) struct PoolCounters {
+    pub read_bytes: AtomicU64,
+    pub written_bytes: AtomicU64,
+    pub verified_chunks: AtomicU64,
+    pub corrupt_chunks: AtomicU64,
+    pub commits: AtomicU64,
+    pub seal_errors: AtomicU64,
+}
+
+/// All of a pool but its end.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub info: PoolInfo,
+    pub options: OpenOptions,
+    pub pool_id: [u8; 16],
+    pub read_only: bool,
+    pub chunk_size: u32,
+    pub tree: RwLock<Tree<Live>>,
+    pub storage: Storage,
+    pub catalog: Catalog,
+    store: CatalogStore,
+    snapshots: commit::Snapshots,
+    contents: Mutex<commit::Contents>,
+    graveyard: Mutex<Vec<commit::Doomed>>,
+    /// Source of generations, of contents and snapshots alike.
+    generation: AtomicU64,
+    durable_generation: AtomicU64,
+    /// What the catalog says files are numbered below.
+    reserved_file: u64,
+    pub counters: PoolCounters,
+    commit_error: Mutex<String>,
+    stop: Mutex<bool>,
+    wake: Condvar,
+    kick: AtomicBool,
+    _owner: Owner,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("pool {} was opened read-only", self.info.path.display()),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The directory of a directory pool.
+    pub(crate) fn files(&self) -> Result<&Arc<FileDirectory>> {
+        match &self.storage {
+            Storage::Files { directory, .. } => Ok(directory),
+            Storage::Extents(_) => Err(Error::new(ErrorKind::NotSupported, "this pool has no region files")),
+        }
+    }
+
+    /// A chunk that fails its sum.
+    pub(crate) fn corrupt(&self, node: NodeId, chunk: u64, member: u16) -> Error {
+        let path = read(&self.tree).path_of(node).map(|path| path.to_string_lossy().into_owned());
+        let offset = chunk * self.chunk_size as u64;
+        let place = self.info.members.get(member as usize).map(|member| member.path.display().to_string());
+        Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "region {:?} (node {node}): chunk {chunk} (bytes from {offset}) on member {member} ({}) fails its checksum",
+                path.unwrap_or_default(),
+                place.unwrap_or_default()
+            ),
+        )
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::error!(error = %error.chain(), "closing the pool failed");
+        }
+    }
+}
+
+impl Inner {
+    fn end(&self) -> Result<()> {
+        if self.closed.swap(true, Relaxed) {
+            return Ok(());
+        }
+        *lock(&self.shared.stop) = true;
+        self.shared.wake.notify_all();
+        for thread in lock(&self.threads).drain(..) {
+            // A thread of ours may hold the last reference and run this itself.
+            if thread.thread().id() != std::thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+        self.shared.close_catalog()
+    }
+}
+
 impl Pool {
     /// Makes a pool at `path`. Refuses with `ForeignData` where other data is found, naming it, unless forced.
     pub fn format(path: &Path, options: &FormatOptions) -> Result<PoolInfo> {
-        todo("format")
+        format::format(path, options)
     }
 
     /// Opens a pool and becomes its owner; `Busy` names the process that is. `path` is the pool's or any of its members'.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
-        todo("open")
+        open::open(path, options)
     }
 
     /// Reads the superblocks only; needs no ownership.
     pub fn probe(path: &Path) -> Result<PoolInfo> {
-        todo("probe")
+        open::probe(path)
     }
 
     /// What the superblocks say.
     pub fn info(&self) -> PoolInfo {
-        unreachable!("no pool can be opened yet")
+        self.inner.shared.info.clone()
     }
 
     /// What it holds and did.
     pub fn stat(&self) -> PoolStat {
-        PoolStat::default()
-    }
-
-    /// The node of a name.
-    pub fn lookup(&self, parent: NodeId, name: &OsStr) -> Result<Attr> {
-        todo("lookup")
-    }
-
-    /// Attributes of a node.
-    pub fn getattr(&self, node: NodeId) -> Result<Attr> {
-        todo("getattr")
-    }
-
-    /// Changes attributes. A new size is committed at once when nobody has the region open for writing.
-    pub fn setattr(&self, node: NodeId, set: &SetAttr) -> Result<Attr> {
-        todo("setattr")
-    }
-
-    /// Makes a node of any kind.
-    pub fn create(&self, parent: NodeId, name: &OsStr, new: &NewNode) -> Result<Attr> {
-        todo("create")
-    }
-
-    /// Gives a node one more name.
-    pub fn link(&self, node: NodeId, parent: NodeId, name: &OsStr) -> Result<Attr> {
-        todo("link")
-    }
-
-    /// Takes away a name that is not a directory's.
-    pub fn unlink(&self, parent: NodeId, name: &OsStr) -> Result<()> {
-        todo("unlink")
-    }
-
-    /// Removes an empty directory.
-    pub fn rmdir(&self, parent: NodeId, name: &OsStr) -> Result<()> {
-        todo("rmdir")
-    }
-
-    /// `renameat2(2)`.
-    pub fn rename(
-        &self,
-        parent: NodeId,
-        name: &OsStr,
-        new_parent: NodeId,
-        new_name: &OsStr,
-        flags: RenameFlags,
-    ) -> Result<()> {
-        todo("rename")
-    }
-
-    /// Up to `max` entries after `cookie` (0: from the start), each with the cookie that follows it; without `.` and `..`.
-    /// An entry that stays is seen exactly once by a reader, whatever is made and removed meanwhile.
-    pub fn readdir(&self, node: NodeId, cookie: u64, max: usize) -> Result<Vec<(u64, DirEntry)>> {
-        todo("readdir")
-    }
-
-    /// The directory that holds a directory; the root's is the root.
-    pub fn parent(&self, dir: NodeId) -> Result<NodeId> {
-        todo("parent")
-    }
-
-    /// Target of a symbolic link.
-    pub fn readlink(&self, node: NodeId) -> Result<OsString> {
-        todo("readlink")
-    }
-
-    /// Value of an extended attribute.
-    pub fn getxattr(&self, node: NodeId, name: &OsStr) -> Result<Vec<u8>> {
-        todo("getxattr")
-    }
-
-    /// Sets an extended attribute (value at most 64 KiB, all of a node at most 1 MiB).
-    pub fn setxattr(&self, node: NodeId, name: &OsStr, value: &[u8], flags: XattrSet) -> Result<()> {
-        todo("setxattr")
-    }
-
-    /// Names of the extended attributes.
-    pub fn listxattr(&self, node: NodeId) -> Result<Vec<OsString>> {
-        todo("listxattr")
-    }
-
-    /// Removes an extended attribute.
-    pub fn removexattr(&self, node: NodeId, name: &OsStr) -> Result<()> {
-        todo("removexattr")
-    }
-
-    /// The node of `a/b/c`, from the root; symbolic links are not followed. Empty parts are skipped, so `""` and `/` are the root.
-    pub fn resolve(&self, path: &str) -> Result<Attr> {
-        todo("resolve")
-    }
-
-    /// Makes the directories of `a/b/c` that are missing (mode 0755); returns the last.
-    pub fn create_dirs(&self, path: &str, uid: u32, gid: u32) -> Result<Attr> {
-        todo("create_dirs")
-    }
-
-    /// One of a node's names, as a path from the root without a leading `/`; for messages.
-    pub fn path_of(&self, node: NodeId) -> Result<String> {
-        todo("path_of")
+        let shared = &self.inner.shared;
+        let counters = &shared.counters;
+        let mut stat = PoolStat {
+            generation: shared.durable_generation.load(Relaxed),
+            read_bytes: counters.read_bytes.load(Relaxed),
+            written_bytes: counters.written_bytes.load(Relaxed),
+            verified_chunks: counters.verified_chunks.load(Relaxed),
+            corrupt_chunks: counters.corrupt_chunks.load(Relaxed),
+            commits: counters.commits.load(Relaxed),
+            seal_errors: counters.seal_errors.load(Relaxed),
+            commit_error: lock(&shared.commit_error).clone(),
+            ..PoolStat::default()
+        };
+        let mut drafts = Vec::new();
+        {
+            let tree = read(&shared.tree);
+            stat.nodes = tree.node_count();
+            stat.regions = tree.region_count();
+            stat.dirty_nodes = tree.dirty.nodes.len() as u64;
+            for (_, node) in tree.iter() {
+                let Some(region) = node.region() else { continue };
+                stat.open_regions += u64::from(region.live.is_some());
+                let draft = region.live.as_ref().and_then(|live| live.draft());
+                stat.unsealed_regions += u64::from(!region.sealed || draft.is_some());
+                drafts.extend(draft.map(|draft| (draft, node.allocated)));
+            }
+        }
+        match &shared.storage {
+            Storage::Files { directory, .. } => {
+                // What the kernel writes for us is counted when it settles: look at open files now.
+                let growing: u64 = drafts.iter().map(|(draft, _)| draft.uncounted()).sum();
+                stat.used_bytes = directory.used_bytes() + growing;
+                stat.free_bytes = directory.free_bytes().unwrap_or(0);
+                if let Some(quota) = directory.quota() {
+                    stat.free_bytes = stat.free_bytes.min(quota.saturating_sub(stat.used_bytes));
+                }
+                stat.capacity_bytes = stat.used_bytes + stat.free_bytes;
+            }
+            Storage::Extents(io) => {
+                for member in io.stripes().members() {
+                    stat.used_bytes += member.used_bytes();
+                    stat.free_bytes += member.free_bytes();
+                }
+                stat.free_bytes = stat.free_bytes.min(open::shared_space(io.stripes().members()));
+                stat.capacity_bytes = stat.used_bytes + stat.free_bytes;
+                let tier = io.tier().stats();
+                stat.ram = RamStat {
+                    budget_bytes: tier.budget_bytes,
+                    used_bytes: tier.used_bytes,
+                    hits: tier.hits,
+                    misses: tier.misses,
+                };
+                let reads = io.reader().stats();
+                stat.verified_chunks += reads.verified_chunks;
+                stat.corrupt_chunks += reads.corrupt_chunks;
+            }
+        }
+        stat
     }
 
     /// Opens a region.
     pub fn open_region(&self, node: NodeId, access: Access, truncate: bool) -> Result<Handle> {
-        todo("open_region")
+        let shared = &self.inner.shared;
+        if truncate && !access.writes() {
+            self.set_size(node, 0)?;
+        }
+        let keep = if truncate && access.writes() { 0 } else { u64::MAX };
+        let live = shared.open_live(node, access, keep)?;
+        Ok(Handle::new(self.inner.clone(), live, access))
+    }
+
+    /// Sets a region's size, as a writer that comes and goes at once.
+    fn set_size(&self, node: NodeId, size: u64) -> Result<()> {
+        let shared = &self.inner.shared;
+        shared.check_writable()?;
+        let live = shared.open_live(node, Access::Write, size)?;
+        let grown = match live.draft() {
+            Some(draft) => {
+                let set = draft.get().set_len(size);
+                live.note_write();
+                set
+            }
+            None => Ok(()),
+        };
+        shared.close_live(&live, Access::Write);
+        grown
     }
 
     /// Checks every sum of a region, or of all.
-    pub fn verify(
-        &self,
-        node: Option<NodeId>,
-        progress: &mut dyn FnMut(VerifyProgress),
-    ) -> Result<VerifyReport> {
-        todo("verify")
+    pub fn verify(&self, node: Option<NodeId>, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+        crate::verify::verify(&self.inner.shared, node, progress)
     }
 
     /// Makes everything that is committed durable, in one snapshot.
     pub fn sync(&self) -> Result<()> {
-        todo("sync")
+        self.inner.shared.sync()
     }
 
     /// Syncs, gives up ownership, and reports what dropping would only log. Handles that are still open keep the pool open.
     pub fn close(self) -> Result<()> {
-        todo("close")
+        match Arc::try_unwrap(self.inner) {
+            Ok(inner) => inner.end(),
+            Err(inner) => inner.shared.sync(),
+        }
+    }
+
+    /// Weakly, for threads that must not keep the pool open.
+    pub(crate) fn downgrade(&self) -> Weak<Inner> {
+        Arc::downgrade(&self.inner)
     }
 }

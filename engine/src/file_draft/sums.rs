@@ -1,0 +1,108 @@
+//! Checksums of a file, by reading it back.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+
+use rustix::fs::SeekFrom;
+
+use super::read_file;
+
+/// Read at a time; also what one thread takes at a time. A multiple of every chunk size.
+const PIECE: u64 = 4 << 20;
+/// Files below this are read by the caller alone.
+const PARALLEL: u64 = 16 << 20;
+const THREADS_MAX: usize = 8;
+
+/// CRC-32 of `len` zeros.
+pub(crate) fn zero_sum(len: u64) -> u32 {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    let mut hasher = crc32fast::Hasher::new();
+    let mut left = len;
+    while left > 0 {
+        let now = left.min(ZEROS.len() as u64);
+        hasher.update(&ZEROS[..now as usize]);
+        left -= now;
+    }
+    hasher.finalize()
+}
+
+/// The sum of every chunk of the first `size` bytes, by several threads where that helps; holes are not read. `None`: cancelled.
+/// A file that is shorter than `size` is an error.
+pub(crate) fn file_sums(file: &File, size: u64, chunk_size: u32, cancel: &AtomicBool) -> io::Result<Option<Vec<u32>>> {
+    let pieces = size.div_ceil(PIECE);
+    let chunks = size.div_ceil(chunk_size as u64) as usize;
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get()).min(THREADS_MAX).min(pieces as usize);
+    if size < PARALLEL || threads < 2 {
+        let mut sums = Vec::with_capacity(chunks);
+        let mut buffer = Vec::new();
+        for piece in 0..pieces {
+            if cancel.load(Relaxed) {
+                return Ok(None);
+            }
+            piece_sums(file, piece, size, chunk_size, &mut buffer, &mut sums)?;
+        }
+        return Ok(Some(sums));
+    }
+    let next = AtomicU64::new(0);
+    let failed = Mutex::new(None);
+    let stop = AtomicBool::new(false);
+    let parts = Mutex::new(Vec::with_capacity(pieces as usize));
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let mut buffer = Vec::new();
+                loop {
+                    let piece = next.fetch_add(1, Relaxed);
+                    if piece >= pieces || stop.load(Relaxed) || cancel.load(Relaxed) {
+                        return;
+                    }
+                    let mut sums = Vec::with_capacity((PIECE / chunk_size as u64) as usize);
+                    match piece_sums(file, piece, size, chunk_size, &mut buffer, &mut sums) {
+                        Ok(()) => parts.lock().unwrap_or_else(PoisonError::into_inner).push((piece, sums)),
+                        Err(error) => {
+                            failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                            stop.store(true, Relaxed);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(error);
+    }
+    let mut parts = parts.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if parts.len() as u64 != pieces {
+        return Ok(None);
+    }
+    parts.sort_unstable_by_key(|(piece, _)| *piece);
+    Ok(Some(parts.into_iter().flat_map(|(_, sums)| sums).collect()))
+}
+
+fn piece_sums(file: &File, piece: u64, size: u64, chunk_size: u32, buffer: &mut Vec<u8>, sums: &mut Vec<u32>) -> io::Result<()> {
+    let start = piece * PIECE;
+    let len = PIECE.min(size - start);
+    let chunk = chunk_size as u64;
+    // One look for holes a piece: a sparse file is read in time of its data.
+    if matches!(rustix::fs::seek(file, SeekFrom::Data(start)), Ok(data) if data >= start + len)
+        || matches!(rustix::fs::seek(file, SeekFrom::Data(start)), Err(rustix::io::Errno::NXIO))
+    {
+        if file.metadata()?.len() < start + len {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
+        }
+        let whole = zero_sum(chunk);
+        sums.extend((0..len / chunk).map(|_| whole));
+        if !len.is_multiple_of(chunk) {
+            sums.push(zero_sum(len % chunk));
+        }
+        return Ok(());
+    }
+    buffer.resize(len as usize, 0);
+    if read_file(file, start, buffer)? as u64 != len {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
+    }
+    sums.extend(buffer.chunks(chunk_size as usize).map(crc32fast::hash));
+    Ok(())
+}

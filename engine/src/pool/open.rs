@@ -1,0 +1,412 @@
+//! Opening a pool: find its members, take ownership, read the catalog, clear away what a crash left.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Condvar, Mutex, RwLock};
+
+use nvme::{Device, DeviceOptions};
+
+use super::commit::FILE_RESERVE;
+use super::live::Live;
+use super::{
+    Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage, Verify, commit, lock,
+};
+use crate::catalog::Batch;
+use crate::catalog::store::{CatalogStore, Loaded};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent_io::{ExtentIo, ExtentIoOptions};
+use crate::format::{self, Found, POINTER, Superblock, uuid_text};
+use crate::layout::Extent;
+use crate::member::Member;
+use crate::member::directory::{FileDirectory, allocated, space};
+use crate::member::extent_files::{ExtentDirectory, ExtentDirectoryOptions};
+use crate::member::raw::{RawGeometry, RawMember};
+use crate::namespace::Tree;
+use crate::owner::Owner;
+use crate::prefetch::Prefetcher;
+use crate::types::Timestamp;
+
+/// A member that was found.
+#[derive(Debug)]
+struct Located {
+    path: PathBuf,
+    kind: MemberKind,
+    found: Found,
+}
+
+fn kind_at(path: &Path) -> Result<MemberKind> {
+    let meta = fs::metadata(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
+    if meta.is_dir() {
+        Ok(MemberKind::Directory)
+    } else if meta.file_type().is_block_device() {
+        Ok(MemberKind::Block)
+    } else if meta.is_file() {
+        Ok(MemberKind::Image)
+    } else {
+        Err(Error::new(ErrorKind::NotAPool, format!("{} is not a pool", path.display())))
+    }
+}
+
+/// Finds all members from the path of one of them, or of the directory that points to them.
+fn locate(path: &Path) -> Result<(Superblock, Vec<Located>)> {
+    let kind = kind_at(path)?;
+    let first = format::read(path, kind)?;
+    let here = fs::canonicalize(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
+    let superblock = first.superblock.clone();
+    let mut first = Some(first);
+    // Where this one was moved to tells where the others may have been moved to.
+    let moved = (superblock.index != POINTER)
+        .then(|| &superblock.members[superblock.index as usize].path)
+        .filter(|was| **was != here)
+        .and_then(|was| relocation(was, &here));
+    let mut members = Vec::new();
+    for (index, entry) in superblock.members.iter().enumerate() {
+        if superblock.index as usize == index
+            && let Some(found) = first.take()
+        {
+            members.push(Located { path: here.clone(), kind, found });
+            continue;
+        }
+        let beside = moved.as_ref().and_then(|(from, to)| Some(to.join(entry.path.strip_prefix(from).ok()?)));
+        let mut candidates = Vec::from_iter(beside.filter(|beside| *beside != entry.path && beside.exists()));
+        candidates.push(entry.path.clone());
+        let mut result = Err(missing(&superblock, index, "it is not there"));
+        for candidate in candidates {
+            result = member_at(&superblock, index, candidate);
+            if result.is_ok() {
+                break;
+            }
+        }
+        members.push(result?);
+    }
+    Ok((superblock, members))
+}
+
+/// The differing starts of two paths that end alike.
+fn relocation(was: &Path, is: &Path) -> Option<(PathBuf, PathBuf)> {
+    let (mut was, mut is) = (was, is);
+    while was.file_name().is_some() && was.file_name() == is.file_name() {
+        (was, is) = (was.parent()?, is.parent()?);
+    }
+    // At least the directory that holds both.
+    Some((was.to_path_buf(), is.to_path_buf()))
+}
+
+fn missing(pool: &Superblock, index: usize, why: &str) -> Error {
+    let path = pool.members[index].path.display();
+    Error::new(
+        ErrorKind::MissingMember,
+        format!("member {index} of pool {} is missing: {path}: {why}", uuid_text(&pool.pool)),
+    )
+}
+
+fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> {
+    let entry = &pool.members[index];
+    let kind = match kind_at(&path) {
+        Ok(kind) => kind,
+        Err(error) => return Err(missing(pool, index, &error.chain())),
+    };
+    let found = match format::read(&path, kind) {
+        Ok(found) => found,
+        Err(error) if matches!(error.kind(), ErrorKind::NotAPool | ErrorKind::NotFound) => {
+            return Err(missing(pool, index, &error.chain()));
+        }
+        Err(error) => return Err(error),
+    };
+    let other = &found.superblock;
+    let wrong = |text: String| Err(Error::new(ErrorKind::WrongMember, format!("{}: {text}", path.display())));
+    if other.pool != pool.pool {
+        return wrong(format!("it belongs to pool {}, not to pool {}", uuid_text(&other.pool), uuid_text(&pool.pool)));
+    }
+    if other.index as usize != index {
+        return wrong(format!("it is member {} of the pool, not member {index}: members were swapped", other.index));
+    }
+    let own = other.members.get(index).map(|own| own.id);
+    if own != Some(entry.id) {
+        return wrong(format!("it is another member {index} than the one that the pool was made with"));
+    }
+    Ok(Located { path, kind, found })
+}
+
+fn info_of(path: &Path, superblock: &Superblock, members: &[Located]) -> PoolInfo {
+    let place = |index: usize| members.get(index).map_or_else(|| superblock.members[index].path.clone(), |member| member.path.clone());
+    PoolInfo {
+        id: uuid_text(&superblock.pool),
+        version: format::VERSION,
+        members: superblock
+            .members
+            .iter()
+            .enumerate()
+            .map(|(index, entry)| MemberInfo {
+                index: index as u16,
+                kind: entry.kind,
+                path: place(index),
+                id: uuid_text(&entry.id),
+                bytes: entry.bytes,
+            })
+            .collect(),
+        chunk_size: superblock.chunk_size,
+        stripe_unit: superblock.stripe_unit,
+        created: superblock.created,
+        path: path.to_path_buf(),
+        owner_pid: members.first().and_then(|member| Owner::pid(&member.path, member.kind)),
+        read_only: false,
+    }
+}
+
+pub(super) fn probe(path: &Path) -> Result<PoolInfo> {
+    let (superblock, members) = locate(path)?;
+    Ok(info_of(path, &superblock, &members))
+}
+
+fn geometry_of(superblock: &Superblock) -> RawGeometry {
+    RawGeometry {
+        zone_offset: superblock.catalog_offset,
+        zone_len: superblock.catalog_len,
+        data_offset: superblock.data_offset,
+        data_len: superblock.data_len,
+    }
+}
+
+/// Writes damaged or stale superblock copies again from the good one.
+fn repair_superblocks(members: &[Located]) {
+    for member in members {
+        let Some(why) = &member.found.damaged else { continue };
+        tracing::warn!(member = %member.path.display(), "{why}; written again from the good copy");
+        if let Err(error) = format::write(&member.path, member.kind, &member.found.superblock) {
+            tracing::warn!(member = %member.path.display(), error = %error.chain(), "the superblock could not be repaired");
+        }
+    }
+}
+
+fn check_options(options: &OpenOptions) -> Result<()> {
+    if options.queue_depth == 0 || options.queue_depth > 4096 {
+        return Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format!("a queue depth of {}: it has to be from 1 to 4096", options.queue_depth),
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
+    check_options(options)?;
+    let (superblock, members) = locate(path)?;
+    let owner = Owner::take(&members[0].path, members[0].kind, options.read_only)?;
+    if !options.read_only {
+        repair_superblocks(&members);
+    }
+    let devices = open_devices(&members, options)?;
+    let store = CatalogStore::new(&members[0].path, devices[0].clone(), &geometry_of(&members[0].found.superblock));
+    let loaded: Loaded<Live> = store.open(&superblock.pool, options.read_only)?;
+    if let Some(restored) = &loaded.restored {
+        tracing::error!(pool = %path.display(), "{restored}: what was made after it is lost; run verify");
+    }
+    let Loaded { catalog, mut meta, mut tree, restored } = loaded;
+    let next_file = meta.next_file;
+    let files = members.len() == 1 && members[0].kind == MemberKind::Directory;
+    let storage = if files {
+        let quota = Some(superblock.data_len).filter(|quota| *quota > 0);
+        let quota = quota.or(Some(superblock.members[0].bytes).filter(|quota| *quota > 0));
+        let directory = FileDirectory::open(&members[0].path, quota, next_file, options.read_only)?;
+        Storage::Files { directory: Arc::new(directory), prefetcher: Prefetcher::new(1, None)? }
+    } else {
+        Storage::Extents(open_extents(&superblock, &members, devices, options)?)
+    };
+    let mut named = HashSet::new();
+    match &storage {
+        Storage::Files { directory, .. } => {
+            for (id, node) in tree.iter() {
+                if let Some(region) = node.region().filter(|region| region.file != 0) {
+                    if !named.insert(region.file) {
+                        return Err(Error::new(ErrorKind::Corrupt, format!("two regions claim file {} (one is node {id})", region.file)));
+                    }
+                }
+            }
+            refresh_unsealed(&mut tree, directory);
+            let used: u64 = tree.iter().filter(|(_, node)| node.region().is_some()).map(|(_, node)| node.allocated).sum();
+            directory.charge_fact(used);
+        }
+        Storage::Extents(io) => {
+            let stored = catalog.layout_nodes()?;
+            for node in stored {
+                if let Some(layout) = catalog.layout(node)? {
+                    take_extents(io, layout.extents().copied())
+                        .map_err(|error| error.context(format!("the layout of node {node}")))?;
+                }
+            }
+            // Files that the restored catalog does not know may hold what it lost.
+            if restored.is_none() {
+                for member in io.stripes().members() {
+                    member.taken_all()?;
+                }
+            }
+        }
+    }
+    let reserved_file = next_file.saturating_add(FILE_RESERVE);
+    if !options.read_only {
+        // Reserves file numbers; also proves that the catalog can be written.
+        meta.next_file = reserved_file;
+        meta.generation += 1;
+        meta.saved = Timestamp::now().secs;
+        catalog.apply(&Batch::new(meta.clone()))?;
+    }
+    let mut info = info_of(path, &superblock, &members);
+    info.read_only = options.read_only;
+    info.owner_pid = (!options.read_only).then(std::process::id);
+    let shared = Arc::new(Shared {
+        info,
+        options: options.clone(),
+        pool_id: superblock.pool,
+        read_only: options.read_only,
+        chunk_size: superblock.chunk_size,
+        tree: RwLock::new(tree),
+        storage,
+        catalog,
+        store,
+        snapshots: commit::Snapshots::default(),
+        contents: Mutex::default(),
+        graveyard: Mutex::default(),
+        generation: AtomicU64::new(meta.generation),
+        durable_generation: AtomicU64::new(meta.generation),
+        reserved_file,
+        counters: PoolCounters::default(),
+        commit_error: Mutex::default(),
+        stop: Mutex::new(false),
+        wake: Condvar::new(),
+        kick: AtomicBool::new(false),
+        _owner: owner,
+    });
+    if let Storage::Extents(io) = &shared.storage {
+        let weak = Arc::downgrade(&shared);
+        io.set_reclaim(move || weak.upgrade().map_or(Ok(false), |shared| shared.reclaim()));
+    }
+    let inner = Inner { shared: shared.clone(), threads: Mutex::default(), closed: AtomicBool::new(false) };
+    if !options.read_only {
+        let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
+            let thread = std::thread::Builder::new().name(name.into()).spawn(run);
+            thread.map_err(|error| Error::io(format!("start the thread {name}"), error))
+        };
+        let committer = shared.clone();
+        lock(&inner.threads).push(spawn("nvtier-commit", Box::new(move || commit::run(&committer)))?);
+        let sweeper = shared.clone();
+        let keep = restored.is_some();
+        let sweep = Box::new(move || sweep(&sweeper, &named, next_file, keep));
+        lock(&inner.threads).push(spawn("nvtier-sweep", sweep)?);
+    }
+    Ok(Pool { inner: Arc::new(inner) })
+}
+
+/// Removes files that a crash left behind, and sums regions that it left without sums.
+fn sweep(shared: &Arc<Shared>, named: &HashSet<u64>, limit: u64, keep: bool) {
+    let stop = || *lock(&shared.stop);
+    if let Storage::Files { directory, .. } = &shared.storage {
+        match directory.remove_orphans(named, limit, keep, &stop) {
+            Ok(0) => {}
+            Ok(count) if keep => tracing::warn!(count, "files that the restored catalog does not name were moved to 'lost'"),
+            Ok(count) => tracing::info!(count, "removed files of regions whose writing a crash ended"),
+            Err(error) => tracing::warn!(error = %error.chain(), "cannot look for files that a crash left behind"),
+        }
+    }
+    if let Err(error) = crate::verify::reseal(shared, &stop) {
+        tracing::warn!(error = %error.chain(), "cannot make checksums of regions that a crash left without");
+    }
+}
+
+/// A region that was open for writing in place has the size and time that its file says.
+fn refresh_unsealed(tree: &mut Tree<Live>, directory: &FileDirectory) {
+    let unsealed: Vec<_> = tree
+        .iter()
+        .filter_map(|(id, node)| node.region().filter(|region| !region.sealed && region.file != 0).map(|region| (id, region.file)))
+        .collect();
+    for (id, file) in unsealed {
+        let meta = match fs::metadata(directory.file_path(file)) {
+            Ok(meta) => meta,
+            Err(error) => {
+                tracing::error!(node = id, file, %error, "the file of a region cannot be read");
+                continue;
+            }
+        };
+        if let Ok(node) = tree.get_mut(id) {
+            let modified = Timestamp { secs: meta.mtime(), nanos: meta.mtime_nsec() as u32 };
+            node.size = meta.len();
+            node.allocated = allocated(&meta);
+            node.mtime = node.mtime.max(modified);
+            node.ctime = node.ctime.max(modified);
+        }
+    }
+}
+
+/// The devices of raw members: one descriptor each, since block devices are claimed exclusively.
+fn open_devices(members: &[Located], options: &OpenOptions) -> Result<Vec<Option<Arc<dyn Device>>>> {
+    let open = |member: &Located| match member.kind {
+        MemberKind::Directory => Ok(None),
+        _ => nvme::open(&member.path, &DeviceOptions { direct: true, read_only: options.read_only })
+            .map(Some)
+            .map_err(|error| Error::from(error).context(format!("open member {}", member.path.display()))),
+    };
+    members.iter().map(open).collect()
+}
+
+fn open_extents(
+    superblock: &Superblock,
+    members: &[Located],
+    devices: Vec<Option<Arc<dyn Device>>>,
+    options: &OpenOptions,
+) -> Result<Arc<ExtentIo>> {
+    let mut opened: Vec<Arc<dyn Member>> = Vec::new();
+    for (index, (member, device)) in members.iter().zip(devices).enumerate() {
+        let index = index as u16;
+        let own = &member.found.superblock;
+        let chunk_size = superblock.chunk_size;
+        opened.push(match device {
+            None => {
+                let quota = Some(own.data_len).filter(|quota| *quota > 0);
+                let options = ExtentDirectoryOptions { index, chunk_size, quota, read_only: options.read_only };
+                Arc::new(ExtentDirectory::new(&member.path, &options)?)
+            }
+            Some(device) => Arc::new(RawMember::new(index, &member.path, device, geometry_of(own), chunk_size)?),
+        });
+    }
+    ExtentIo::new(
+        opened,
+        &ExtentIoOptions {
+            chunk_size: superblock.chunk_size,
+            stripe_unit: superblock.stripe_unit,
+            ram_bytes: options.ram_bytes,
+            verify: matches!(options.verify, Verify::Always | Verify::Scrub),
+        },
+    )
+}
+
+fn take_extents(io: &ExtentIo, extents: impl Iterator<Item = Extent>) -> Result<()> {
+    let mut of_member: HashMap<u16, Vec<Extent>> = HashMap::new();
+    for extent in extents {
+        of_member.entry(extent.member).or_default().push(extent);
+    }
+    for (member, extents) in of_member {
+        let place = io.stripes().members().get(member as usize);
+        place.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("an extent on member {member}, which does not exist")))?.take(&extents)?;
+    }
+    Ok(())
+}
+
+/// Free bytes of all members, where directories on one file system share what that has.
+pub(super) fn shared_space(members: &[Arc<dyn Member>]) -> u64 {
+    let mut raw = 0u64;
+    let mut of_file_system: HashMap<u64, (u64, u64)> = HashMap::new();
+    for member in members {
+        match (member.kind(), space(member.path())) {
+            (MemberKind::Directory, Ok(space)) => {
+                let (free, asked) = of_file_system.entry(space.id).or_insert((space.free_bytes, 0));
+                *free = (*free).min(space.free_bytes);
+                *asked += member.free_bytes();
+            }
+            _ => raw += member.free_bytes(),
+        }
+    }
+    raw + of_file_system.values().map(|(free, asked)| free.min(asked)).sum::<u64>()
+}
