@@ -191,7 +191,16 @@ fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
     let pool = engine::Pool::open(&settings.pool, &options).map_err(|error| {
         Failure::from(error).while_doing(format!("open the pool {}", settings.pool.display()))
     })?;
-    let mounted = fuse_fs::mount(pool, &settings.fuse_options()).map_err(|error| {
+    // Before the mount, so that whoever sees it finds the pool's owner answering.
+    let server = engine::control::serve(pool.clone())
+        .inspect_err(|error| {
+            tracing::warn!(
+                "other commands cannot use the pool meanwhile: {}",
+                crate::failure::describe(error)
+            )
+        })
+        .ok();
+    let mounted = fuse_fs::mount(pool.clone(), &settings.fuse_options()).map_err(|error| {
         let failure = Failure::from(error).while_doing(format!("mount on {}", settings.mountpoint.display()));
         if Path::new("/dev/fuse").exists() {
             failure
@@ -217,6 +226,9 @@ fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
     let outcome = ready().and_then(|()| mounted.wait().map_err(Failure::from));
     handle.close();
     let _ = waiter.join();
+    // Clients first: the last to go closes the pool, and its errors are to be seen here.
+    drop(server);
+    let outcome = outcome.and(pool.close().map_err(Failure::from));
     if let Some(path) = record_path {
         let _ = fs::remove_file(path);
     }

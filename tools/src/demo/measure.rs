@@ -18,6 +18,10 @@ use crate::interrupt;
 pub enum Row {
     /// The checkpoint's own files, O_DIRECT: what the drive gives.
     Drive,
+    /// The checkpoint's own files, not cached, read(2): what the file system gives.
+    FileCold,
+    /// The checkpoint's own files, not cached, mmap(2).
+    FileMmap,
     /// Regions through the engine, every checksum verified.
     Pool,
     /// Files of the mount, not cached, read(2).
@@ -37,12 +41,23 @@ impl Row {
     pub fn title(self) -> &'static str {
         match self {
             Self::Drive => "drive: O_DIRECT, io_uring, 32 deep",
+            Self::FileCold => "plain files: read, cold",
+            Self::FileMmap => "plain files: mmap, cold",
             Self::Pool => "pool: engine, checksums verified",
             Self::MountCold => "mount: read, cold",
             Self::MountDirect => "mount: O_DIRECT, 8 deep, cold",
             Self::MountMmap => "mount: mmap, cold",
             Self::MountWarm => "mount: read, warm",
             Self::MountWarmMmap => "mount: mmap, warm",
+        }
+    }
+
+    /// The same act on plain files, to compare with.
+    pub fn plain(self) -> Option<Self> {
+        match self {
+            Self::MountCold => Some(Self::FileCold),
+            Self::MountMmap => Some(Self::FileMmap),
+            _ => None,
         }
     }
 
@@ -94,17 +109,20 @@ impl Runs {
         let mut pool = OsString::from("--pool=");
         pool.push(&self.pool);
         let files = self.names(Path::new(name));
-        self.bench_with(Row::Pool, &files, &["--ioengine=pool", "--iodepth=8"], &[pool])
+        self.bench_with(Row::Pool, &files, &["--ioengine=pool", "--iodepth=16"], &[pool])
     }
 
-    /// Everything on the mount: cold rows first.
+    /// Everything on the mount, each cold row after the same act on plain files: a drive's speed drifts.
     pub fn mount(&mut self, mountpoint: &Path, name: &str) -> Outcome {
         let files = self.names(&mountpoint.join(name));
-        self.drive()?;
+        let plain = self.shards.clone();
+        self.bench(Row::FileCold, &plain, &["--ioengine=pread"])?;
         self.drop_caches()?;
         self.bench(Row::MountCold, &files, &["--ioengine=pread"])?;
+        self.drive()?;
         self.drop_caches()?;
         self.bench(Row::MountDirect, &files, &["--ioengine=io_uring", "--direct=1", "--iodepth=8"])?;
+        self.bench(Row::FileMmap, &plain, &["--ioengine=mmap"])?;
         self.drop_caches()?;
         self.bench(Row::MountMmap, &files, &["--ioengine=mmap"])?;
         // The mapping has brought everything into the page cache.

@@ -78,9 +78,6 @@ fn show(global: &Global, args: &Demo, workspace: &mut Workspace) -> Outcome<Repo
         runs.drive()?;
         runs.pool(NAME)?;
     }
-    let drive = runs.median(Row::Drive).unwrap_or(0.0);
-    ceiling::remember(workspace.path(), drive);
-
     let mounted = mount(args, workspace, &pool)?;
     let mut checked = None;
     match &mounted {
@@ -105,6 +102,8 @@ fn show(global: &Global, args: &Demo, workspace: &mut Workspace) -> Outcome<Repo
     }
     interrupt::check()?;
     let rows = runs.rows();
+    let drive = runs.median(Row::Drive).unwrap_or(0.0);
+    ceiling::remember(workspace.path(), drive);
     Ok(Report {
         directory: workspace.path().to_owned(),
         kept: args.keep,

@@ -39,13 +39,15 @@ impl Report {
             ("read of the checkpoint by", Align::Left),
             ("GB/s", Align::Right),
             ("of drive", Align::Right),
+            ("of plain", Align::Right),
             ("bound by", Align::Left),
         ]);
         for measured in &self.rows {
             table.row(vec![
                 measured.row.title().to_owned(),
                 format!("{:.2}", measured.bytes_per_second / 1e9),
-                self.share(measured).map_or("-".to_owned(), |share| format!("{:.0}%", 100.0 * share)),
+                percent(self.share(measured)),
+                percent(self.share_of_plain(measured)),
                 self.bound(measured),
             ]);
         }
@@ -67,11 +69,24 @@ impl Report {
             .then(|| measured.bytes_per_second / self.ceiling_bytes_per_second)
     }
 
+    /// Against the same act on plain files.
+    fn share_of_plain(&self, measured: &Measured) -> Option<f64> {
+        let plain = measured.row.plain()?;
+        let plain = self.rows.iter().find(|other| other.row == plain)?;
+        Some(measured.bytes_per_second / plain.bytes_per_second).filter(|share| share.is_finite())
+    }
+
     fn bound(&self, measured: &Measured) -> String {
         match measured.row {
             Row::Drive if self.memory => "memory (no drive here)".to_owned(),
             Row::Drive => "drive (this is the ceiling)".to_owned(),
+            Row::FileCold | Row::FileMmap => "kernel's read-ahead, drive".to_owned(),
             row if row.is_warm() => "memory".to_owned(),
+            Row::MountCold | Row::MountMmap
+                if self.share_of_plain(measured).is_some_and(|share| share >= 0.9) =>
+            {
+                "kernel's read-ahead, drive".to_owned()
+            }
             _ if self.share(measured).is_some_and(|share| share >= 0.9) => "drive".to_owned(),
             _ => measured.bound.clone(),
         }
@@ -87,6 +102,7 @@ impl Report {
                     "title": measured.row.title(),
                     "bytes_per_second": measured.bytes_per_second,
                     "share_of_ceiling": self.share(measured),
+                    "share_of_plain_files": self.share_of_plain(measured),
                     "bound": self.bound(measured),
                 })
             })
@@ -107,4 +123,8 @@ impl Report {
             "seconds": self.seconds,
         })
     }
+}
+
+fn percent(share: Option<f64>) -> String {
+    share.map_or("-".to_owned(), |share| format!("{:.0}%", 100.0 * share))
 }

@@ -216,7 +216,10 @@ impl ObjectSource {
             return Err(Failure::failed(format!("{} is no object", origin.describe())));
         };
         let range = offset..offset + buffer.len() as u64;
-        let bytes = self.wait(get(Arc::clone(store), path.clone(), e_tag.clone(), range))?;
+        let bytes = match self.wait(get(Arc::clone(store), path.clone(), e_tag.clone(), range.clone())) {
+            Err(failure) if failure.code == code::UNSUPPORTED => self.read_from_start(store, path, range)?,
+            answer => answer?,
+        };
         if bytes.len() != buffer.len() {
             return Err(Failure::failed(format!(
                 "{url} ended after {} bytes of {}",
@@ -228,6 +231,28 @@ impl ObjectSource {
         Ok(())
     }
 
+    /// For servers without ranges: the object from its start, up to the end of the range. Headers are near the start.
+    fn read_from_start(
+        &self,
+        store: &Arc<dyn ObjectStore>,
+        path: &Path,
+        range: Range<u64>,
+    ) -> Outcome<bytes::Bytes> {
+        let (start, end) = (range.start as usize, range.end as usize);
+        self.wait(async {
+            let mut stream = store.get(path).await?.into_stream();
+            let mut found = bytes::BytesMut::new();
+            while found.len() < end {
+                match stream.try_next().await? {
+                    Some(bytes) => found.extend_from_slice(&bytes),
+                    None => break,
+                }
+            }
+            found.truncate(end);
+            Ok(found.freeze().slice(start.min(end)..))
+        })
+    }
+
     /// The bytes from `offset` to `len`, by ranges that do not change from run to run: both ends of a resumed range fit.
     pub fn stream(&self, origin: &Origin, offset: u64, len: u64) -> ObjectStream {
         let ObjectOptions { connections, part_size } = self.options;
@@ -237,6 +262,7 @@ impl ObjectSource {
                 .take_while(move |at| *at < len)
                 .map(move |at| at..((at / part_size + 1) * part_size).min(len));
             self.runtime.spawn(async move {
+                let mut first = true;
                 let mut answers = futures_util::stream::iter(parts)
                     .map(|range| {
                         let expected = range.end - range.start;
@@ -246,16 +272,22 @@ impl ObjectSource {
                     .buffered(connections);
                 while let Some(answer) = answers.next().await {
                     let answer = match answer {
+                        // Web servers may know no ranges: they answer with the whole object, which the store refuses.
+                        Err(object_store::Error::NotSupported { .. }) if first => {
+                            drop(answers);
+                            return whole(&store, &path, &url, offset, &sender).await;
+                        }
                         Ok((bytes, expected)) if bytes.len() as u64 != expected => Err(Failure::failed(
                             format!("{url}: a range of {expected} bytes was answered with {}", bytes.len()),
                         )),
                         Ok((bytes, _)) => Ok(bytes),
                         Err(error) => Err(failure(format!("read {url}"), &error)),
                     };
+                    first = false;
                     let last = answer.is_err();
                     // The receiver is gone when the import was given up.
                     if sender.send(answer).await.is_err() || last {
-                        break;
+                        return;
                     }
                 }
             });
@@ -289,6 +321,36 @@ async fn get(
     let if_match = e_tag.filter(|e_tag| !e_tag.starts_with("W/"));
     let options = GetOptions { range: Some(range.into()), if_match, ..GetOptions::default() };
     store.get_opts(&path, options).await?.bytes().await
+}
+
+/// The whole object in one answer, without what comes before `offset`.
+async fn whole(
+    store: &Arc<dyn ObjectStore>,
+    path: &Path,
+    url: &str,
+    offset: u64,
+    sender: &mpsc::Sender<Outcome<bytes::Bytes>>,
+) {
+    let mut stream = match store.get(path).await {
+        Ok(answer) => answer.into_stream(),
+        Err(error) => {
+            let _ = sender.send(Err(failure(format!("read {url}"), &error))).await;
+            return;
+        }
+    };
+    let mut before = offset;
+    while let Some(answer) = stream.next().await {
+        let answer = answer.map_err(|error| failure(format!("read {url}"), &error)).map(|mut bytes| {
+            let skipped = before.min(bytes.len() as u64);
+            before -= skipped;
+            bytes.split_off(skipped as usize)
+        });
+        let last = answer.is_err();
+        // The receiver is gone when the import was given up.
+        if sender.send(answer).await.is_err() || last {
+            return;
+        }
+    }
 }
 
 /// See [`ObjectSource::stream`].
