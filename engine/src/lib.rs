@@ -12,6 +12,7 @@ mod file_draft;
 pub mod format;
 pub mod handle;
 pub mod layout;
+pub mod lease;
 pub mod member;
 mod namespace;
 mod owner;
@@ -27,6 +28,7 @@ pub mod write_behind;
 
 pub use error::{Error, ErrorKind, Result};
 pub use handle::Handle;
+pub use lease::{Lease, LeasedExtent, Source};
 pub use pool::{
     FormatOptions, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
 };

@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::frame::{Connection, Frame};
 use super::location;
 use super::protocol::{PAYLOAD_MAX, REPLY_MAX, Reply, Request, VERSION};
+use super::remote_reader::RemoteReader;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Pool, PoolInfo, PoolStat};
 use crate::session::{Entry, WriterOptions};
@@ -153,11 +154,16 @@ impl Client {
         let connection = dial(&self.path)?.0;
         let frame = ask_on(&connection, &Request::OpenReader { path: path.to_owned() }, &[])?;
         match frame.message {
-            Reply::Reader { size, direct } => Ok(RemoteReader {
-                size,
-                file: file_of(frame.fd, direct)?,
-                connection: Mutex::new(connection),
-            }),
+            Reply::Reader { size, chunk_size, direct } => {
+                let file = file_of(frame.fd, direct)?;
+                if file.is_some() && chunk_size == 0 {
+                    return Err(Error::new(
+                        ErrorKind::Protocol,
+                        "the pool's owner leased a region of chunks without length",
+                    ));
+                }
+                Ok(RemoteReader::new(size, chunk_size, file, connection))
+            }
             other => Err(unexpected(&other)),
         }
     }
@@ -266,11 +272,11 @@ fn answer(frame: Frame<Reply>) -> Result<Frame<Reply>> {
     }
 }
 
-fn ask_on(connection: &Connection, request: &Request, payload: &[u8]) -> Result<Frame<Reply>> {
+pub(super) fn ask_on(connection: &Connection, request: &Request, payload: &[u8]) -> Result<Frame<Reply>> {
     answer(call(connection, request, payload, &mut |_| Ok(()))?)
 }
 
-fn unexpected(reply: &Reply) -> Error {
+pub(super) fn unexpected(reply: &Reply) -> Error {
     let text: String = format!("{reply:?}").chars().take(100).collect();
     Error::new(ErrorKind::Protocol, format!("the pool's owner answered with something else: {text}"))
 }
@@ -283,67 +289,8 @@ fn file_of(fd: Option<std::os::fd::OwnedFd>, direct: bool) -> Result<Option<File
     Ok(fd.map(File::from))
 }
 
-fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
+pub(super) fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
     connection.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A region open for reading in the owner.
-#[derive(Debug)]
-pub struct RemoteReader {
-    size: u64,
-    /// The region's bytes themselves, where they are one file.
-    file: Option<File>,
-    connection: Mutex<Connection>,
-}
-
-impl RemoteReader {
-    /// Bytes, when it was opened.
-    pub fn len(&self) -> u64 {
-        self.size
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.size == 0
-    }
-
-    /// Whether the bytes come straight from the drive, not through the owner.
-    pub fn is_direct(&self) -> bool {
-        self.file.is_some()
-    }
-
-    /// The region's file, read-only, where the bytes come from it.
-    pub fn file(&self) -> Option<&File> {
-        self.file.as_ref()
-    }
-
-    /// See [`RegionReader::read_at`](crate::RegionReader::read_at).
-    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        let len = self.size.saturating_sub(offset).min(buf.len() as u64) as usize;
-        let buf = &mut buf[..len];
-        if let Some(file) = &self.file {
-            loop {
-                match file.read_at(buf, offset) {
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    other => return other.map_err(|e| Error::io(format!("read {len} bytes at {offset}"), e)),
-                }
-            }
-        }
-        let mut done = 0;
-        for part in buf.chunks_mut(PAYLOAD_MAX as usize) {
-            let request = Request::Read { offset: offset + done as u64, len: part.len() as u32 };
-            let frame = ask_on(&lock(&self.connection), &request, &[])?;
-            if !matches!(frame.message, Reply::Data) || frame.payload.len() > part.len() {
-                return Err(unexpected(&frame.message));
-            }
-            part[..frame.payload.len()].copy_from_slice(&frame.payload);
-            done += frame.payload.len();
-            if frame.payload.len() < part.len() {
-                break;
-            }
-        }
-        Ok(done)
-    }
 }
 
 /// A region being written through the owner.

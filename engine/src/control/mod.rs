@@ -6,17 +6,20 @@
 //! - The kernel tells each side who the other is (`SO_PEERCRED`, `unix(7)`); the owner's user and root may enter, nobody else.
 //! - A connection holds at most one open region to read and one to write. When it ends, however it ends, they are
 //!   dropped: leases end, what was not committed is gone (or parked, where the writer asked to resume).
-//! - Bytes of a region that is one file of a directory member do not pass through the owner: the client gets the file
-//!   (`SCM_RIGHTS`), opened for reading only, or for a draft. Other pools' bytes pass as payloads, checked by the owner.
+//! - Bytes of a region that is one file of a directory member do not pass through the owner: the client gets a lease, the file
+//!   (`SCM_RIGHTS`, opened for reading only) and the checksums, and for writing the draft's file. Bytes of raw and striped pools, and
+//!   of regions that are being written, pass as payloads, checked by the owner.
 //! - Frames have a size limit, and each side has deadlines: a peer that stalls or lies costs a thread for a while, no more.
 
 mod client;
 mod frame;
 pub mod location;
 pub mod protocol;
+mod remote_reader;
 mod server;
 
-pub use client::{Client, RemoteReader, RemoteWriter};
+pub use client::{Client, RemoteWriter};
+pub use remote_reader::RemoteReader;
 pub use server::{ControlServer, serve};
 
 #[cfg(test)]

@@ -65,6 +65,11 @@ pub enum Request {
         offset: u64,
         len: u32,
     },
+    /// Checksums of that many chunks, as little-endian u32 in a payload; fewer at the end.
+    Sums {
+        first: u64,
+        count: u32,
+    },
     /// Closes it.
     CloseReader,
     /// Opens this connection's region to write.
@@ -108,9 +113,11 @@ pub enum Reply {
     /// It takes long and goes on; of a verification, how far it is.
     Working(Option<VerifyProgress>),
     Verified(VerifyReport),
-    /// `direct`: the region's file rides along, bytes from offset 0.
+    /// `direct`: the region is leased and its file rides along, bytes from offset 0; what is read there is checked with
+    /// [`Request::Sums`].
     Reader {
         size: u64,
+        chunk_size: u32,
         direct: bool,
     },
     /// With a payload.

@@ -18,6 +18,7 @@ use super::location::{self, Location};
 use super::protocol::{PAYLOAD_MAX, REQUEST_MAX, Reply, Request, VERSION};
 use crate::error::{Error, ErrorKind, Result};
 use crate::handle::Handle;
+use crate::lease::Lease;
 use crate::pool::Pool;
 use crate::session::local::{self, Who};
 use crate::session::partial::PartialWriter;
@@ -223,8 +224,15 @@ struct Served {
     connection: Connection,
     registration: Registration,
     who: Who,
-    reader: Option<Handle>,
+    reader: Option<Reader>,
     writer: Option<PartialWriter>,
+}
+
+/// A region that a client reads.
+struct Reader {
+    handle: Handle,
+    /// Where the client may read the file itself.
+    lease: Option<Lease>,
 }
 
 /// What answers a request: a reply, a payload, a file to hand over.
@@ -308,6 +316,7 @@ impl Served {
             Request::Sync => self.long(move |_| pool.sync()).map(|()| Reply::Done)?,
             Request::OpenReader { path } => return self.open_reader(&path),
             Request::Read { offset, len } => return self.read(offset, len),
+            Request::Sums { first, count } => return self.sums(first, count),
             Request::CloseReader => {
                 self.reader = None;
                 Reply::Done
@@ -381,25 +390,35 @@ impl Served {
     }
 
     fn open_reader(&mut self, path: &str) -> Result<Answer> {
-        let handle = local::open_read(&self.pool(), path)?;
+        let pool = self.pool();
+        let handle = local::open_read(&pool, path)?;
+        // No lease of what is being written: then the bytes pass through here, as they do from raw and striped pools.
+        let lease = pool.lease(handle.node(), 0, u64::MAX).ok().filter(|lease| lease.file().is_some());
         // Opened anew: the pool's own descriptor can write, and a client of it must not.
-        let file = match handle.backing() {
+        let file = match lease.as_ref().and_then(Lease::file) {
             Some(file) => {
                 let again = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
                 Some(again.map_err(|e| Error::io(format!("open the file of {path:?} for a client"), e))?)
             }
             None => None,
         };
-        let reply = Reply::Reader { size: handle.size(), direct: file.is_some() };
-        self.reader = Some(handle);
+        let reply = Reply::Reader {
+            size: lease.as_ref().map_or_else(|| handle.size(), Lease::size),
+            chunk_size: lease.as_ref().map_or(0, Lease::chunk_size),
+            direct: file.is_some(),
+        };
+        self.reader = Some(Reader { handle, lease });
         Ok(Answer { reply, payload: Vec::new(), file })
     }
 
+    fn reader(&self) -> Result<&Reader> {
+        self.reader.as_ref().ok_or_else(|| Error::new(ErrorKind::Protocol, "this connection reads no region"))
+    }
+
     fn read(&self, offset: u64, len: u32) -> Result<Answer> {
-        let Some(handle) = &self.reader else {
-            return Err(Error::new(ErrorKind::Protocol, "this connection reads no region"));
-        };
-        let mut payload = vec![0; len.min(PAYLOAD_MAX) as usize];
+        let Reader { handle, .. } = self.reader()?;
+        let left = handle.size().saturating_sub(offset);
+        let mut payload = vec![0; u64::from(len.min(PAYLOAD_MAX)).min(left) as usize];
         let mut done = 0;
         while done < payload.len() {
             match handle.read_at(offset.saturating_add(done as u64), &mut payload[done..])? {
@@ -408,6 +427,16 @@ impl Served {
             }
         }
         payload.truncate(done);
+        Ok(Answer { reply: Reply::Data, payload, file: None })
+    }
+
+    fn sums(&self, first: u64, count: u32) -> Result<Answer> {
+        let Some(lease) = &self.reader()?.lease else {
+            return Err(Error::new(ErrorKind::Protocol, "this connection leases no region"));
+        };
+        let chunks = lease.size().div_ceil(u64::from(lease.chunk_size()));
+        let end = first.saturating_add(u64::from(count.min(PAYLOAD_MAX / 4))).min(chunks);
+        let payload = (first..end).flat_map(|chunk| lease.sum(chunk).to_le_bytes()).collect();
         Ok(Answer { reply: Reply::Data, payload, file: None })
     }
 
