@@ -343,9 +343,12 @@ impl Shared {
 
     /// One more use of a handle's content ends; the last one seals or gives up.
     pub(crate) fn close_live(self: &Arc<Self>, live: &Arc<Live>, access: Access) {
-        if access.writes() {
+        // A reader has something to finish only where `finish` left it so.
+        if access.writes() || live.draft().is_some() {
             let mut gate = lock(&live.gate);
-            gate.writers = gate.writers.saturating_sub(1);
+            if access.writes() {
+                gate.writers = gate.writers.saturating_sub(1);
+            }
             if gate.writers == 0 {
                 self.finish(live, &mut gate);
             }
@@ -360,7 +363,10 @@ impl Shared {
         if nlink == 0 {
             return; // nobody will ever find it: it stays as it is until the last reader goes
         }
-        let committed = match draft.get().commit(true, &live.cancel_seal) {
+        // An empty region has no file. But the kernel may hold this one for a reader, and a later writer must get the same: so it stays,
+        // unsealed, until the last reader goes.
+        let seal = !(live.is_passed() && pins > 1 && draft.get().size() == 0);
+        let committed = match draft.get().commit(seal, &live.cancel_seal) {
             Ok(Some(committed)) => committed,
             Ok(None) => return, // a writer came: it goes on with this draft
             Err(error) => {
@@ -373,12 +379,9 @@ impl Shared {
             }
         };
         let sealed = committed.sealed;
-        let size = committed.layout.size();
         match self.install(live, gate, &draft, committed) {
             Ok(stored) => {
-                // An empty region has no file, but the kernel may still hold this one.
-                let keep_open = size == 0 && live.is_passed() && pins > 1;
-                if sealed && !keep_open {
+                if sealed {
                     live.set(Current::Stored(stored));
                     gate.committed = None;
                     draft.get().discard();

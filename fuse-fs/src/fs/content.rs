@@ -10,7 +10,7 @@ use engine::{Allocate, Handle, NodeId, Seek};
 
 use super::counters::add;
 use super::handles::{OpenFile, RegionFile};
-use super::nodes::{IoMode, lock};
+use super::nodes::{ContentVersion, IoMode, lock};
 use super::views::{VNode, View};
 use super::{Caller, Fs, Passthrough, is_virtual};
 use crate::error::{Errno, FsResult};
@@ -103,7 +103,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
                 }
                 IoPath::Passthrough(token.clone())
             }
-            Some(IoMode::Served) => self.served(&mut state.cached_generation, ino, access.direct),
+            Some(IoMode::Served) => self.served(&mut state.cached, ino, access.direct),
             None => match self.hand_over(&handle, access, register) {
                 Some((token, file)) => {
                     state.mode = Some(IoMode::Passthrough { token: token.clone(), file });
@@ -111,7 +111,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
                 }
                 None => {
                     state.mode = Some(IoMode::Served);
-                    self.served(&mut state.cached_generation, ino, access.direct)
+                    self.served(&mut state.cached, ino, access.direct)
                 }
             },
         };
@@ -122,7 +122,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
         match path {
             IoPath::Passthrough(_) => {
                 // What the kernel cached while the node was served is not kept up to date from here on.
-                state.cached_generation = None;
+                state.cached = None;
                 add(&self.counters.passthrough_opens, 1);
             }
             _ => add(&self.counters.served_opens, 1),
@@ -160,11 +160,11 @@ impl<B: Send + Sync + 'static> Fs<B> {
         }
     }
 
-    fn served(&self, cached: &mut Option<u64>, ino: NodeId, direct: bool) -> IoPath<B> {
+    fn served(&self, cached: &mut Option<ContentVersion>, ino: NodeId, direct: bool) -> IoPath<B> {
         if direct {
             return IoPath::Direct;
         }
-        let current = self.pool.getattr(ino).ok().map(|attr| attr.generation);
+        let current = self.pool.getattr(ino).ok().map(ContentVersion::from);
         let keep_cache = current.is_some() && *cached == current;
         *cached = current;
         IoPath::Cached { keep_cache }

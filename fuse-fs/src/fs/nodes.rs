@@ -10,7 +10,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use engine::{Attr, NodeId};
+use engine::{Attr, NodeId, Timestamp};
 
 const SHARDS: usize = 16;
 
@@ -23,14 +23,28 @@ pub(crate) enum IoMode<B> {
     Served,
 }
 
+/// Tells contents of a node apart. The generation alone does not: it stays while a draft is written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ContentVersion {
+    generation: u64,
+    modified: Timestamp,
+    size: u64,
+}
+
+impl From<Attr> for ContentVersion {
+    fn from(attr: Attr) -> ContentVersion {
+        ContentVersion { generation: attr.generation, modified: attr.mtime, size: attr.size }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct OpenState<B> {
     /// Open files, counted from our answer to OPEN until we see RELEASE.
     pub opens: u32,
     /// `Some` exactly while `opens > 0`.
     pub mode: Option<IoMode<B>>,
-    /// Generation of the content that the kernel's page cache may hold.
-    pub cached_generation: Option<u64>,
+    /// Which content the kernel's page cache may hold.
+    pub cached: Option<ContentVersion>,
 }
 
 /// One node the kernel refers to.
@@ -49,7 +63,7 @@ impl<B> Node<B> {
     fn new() -> Node<B> {
         Node {
             lookups: Mutex::new(0),
-            open: Mutex::new(OpenState { opens: 0, mode: None, cached_generation: None }),
+            open: Mutex::new(OpenState { opens: 0, mode: None, cached: None }),
             writers: AtomicU32::new(0),
             orphan: Mutex::new(None),
         }
