@@ -386,7 +386,7 @@ impl RegionReader {
             if open == 0 {
                 return Ok(());
             }
-            queue.submit()?;
+            // Submits what was pushed, and waits, in one system call.
             queue.wait(1)?;
             queue.reap(|completion| {
                 if completion.tag >> 20 != batch >> 20 {

@@ -309,6 +309,28 @@ fn short_transfers_are_continued() {
 }
 
 #[test]
+fn submitting_and_reaping_makes_progress_without_waiting() {
+    for backend in backends() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = file(&dir, 1 << 20);
+        let mut queue = queue(backend, 4, None);
+        let mut done = 0;
+        for block in (0..256u64).cycle() {
+            match queue.push(Op::read(device.clone(), block * 4096, Buffer::heap(4096).unwrap())) {
+                Ok(()) => {}
+                // Full for ever would be a test that never ends: the run's own limit catches that.
+                Err(refused) => assert!(refused.error.kind().is_queue_full()),
+            }
+            queue.submit().unwrap();
+            done += queue.reap(|completion| assert_eq!(completion.result.unwrap(), 4096));
+            if done >= 1000 {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
 fn the_end_of_the_data_is_an_error_not_a_success() {
     if !backends().contains(&Backend::IoUring) {
         return; // said aloud by backends()

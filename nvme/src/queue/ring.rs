@@ -271,7 +271,7 @@ impl Ring {
                 self.pending += 1;
                 return true;
             }
-            if self.flush().is_err() {
+            if self.flush(0).is_err() {
                 return false;
             }
         }
@@ -279,10 +279,10 @@ impl Ring {
     }
 
     /// Gives the kernel every pending SQE.
-    fn flush(&mut self) -> io::Result<()> {
+    fn flush(&mut self, flags: u32) -> io::Result<()> {
         let mut retries = 0;
         while self.pending > 0 {
-            match self.enter(0, 0) {
+            match self.enter(0, flags) {
                 Ok(0) | Err(Enter::Full) => {
                     // CQEs must be taken out, or memory must come back, before more goes in.
                     retries += 1;
@@ -333,7 +333,11 @@ impl Ring {
 
     pub(super) fn submit(&mut self, slab: &mut Slab) -> Result<usize> {
         let count = self.take_pending_count() + self.run_blocking(slab);
-        self.flush().map_err(enter_error)?;
+        // GETEVENTS: what has finished meanwhile arrives, so that a caller who only submits and reaps gets on.
+        match self.pending {
+            0 if slab.active() > 0 => self.get_events(0)?,
+            _ => self.flush(IORING_ENTER_GETEVENTS).map_err(enter_error)?,
+        }
         Ok(count)
     }
 
@@ -362,7 +366,7 @@ impl Ring {
         self.harvest(slab);
         if min == 0 {
             // Let finished operations arrive: with DEFER_TASKRUN that happens only on request.
-            self.flush().map_err(enter_error)?;
+            self.flush(0).map_err(enter_error)?;
             if slab.active() + slab.zombies() > 0 {
                 self.get_events(0)?;
                 self.harvest(slab);
@@ -374,7 +378,7 @@ impl Ring {
             // Looked at anew each time: an operation can end without an answer.
             let goal = min.min(ready + slab.active());
             if ready >= goal {
-                return self.flush().map_err(enter_error);
+                return self.flush(0).map_err(enter_error);
             }
             self.arm_pulse();
             self.get_events((goal - ready) as u32)?;

@@ -33,7 +33,11 @@ impl UringEngine {
         let bytes = block.next_multiple_of(4096) * settings.iodepth as usize;
         let arena = Arena::new(bytes, ArenaOptions { huge: true, prefault: true, lock: false })
             .map_err(|error| Error::nvme(format!("cannot allocate {bytes} bytes of buffers"), error))?;
-        let mut builder = Queue::builder().depth(settings.iodepth).deadline(DEADLINE).iopoll(settings.hipri);
+        let mut builder = Queue::builder()
+            .depth(settings.iodepth)
+            .deadline(DEADLINE)
+            .iopoll(settings.hipri)
+            .measure_latency(false);
         if settings.fixedbufs {
             builder = builder.arena(Some(&arena));
         }
