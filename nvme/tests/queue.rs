@@ -602,6 +602,50 @@ fn a_simulated_device_fails_the_same_way_for_the_same_seed() {
 }
 
 #[test]
+fn a_polled_queue_works_or_says_that_the_device_cannot_be_polled() {
+    let builder = Queue::builder().backend(Backend::IoUring).iopoll(true).depth(4);
+    let mut queue = match builder.build() {
+        Ok(queue) => queue,
+        Err(error) => {
+            eprintln!("skipped: no polled ring: {error}");
+            return;
+        }
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let device = file(&dir, 64 << 10);
+    let read = Op::read(device.clone(), 0, Buffer::heap(4096).unwrap()).tag(1);
+    let write = Op::write(device.clone(), 4096, Buffer::heap(4096).unwrap()).tag(2);
+    let all = queue.run(vec![read, write, Op::flush(device.clone()), Op::discard(device, 0, 4096)]).unwrap();
+    for done in &all[..2] {
+        match &done.result {
+            Ok(moved) => assert_eq!(*moved, 4096),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}"),
+        }
+    }
+    // These a polled ring does not know: the queue executes them itself.
+    assert_eq!(*all[2].result.as_ref().unwrap(), 0);
+    assert_eq!(*all[3].result.as_ref().unwrap(), 4096);
+}
+
+#[test]
+fn a_queue_that_moves_to_another_thread_after_its_first_submit_says_so() {
+    if !backends().contains(&Backend::IoUring) {
+        return; // said aloud by backends(); threads do not care
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = file(&dir, 4096);
+    let mut queue = queue(Backend::IoUring, 4, None);
+    let read = || Op::read(device.clone(), 0, Buffer::heap(4096).unwrap());
+    queue.run(vec![read()]).unwrap();
+    let op = read();
+    let moved =
+        std::thread::spawn(move || queue.run(vec![op]).map(|all| all.len()).map_err(|error| error.kind()));
+    // Kernels before 6.1 have rings that any thread may use.
+    let outcome = moved.join().unwrap();
+    assert!(matches!(outcome, Ok(1) | Err(ErrorKind::Invalid)), "{outcome:?}");
+}
+
+#[test]
 fn senseless_settings_are_refused() {
     let kind = |builder: nvme::QueueBuilder| builder.build().unwrap_err().kind();
     assert_eq!(kind(Queue::builder().depth(0)), ErrorKind::Invalid);
