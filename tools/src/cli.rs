@@ -86,7 +86,7 @@ pub enum Command {
     Export(Export),
     /// List a directory of a pool
     Ls(Ls),
-    /// Say everything about one region: tensors, extents, generation
+    /// Say everything about one region: size, generation, tensors
     Stat(Stat),
     /// Read regions and compare them with their checksums
     Verify(Verify),
@@ -256,9 +256,6 @@ pub struct Stat {
     pub name: String,
     #[command(flatten)]
     pub pool: PoolArg,
-    /// List every extent
-    #[arg(long)]
-    pub extents: bool,
 }
 
 /// `nvtier verify`

@@ -114,7 +114,8 @@ fn slug(path: &Path) -> String {
     format!("{}-{hash:016x}", tail.trim_matches('-'))
 }
 
-fn start_ticks(pid: u32) -> Option<u64> {
+/// Start time of a process in clock ticks since boot; `None` when there is none, or only a zombie.
+pub fn start_ticks(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything; the fields after it start with number 3. A zombie is gone for us.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();

@@ -81,7 +81,15 @@ pub fn run(global: &Global, config: &Config, args: &Verify) -> Outcome {
         }
         output::line(&table.render())?;
     }
-    let message = format!("verify {}: {} chunks are corrupt", store.path().display(), report.bad_chunks);
+    let first = report.bad.first().map_or(String::new(), |bad| {
+        format!(
+            ", the first is chunk {} of `{}` on member {}",
+            bad.chunk,
+            output::printable(&bad.path),
+            bad.member
+        )
+    });
+    let message = format!("verify {}: {} corrupt chunks{first}", store.path().display(), report.bad_chunks);
     Err(Failure::corrupt(message)
         .hint("import these regions again from their source, and look at the drive's health"))
 }

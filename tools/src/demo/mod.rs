@@ -34,6 +34,9 @@ pub fn run(global: &Global, args: &Demo) -> Outcome {
     let mut workspace = Workspace::create(args.dir.as_deref(), args.keep, args.size)?;
     let outcome = show(global, args, &mut workspace);
     let cleaned = workspace.close();
+    if let (Err(_), Err(failure)) = (&outcome, &cleaned) {
+        output::note(&format!("nvtier: the clean-up failed, too: {failure}"));
+    }
     let mut report = outcome?;
     cleaned?;
     report.seconds = start.elapsed().as_secs_f64();

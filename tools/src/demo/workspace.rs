@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use crate::cmd::{mount, umount};
 use crate::failure::{Failure, Outcome, code};
@@ -10,8 +9,6 @@ use crate::{mountpoint, output, size};
 
 /// `f_type` of tmpfs and ramfs (statfs(2)).
 const MEMORY_TYPES: [u64; 2] = [0x0102_1994, 0x8584_58f6];
-/// How long an unmount waits for what still has a file open.
-const BUSY_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Removed on drop, mount first.
 pub struct Workspace {
@@ -72,15 +69,7 @@ impl Workspace {
         if mountpoint::mounted_at(&path)?.is_none() {
             return Ok(());
         }
-        let start = Instant::now();
-        loop {
-            match umount::unmount(&path) {
-                Err(failure) if failure.code == code::BUSY && start.elapsed() < BUSY_DEADLINE => {
-                    std::thread::sleep(Duration::from_millis(50));
-                }
-                outcome => return outcome.map(drop),
-            }
-        }
+        umount::unmount(&path, || Ok(())).map(drop)
     }
 
     /// Unmounts and removes everything, or says where it is.
