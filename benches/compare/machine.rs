@@ -26,7 +26,7 @@ pub fn describe(dir: &Path, rounds: usize) -> String {
     let _ = writeln!(text, "- directory: on {source}");
     let _ = writeln!(
         text,
-        "- each row: {rounds} rounds, A B A B, medians with (min..max); caches dropped before every cold run"
+        "- each row: {rounds} rounds, A B A B, medians with (min..max); caches dropped and the mount made anew (empty RAM tier) before every cold run"
     );
     let _ = writeln!(
         text,

@@ -14,6 +14,8 @@ pub struct Mount {
     /// Where.
     pub point: PathBuf,
     nvtier: PathBuf,
+    pool: PathBuf,
+    ram_mib: u64,
     daemon: Child,
 }
 
@@ -21,27 +23,42 @@ impl Mount {
     /// Mounts `pool` at `point` and waits until it answers.
     pub fn new(nvtier: &Path, pool: &Path, point: &Path, ram_mib: u64) -> Result<Mount> {
         fs::create_dir_all(point).map_err(|error| format!("cannot make {}: {error}", point.display()))?;
-        let daemon = Command::new(nvtier)
-            .arg("mount")
-            .arg(pool)
-            .arg(point)
-            .args(["--foreground", "--ram", &format!("{ram_mib}MiB")])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .map_err(|error| format!("cannot start {}: {error}", nvtier.display()))?;
-        let mut mount = Mount { point: point.to_path_buf(), nvtier: nvtier.to_path_buf(), daemon };
+        let daemon = start(nvtier, pool, point, ram_mib)?;
+        let (point, pool, nvtier) = (point.to_path_buf(), pool.to_path_buf(), nvtier.to_path_buf());
+        let mut mount = Mount { point, nvtier, pool, ram_mib, daemon };
+        mount.wait_until_mounted()?;
+        Ok(mount)
+    }
+
+    /// A fresh daemon: its RAM tier is empty again, which dropping the kernel's caches does not do.
+    pub fn remount(&mut self) -> Result<()> {
+        self.take_down();
+        self.daemon = start(&self.nvtier, &self.pool, &self.point, self.ram_mib)?;
+        self.wait_until_mounted()
+    }
+
+    fn wait_until_mounted(&mut self) -> Result<()> {
         let begun = Instant::now();
-        while !mounted(point) {
-            if let Ok(Some(status)) = mount.daemon.try_wait() {
-                return Err(format!("nvtier mount {} ended: {status}", pool.display()));
+        while !mounted(&self.point) {
+            if let Ok(Some(status)) = self.daemon.try_wait() {
+                return Err(format!("nvtier mount {} ended: {status}", self.pool.display()));
             }
             if begun.elapsed() > Duration::from_secs(30) {
-                return Err(format!("nvtier mount {} did not answer within 30 s", pool.display()));
+                return Err(format!("nvtier mount {} did not answer within 30 s", self.pool.display()));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Ok(mount)
+        Ok(())
+    }
+
+    fn take_down(&mut self) {
+        let mut umount = Command::new(&self.nvtier);
+        let left = umount.arg("umount").arg(&self.point).stdout(Stdio::null()).status();
+        if !left.is_ok_and(|status| status.success()) {
+            eprintln!("compare: nvtier umount {} failed; ending its daemon", self.point.display());
+            let _ = self.daemon.kill();
+        }
+        let _ = self.daemon.wait();
     }
 
     /// Process id of the daemon.
@@ -61,13 +78,21 @@ fn mounted(point: &Path) -> bool {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let left = Command::new(&self.nvtier).arg("umount").arg(&self.point).status();
-        if !left.is_ok_and(|status| status.success()) {
-            eprintln!("compare: nvtier umount {} failed; ending its daemon", self.point.display());
-            let _ = self.daemon.kill();
-        }
-        let _ = self.daemon.wait();
+        self.take_down();
     }
+}
+
+fn start(nvtier: &Path, pool: &Path, point: &Path, ram_mib: u64) -> Result<Child> {
+    Command::new(nvtier)
+        .arg("mount")
+        .arg(pool)
+        .arg(point)
+        .args(["--foreground", "--ram", &format!("{ram_mib}MiB")])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| format!("cannot start {}: {error}", nvtier.display()))
 }
 
 /// Formats a pool.

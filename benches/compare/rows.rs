@@ -1,6 +1,6 @@
 //! The rows: what runs on each side.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -229,12 +229,13 @@ fn pool(context: &Context<'_>) -> Result<Vec<Row>> {
 /// Reads through a mount against the same reads of a plain file, by the same fio.
 fn read_rows(
     context: &Context<'_>,
-    mount: &Mount,
+    mount: Mount,
     native: &Path,
     bytes: u64,
     targets: [Option<f64>; 6],
 ) -> Result<Vec<Row>> {
     let through = mount.point.join("data");
+    let mount = RefCell::new(mount);
     let seconds = format!("--runtime={}", context.options.seconds);
     let cases: [(&str, bool, Figure, Vec<&str>); 6] = [
         (
@@ -287,7 +288,17 @@ fn read_rows(
         let unit = if figure == Figure::Iops { "IOPS" } else { "MB/s" };
         let mut options = options;
         options.push("--readonly");
-        let a = context.side("mount", context.fio(&through, bytes, &options), figure, Some(mount.pid()));
+        let line = context.fio(&through, bytes, &options);
+        let a = Side {
+            name: "mount",
+            command: line.text(),
+            run: Box::new(|| {
+                if cold {
+                    mount.borrow_mut().remount()?;
+                }
+                line.measure(&context.dir, figure, Some(mount.borrow().pid()))
+            }),
+        };
         let b = context.side("native", context.fio(native, bytes, &options), figure, None);
         rows.push(context.row(what, unit, target, cold, [a, b])?);
     }
@@ -310,8 +321,7 @@ fn mount_dir(context: &Context<'_>) -> Result<Vec<Row>> {
     pools::format(&context.nvtier, &context.dir, &pool, &[])?;
     pools::import(&context.nvtier, &context.dir, &data, "data", &pool)?;
     let mount = Mount::new(&context.nvtier, &pool, &context.dir.join("mnt"), context.options.ram_mib)?;
-    let rows = read_rows(context, &mount, &data, context.bytes(), [Some(0.95); 6]);
-    drop(mount);
+    let rows = read_rows(context, mount, &data, context.bytes(), [Some(0.95); 6]);
     fs::remove_dir_all(&pool).map_err(|error| format!("cannot remove {}: {error}", pool.display()))?;
     rows
 }
@@ -328,8 +338,7 @@ fn raw(
     pools::format(&context.nvtier, &context.dir, &image, &["--raw".into(), "--size".into(), size])?;
     pools::import(&context.nvtier, &context.dir, data, "data", &image)?;
     let mount = Mount::new(&context.nvtier, &image, &context.dir.join("mnt"), context.options.ram_mib)?;
-    let rows = read_rows(context, &mount, data, bytes, targets);
-    drop(mount);
+    let rows = read_rows(context, mount, data, bytes, targets);
     fs::remove_file(&image).map_err(|error| format!("cannot remove {}: {error}", image.display()))?;
     rows
 }
