@@ -111,7 +111,6 @@ struct Worker<'a> {
     stamp: u64,
     written: Option<Vec<u64>>,
     totals: [[u64; 2]; 2],
-    last_ns: [u64; 2],
     pace: Pace,
     out: Outcome,
 }
@@ -180,7 +179,6 @@ impl<'a> Worker<'a> {
             stamp: mix(settings.randseed ^ u64::from(plan.index)),
             written: None,
             totals: [[0; 2]; 2],
-            last_ns: [0; 2],
             pace: Pace::new(settings),
             out: Outcome { note, ..empty(settings) },
         };
@@ -226,11 +224,9 @@ impl<'a> Worker<'a> {
             self.out.error = Some(error);
         }
         let end = self.now();
-        for d in 0..2 {
-            if self.out.directions[d].ios > 0 {
-                let last = if d == 1 && settings.end_fsync { end } else { self.last_ns[d] };
-                self.out.directions[d].runtime_ns = last - self.start_ns;
-            }
+        // As in fio, all of it counts: the drain at the end and end_fsync, too.
+        for direction in self.out.directions.iter_mut().filter(|direction| direction.ios > 0) {
+            direction.runtime_ns = end - self.start_ns;
         }
         self.out.runtime_ns = end - self.start_ns;
         self.out.usage = ThreadUsage::now().since(&usage);
@@ -250,7 +246,6 @@ impl<'a> Worker<'a> {
 
     fn begin(&mut self) {
         self.start_ns = self.now();
-        self.last_ns = [self.start_ns; 2];
         self.pace.begin(self.start_ns);
     }
 
@@ -468,7 +463,6 @@ impl<'a> Worker<'a> {
         stats.lat.record(now - begun_ns);
         self.totals[d][0] += u64::from(moved);
         self.totals[d][1] += 1;
-        self.last_ns[d] = now;
         if moved == 0 {
             let path = self.plan.files.paths[transfer.file as usize].display();
             return Err(Error::new(ErrorKind::Io, format!("{path} ends before offset {}", transfer.offset)));
