@@ -115,7 +115,7 @@ def test_fio_verify(mount, engine, rw, direct):
     report = run(
         "fio", "--name=v", f"--filename={mount}/f", f"--rw={rw}", f"--ioengine={engine}", f"--direct={direct}", "--size=16m",
         "--bs=4k-64k", "--bs_unaligned=0", "--blockalign=4k", "--iodepth=8", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1",
-        "--randseed=20261124", "--output-format=json", "--fallocate=none", cwd=mount.parent,
+        "--randseed=20261124", "--serialize_overlap=1", "--output-format=json", "--fallocate=none", cwd=mount.parent,
     )  # fmt: skip
     job = json.loads(report[report.index("{") :])["jobs"][0]
     assert job["error"] == 0 and job["write"]["total_ios"] > 0 and job["read"]["total_ios"] > 0
