@@ -287,8 +287,8 @@ pub struct Rm {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Returns once the file system answers; the daemon then runs until `nvtier umount MNT` (or umount(8), SIGTERM, SIGINT). Its \
-log is in $XDG_RUNTIME_DIR/nvtier, else /run/nvtier or a directory of the user's in the temporary directory. While a pool \
-is mounted, other commands on it go through the daemon.")]
+log is in $XDG_RUNTIME_DIR/nvtier, else /run/nvtier or a directory of the user's in the temporary directory, and is removed \
+when the mount ends well. While a pool is mounted, other commands on it go through the daemon.")]
 pub struct Mount {
     /// The pool: its directory, image file or block device
     #[arg(value_hint = ValueHint::AnyPath)]

@@ -103,4 +103,5 @@ fn failures_of_the_daemon_are_the_command_s() {
         run(Command::new(nvtier_path()).args(["mount", text(&pool), text(&folder.path().join("gone"))]));
     ran.refused(3, &["gone", "make the directory"]);
     nvtier(["mount", text(&pool), "/proc"]).refused(4, &["/proc"]);
+    nvtier(["mount", text(&pool), text(&point), "--ram", "4096TiB"]).refused(2, &["--ram", "this machine"]);
 }

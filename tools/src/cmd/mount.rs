@@ -19,10 +19,13 @@ use crate::cli::{Global, Mount, VerifyMode};
 use crate::config::Config;
 use crate::failure::{Failure, Outcome, code};
 use crate::runtime::{self, MountRecord};
-use crate::{interrupt, mountpoint, output};
+use crate::{interrupt, mountpoint, output, size};
 
 /// How long a pool may take to open: recovery after a crash reads what was not sealed.
 const READY_DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long another owner of the pool is waited for: long enough for a command, not for a mount.
+const BUSY_DEADLINE: Duration = Duration::from_secs(1);
 
 /// What the daemon says on its standard output, once.
 #[derive(Debug, Deserialize, Serialize)]
@@ -112,10 +115,16 @@ impl Settings {
             .pool
             .canonicalize()
             .map_err(|error| Failure::io(format!("open the pool {}", args.pool.display()), &error))?;
+        let ram_bytes = args.ram.or(config.mount.ram).unwrap_or_else(default_ram_bytes);
+        if let Some(total) = memory("MemTotal:").filter(|total| ram_bytes > *total) {
+            let message =
+                format!("--ram {}: this machine has {}", size::human(ram_bytes), size::human(total));
+            return Err(Failure::usage(message).hint("leave --ram out for an eighth of what is available"));
+        }
         Ok(Self {
             pool,
             mountpoint: check_mountpoint(&args.mountpoint)?,
-            ram_bytes: args.ram.or(config.mount.ram).unwrap_or_else(default_ram_bytes),
+            ram_bytes,
             read_only: args.read_only,
             allow_other: args.allow_other || config.mount.allow_other,
             verify: args.verify.or(config.mount.verify).unwrap_or(VerifyMode::Scrub),
@@ -168,17 +177,18 @@ fn check_mountpoint(path: &Path) -> Outcome<PathBuf> {
 
 /// An eighth of what is available, so that models and the page cache keep the rest; 256 MiB where that is unknown.
 fn default_ram_bytes() -> u64 {
-    let available = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    });
-    available.map_or(256 << 20, |kib| (kib * 1024 / 8).clamp(64 << 20, 8 << 30) & !((1 << 20) - 1))
+    memory("MemAvailable:").map_or(256 << 20, |bytes| (bytes / 8).clamp(64 << 20, 8 << 30) & !((1 << 20) - 1))
 }
 
-/// Opens the pool, mounts it, and stays until it is unmounted.
-fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])
-        .map_err(|error| Failure::io("install signal handlers", &error))?;
+/// A line of /proc/meminfo (proc_meminfo(5)) in bytes.
+fn memory(name: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Opens the pool as its owner. A command that owns it for a moment is waited for.
+fn open_pool(settings: &Settings) -> Outcome<engine::Pool> {
     let options = engine::OpenOptions {
         read_only: settings.read_only,
         ram_bytes: settings.ram_bytes,
@@ -188,9 +198,26 @@ fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
         },
         ..engine::OpenOptions::default()
     };
-    let pool = engine::Pool::open(&settings.pool, &options).map_err(|error| {
-        Failure::from(error).while_doing(format!("open the pool {}", settings.pool.display()))
-    })?;
+    let start = Instant::now();
+    loop {
+        match engine::Pool::open(&settings.pool, &options) {
+            Err(error) if error.kind() == engine::ErrorKind::Busy && start.elapsed() < BUSY_DEADLINE => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            opened => {
+                return opened.map_err(|error| {
+                    Failure::from(error).while_doing(format!("open the pool {}", settings.pool.display()))
+                });
+            }
+        }
+    }
+}
+
+/// Opens the pool, mounts it, and stays until it is unmounted.
+fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])
+        .map_err(|error| Failure::io("install signal handlers", &error))?;
+    let pool = open_pool(settings)?;
     // Before the mount, so that whoever sees it finds the pool's owner answering.
     let server = engine::control::serve(pool.clone())
         .inspect_err(|error| {
@@ -233,7 +260,8 @@ fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
         let _ = fs::remove_file(path);
     }
     match &outcome {
-        Ok(()) => tracing::info!("unmounted"),
+        // A log without a failure would only be litter.
+        Ok(()) => drop(settings.log.as_ref().map(fs::remove_file)),
         Err(failure) => tracing::error!("{failure}"),
     }
     outcome
