@@ -246,6 +246,51 @@ def test_the_gil_is_free_meanwhile(pool):
     assert during > 0
 
 
+# What numpy makes of the view of each type: its dtype, and bits of an element in the file.
+VIEWS = {
+    "BOOL": ("bool", 8), "U8": ("u1", 8), "I8": ("i1", 8), "U16": ("<u2", 16), "I16": ("<i2", 16), "U32": ("<u4", 32),
+    "I32": ("<i4", 32), "U64": ("<u8", 64), "I64": ("<i8", 64), "F16": ("<f2", 16), "F32": ("<f4", 32), "F64": ("<f8", 64),
+    "C64": ("<c8", 64), "BF16": ("V2", 16), "F8_E4M3": ("V1", 8), "F8_E5M2": ("V1", 8), "F8_E8M0": ("V1", 8),
+    "F8_E4M3FNUZ": ("V1", 8), "F8_E5M2FNUZ": ("V1", 8), "F4": ("u1", 4), "F6_E2M3": ("u1", 6), "F6_E3M2": ("u1", 6),
+}  # fmt: skip
+
+
+def check_views(numpy, pool, mount):
+    """Every type and awkward name, opened by numpy through the mount."""
+    tensors = {f"t.{name}": (name, [3, 4], os.urandom(12 * bits // 8)) for name, (_, bits) in VIEWS.items()}
+    tensors |= {name: ("U8", [2], os.urandom(2)) for name in ["a/b", "..", "", "%", "x\ny", "ü" * 200]}
+    tensors |= {"scalar": ("F32", [], os.urandom(4)), "none": ("F32", [0, 3], b"")}
+    pool.write("all.safetensors", safetensors(tensors))
+    folder = mount / ".tensors/all.safetensors"
+    assert len(list(folder.iterdir())) == len(tensors)
+    views = {}
+    for file in folder.iterdir():
+        # numpy cannot map a file without data after the header.
+        array = numpy.load(file, mmap_mode=None if file.name == "none.npy" else "r", allow_pickle=False)
+        views[file.name] = (array.dtype, array.shape, array.tobytes())
+    for name, (dtype, bits) in VIEWS.items():
+        shape = (3, 4 * bits // 8) if bits < 8 else (3, 4)
+        assert views[f"t.{name}.npy"] == (numpy.dtype(dtype), shape, tensors[f"t.{name}"][2]), name
+    for file, name in {"a%2Fb": "a/b", "%2E.": "..", "%": "", "%25": "%", "x%0Ay": "x\ny", "scalar": "scalar"}.items():
+        assert views[file + ".npy"][2] == tensors[name][2], name
+    assert views["scalar.npy"][1] == () and views["none.npy"][1] == (0, 3)
+
+    # GGUF: dimensions turned, rows of a quantised type as bytes.
+    def text(value):
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    blocks, plain = os.urandom(3 * 2 * 18), os.urandom(8)
+    header = b"GGUF" + struct.pack("<IQQ", 3, 2, 0)
+    header += text("q") + struct.pack("<IQQIQ", 2, 64, 3, 2, 0)
+    header += text("f") + struct.pack("<IQIQ", 1, 2, 0, 128)
+    header += b"\0" * (-len(header) % 32)
+    pool.write("m.gguf", header + blocks.ljust(128, b"\0") + plain)
+    view = numpy.load(mount / ".tensors/m.gguf/q.npy", mmap_mode="r")
+    assert (view.dtype, view.shape, view.tobytes()) == (numpy.dtype("u1"), (3, 36), blocks)
+    view = numpy.load(mount / ".tensors/m.gguf/f.npy", mmap_mode="r")
+    assert (view.dtype, view.shape, view.tobytes()) == (numpy.dtype("<f4"), (2,), plain)
+
+
 def program():
     found = os.environ.get("NVTIER_BIN") or shutil.which("nvtier")
     if not found:
@@ -275,6 +320,7 @@ def test_a_mounted_pool(path, tmp_path):
             view = numpy.load(mount / ".tensors/d/m.safetensors/w.npy", mmap_mode="r")
             assert (view == weights).all() and view.dtype == weights.dtype
             del view
+            check_views(numpy, pool, mount)
             (mount / "through-the-mount").write_bytes(b"hello")
             assert pool.read("through-the-mount") == b"hello"
     finally:
