@@ -67,15 +67,14 @@ impl Progress {
     /// `bytes` of the total are done.
     pub fn set(&mut self, bytes: u64) {
         self.done = bytes;
-        let text = self.text();
-        match &mut self.shown {
+        match &self.shown {
             Shown::Bar(bar) => {
                 bar.set_position(bytes);
-                bar.set_message(text);
+                bar.set_message(self.text());
             }
             Shown::Lines { last } if last.elapsed() >= LINE_INTERVAL => {
-                *last = Instant::now();
-                output::note(&format!("{}: {text}", output::printable(&self.task)));
+                output::note(&format!("{}: {}", output::printable(&self.task), self.text()));
+                self.shown = Shown::Lines { last: Instant::now() };
             }
             Shown::Lines { .. } | Shown::Nothing => {}
         }
