@@ -128,7 +128,7 @@ fn main() {
             ] {
                 let place = |block: u64| {
                     if bs == 4 << 10 {
-                        block.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (size >> 12) << 12
+                        (block.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (size >> 12)) << 12
                     } else {
                         block * bs as u64
                     }
@@ -137,7 +137,7 @@ fn main() {
                     vec![("pread", Vec::new()), ("read_at", Vec::new()), ("read_with", Vec::new())];
                 for round in 0..ROUNDS {
                     // Another generation each time: nothing is in the RAM tier.
-                    for row in 0..3 {
+                    for (row, (_, times)) in rows.iter_mut().enumerate() {
                         let mut layout = (*pool.layout).clone();
                         layout.set_generation((bs * 1000 + threads * 100 + round * 10 + row) as u64);
                         let content = ExtentContent::new(&pool.io, 1, Arc::new(layout));
@@ -169,7 +169,7 @@ fn main() {
                             },
                             bs,
                         );
-                        rows[row].1.push(done);
+                        times.push(done);
                     }
                 }
                 let bytes = blocks * bs as u64;

@@ -154,6 +154,12 @@ impl ExtentContent {
         &self.layout
     }
 
+    /// Takes what the RAM tier has of it out: nobody will ask for this generation again.
+    pub(crate) fn forget(&self) {
+        let frames = self.layout.size().div_ceil(self.io.tier().frame_bytes() as u64);
+        self.io.tier().forget(self.node, self.layout.generation(), frames);
+    }
+
     fn source(&self) -> Source<'_> {
         Source { node: self.node, layout: &self.layout }
     }

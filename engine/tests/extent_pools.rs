@@ -580,3 +580,16 @@ fn digest(path: &Path) -> Vec<(PathBuf, u32)> {
     list.sort();
     list
 }
+
+#[test]
+fn removed_content_leaves_the_ram_tier() {
+    let place = format(Shape::OneImage, 64);
+    let pool = open(&place);
+    let node = write(&pool, "x", &vec![7; 2_000_000]);
+    read(&pool, node);
+    assert!(pool.stat().ram.used_bytes >= 2_000_000);
+    pool.unlink(ROOT, OsStr::new("x")).unwrap();
+    pool.sync().unwrap();
+    pool.sync().unwrap();
+    assert_eq!(pool.stat().ram.used_bytes, 0);
+}

@@ -121,11 +121,6 @@ impl ZoneBackend {
         })
     }
 
-    /// Most bytes that the database can have.
-    pub fn capacity(&self) -> u64 {
-        self.capacity
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

@@ -334,7 +334,12 @@ impl Shared {
         let freed = match &self.storage {
             Storage::Files { directory, .. } if doomed.file != 0 => directory.remove_file(doomed.file, doomed.charged),
             Storage::Files { .. } => Ok(()),
-            Storage::Extents(io) => io.stripes().free(&doomed.extents),
+            Storage::Extents(io) => {
+                if let Stored::Extents(content) = &*doomed.guard {
+                    content.forget();
+                }
+                io.stripes().free(&doomed.extents)
+            }
         };
         if let Err(error) = freed {
             tracing::warn!(node = doomed.node, error = %error.chain(), "cannot free the space of old content");

@@ -83,7 +83,7 @@ fn lengths_survive_and_growth_is_zeros() {
     let device = sim();
     device.write_at(START, &vec![0xff; LEN as usize]).unwrap();
     let zone = ZoneBackend::create(device.clone(), START, LEN).unwrap();
-    assert_eq!(zone.capacity(), LEN - ZONE_HEAD_BYTES);
+    assert_eq!(zone.capacity, LEN - ZONE_HEAD_BYTES);
     zone.set_len(10_000).unwrap();
     zone.write(3000, b"hello").unwrap();
     zone.set_len(3002).unwrap();
