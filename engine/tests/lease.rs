@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use engine::control::{Client, serve};
 use engine::lease::{Lease, Source};
-use engine::{Access, ErrorKind, FormatOptions, OpenOptions, Pool, Session, SessionOptions, WriterOptions};
+use engine::{Access, ErrorKind, FormatOptions, Pool, Session, SessionOptions, WriterOptions};
 
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
     (0..len as u64).map(|i| ((i ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
