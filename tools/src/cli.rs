@@ -23,9 +23,10 @@ Exit codes:
 Sizes are whole numbers with a unit: 8GiB, 512M (powers of 1024), 10GB (powers of 1000).
 
 Environment and files:
-  NVTIER_POOL                     the pool, where --pool is not given
-  $XDG_CONFIG_HOME/nvtier/config.toml   defaults (NVTIER_CONFIG names another file)
-  AWS_*, GOOGLE_*                 credentials and endpoints of s3:// and gs:// sources";
+  NVTIER_POOL        the pool, where --pool is not given
+  $XDG_CONFIG_HOME/nvtier/config.toml
+                     defaults (NVTIER_CONFIG names another file)
+  AWS_*, GOOGLE_*    credentials and endpoints of s3:// and gs:// sources";
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -138,9 +139,9 @@ pub struct Demo {
 /// `nvtier format`
 #[derive(Debug, Args)]
 #[command(after_help = "\
-POOL is a directory on ext4 or XFS (made if it is not there), a block device, or with --raw an image file (made with \
---size). With --member the data is striped over the members given, and POOL becomes a small directory that points to \
-them (name POOL itself as a --member to make it one). A place that holds anything else is refused, and said what it \
+POOL is a directory on ext4 or XFS (made if it is not there), a block device, or with --raw an image file (made with
+--size). With --member the data is striped over the members given, and POOL becomes a small directory that points to
+them (name POOL itself as a --member to make it one). A place that holds anything else is refused, and said what it
 holds, unless --force is given.
 
   nvtier format /mnt/nvme0/pool
@@ -183,9 +184,9 @@ pub struct Info {
 /// `nvtier import`
 #[derive(Debug, Args)]
 #[command(after_help = "\
-SRC is a file, a directory (a Hugging Face snapshot: links into blobs are followed, the tree is kept), file://, s3://, \
-gs://, https:// or http://. Objects are streamed with several range requests at a time. An import that was interrupted \
-goes on where it stopped when it is run again and the source is still the same (size and ETag, or size and time); until \
+SRC is a file, a directory (a Hugging Face snapshot: links into blobs are followed, the tree is kept), file://, s3://,
+gs://, https:// or http://. Objects are streamed with several range requests at a time. An import that was interrupted
+goes on where it stopped when it is run again and the source is still the same (size and ETag, or size and time); until
 it is complete nothing is visible under NAME.
 
   nvtier import ~/.cache/huggingface/hub/models--org--m/snapshots/REV models/m --pool /mnt/nvme0/pool
@@ -286,8 +287,8 @@ pub struct Rm {
 /// `nvtier mount`
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Returns once the file system answers; the daemon then runs until `nvtier umount MNT` (or umount(8), SIGTERM, SIGINT). Its \
-log is in $XDG_RUNTIME_DIR/nvtier, else /run/nvtier or a directory of the user's in the temporary directory, and is removed \
+Returns once the file system answers; the daemon then runs until `nvtier umount MNT` (or umount(8), SIGTERM, SIGINT). Its
+log is in $XDG_RUNTIME_DIR/nvtier, else /run/nvtier or a directory of the user's in the temporary directory, and is removed
 when the mount ends well. While a pool is mounted, other commands on it go through the daemon.")]
 pub struct Mount {
     /// The pool: its directory, image file or block device
