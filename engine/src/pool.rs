@@ -9,6 +9,7 @@
 //!
 //! `Pool::tensors` is in `tensors/cache.rs`.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{
@@ -95,6 +96,8 @@ pub(crate) struct Shared {
     snapshots: commit::Snapshots,
     contents: Mutex<commit::Contents>,
     graveyard: Mutex<Vec<commit::Doomed>>,
+    /// Regions that had to stay unsealed because somebody still maps their file.
+    mapped: Mutex<HashSet<NodeId>>,
     /// Source of generations, of contents and snapshots alike.
     generation: AtomicU64,
     durable_generation: AtomicU64,
@@ -175,6 +178,9 @@ impl Inner {
             if thread.thread().id() != std::thread::current().id() {
                 let _ = thread.join();
             }
+        }
+        if !self.shared.read_only {
+            self.shared.seal_mapped();
         }
         self.shared.close_catalog()
     }

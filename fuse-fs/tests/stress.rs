@@ -141,7 +141,7 @@ fn stress(way: Way) {
         check(&mount.path(format!("t{thread}")), model);
     }
     mount.unmount();
-    let pool = engine::Pool::open(&mount.pool_path(), &common::open_options(way)).unwrap();
+    let pool = common::open_pool(&mount.pool_path(), way);
     let report = pool.verify(None, &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
     pool.close().unwrap();

@@ -38,6 +38,7 @@ pub mod device;
 pub mod error;
 pub mod mapped;
 pub mod queue;
+mod sharing;
 pub mod sim;
 
 pub use buffer::{Arena, ArenaOptions, Buffer};
@@ -47,4 +48,5 @@ pub use device::{
 pub use error::{Error, ErrorKind, Result};
 pub use mapped::MappedFile;
 pub use queue::{Backend, Completion, Op, Queue, QueueBuilder, Refused, Verb, with_thread_queue};
+pub use sharing::is_open_elsewhere;
 pub use sim::{SimDecision, SimDevice, SimHook, SimIo, SimOptions, SimRng};

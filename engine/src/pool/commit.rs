@@ -447,6 +447,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
         if let Err(error) = shared.sync_if_dirty() {
             tracing::error!(error = %error.chain(), "a snapshot of the catalog failed; it will be tried again");
         }
+        shared.seal_mapped();
         shared.back_up_if_due();
     }
 }

@@ -13,6 +13,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
 
 use super::commit::{Displaced, difference};
 use super::stored::{FileContent, Stored};
@@ -25,6 +26,9 @@ use crate::file_draft::FileDraft;
 use crate::layout::Layout;
 use crate::namespace::no_node;
 use crate::types::{Access, NodeId, Timestamp};
+
+/// How long to wait, time after time, for the kernel to let go of a file whose close it has told us of already.
+const CLOSING_US: [u64; 5] = [50, 100, 200, 400, 800];
 
 /// Nobody asked for a backing file yet.
 const UNDECIDED: u8 = 0;
@@ -299,7 +303,9 @@ impl Shared {
             Stored::File(file) => file,
             _ => return FileDraft::create(node, directory, chunk_size, modified, false).map(AnyDraft::File),
         };
-        if !live.is_passed() {
+        // What has no sums may be mapped by somebody who stores into it: a copy would part them.
+        let alone = file.sealed || keep == 0;
+        if !live.is_passed() && alone {
             let keep = keep.min(stored.size());
             if keep == 0 {
                 let draft = FileDraft::create(node, directory, chunk_size, Timestamp::now(), true)?;
@@ -365,7 +371,8 @@ impl Shared {
         }
         // An empty region has no file. But the kernel may hold this one for a reader, and a later writer must get the same: so it stays,
         // unsealed, until the last reader goes.
-        let seal = !(live.is_passed() && pins > 1 && draft.get().size() == 0);
+        let empty_but_held = live.is_passed() && pins > 1 && draft.get().size() == 0;
+        let seal = !empty_but_held && !self.is_mapped(live.node, &draft);
         let committed = match draft.get().commit(seal, &live.cancel_seal) {
             Ok(Some(committed)) => committed,
             Ok(None) => return, // a writer came: it goes on with this draft
@@ -391,6 +398,34 @@ impl Shared {
                 self.counters.seal_errors.fetch_add(1, Relaxed);
                 tracing::error!(node = live.node, error = %error.chain(), "a region's new content could not be committed");
             }
+        }
+    }
+
+    /// Whether somebody may still change a draft's file without the kernel telling us: a shared mapping outlives its descriptor, and a
+    /// file that was passed through is then no longer known to be open. Such a region is sealed later, see `seal_mapped`.
+    fn is_mapped(&self, node: NodeId, draft: &AnyDraft) -> bool {
+        let AnyDraft::File(draft) = draft else { return false };
+        let Some(file) = draft.backing() else { return false };
+        for wait in CLOSING_US {
+            match nvme::is_open_elsewhere(&file) {
+                Some(true) => std::thread::sleep(Duration::from_micros(wait)),
+                _ => return false,
+            }
+        }
+        lock(&self.mapped).insert(node);
+        true
+    }
+
+    /// Tries again to seal what was mapped when it should have been sealed.
+    pub(super) fn seal_mapped(self: &Arc<Self>) {
+        let nodes = std::mem::take(&mut *lock(&self.mapped));
+        for node in nodes {
+            let Ok(live) = self.open_live(node, Access::Read, u64::MAX) else { continue };
+            if let Err(error) = self.reseal_live(&live) {
+                tracing::warn!(node, error = %error.chain(), "cannot make checksums of a region");
+            }
+            // Where a reader holds the draft, this seals it.
+            self.close_live(&live, Access::Read);
         }
     }
 

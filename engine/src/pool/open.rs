@@ -270,6 +270,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         snapshots: commit::Snapshots::default(),
         contents: Mutex::default(),
         graveyard: Mutex::default(),
+        mapped: Mutex::default(),
         generation: AtomicU64::new(meta.generation),
         durable_generation: AtomicU64::new(meta.generation),
         reserved_file,

@@ -60,6 +60,16 @@ pub fn open_options(way: Way) -> OpenOptions {
     }
 }
 
+/// Opens a pool that this process has closed before. Another test may just be starting a program: between its fork and its exec
+/// the child holds a copy of every descriptor, the lock of the pool's owner among them.
+pub fn open_pool(path: &Path, way: Way) -> Pool {
+    let opened = wait_for(|| match Pool::open(path, &open_options(way)) {
+        Err(error) if error.kind() == engine::ErrorKind::Busy => None,
+        result => Some(result),
+    });
+    opened.expect("the pool stays owned").expect("open the pool")
+}
+
 pub fn mount_options(way: Way, mountpoint: &Path) -> MountOptions {
     MountOptions { allow_other: true, verify_always: way == Way::Served, ..MountOptions::new(mountpoint) }
 }
@@ -93,7 +103,7 @@ impl Mount {
 
     /// Mounts (again).
     pub fn mount(&mut self) {
-        let pool = Pool::open(&self.pool_path(), &open_options(self.way)).expect("open the pool");
+        let pool = open_pool(&self.pool_path(), self.way);
         let mounted = fuse_fs::mount(pool, &mount_options(self.way, &self.root())).expect("mount");
         self.mounted = Some(mounted);
     }

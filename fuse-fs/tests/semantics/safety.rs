@@ -23,7 +23,7 @@ fn daemon() {
     let words = words.into_string().unwrap();
     let [way, pool, mountpoint] = words.split('|').collect::<Vec<_>>()[..] else { panic!("{words}") };
     let way = if way == "served" { Way::Served } else { Way::Passed };
-    let pool = Pool::open(Path::new(pool), &common::open_options(way)).unwrap();
+    let pool = common::open_pool(Path::new(pool), way);
     let mounted = fuse_fs::mount(pool, &common::mount_options(way, Path::new(mountpoint))).unwrap();
     eprintln!("mounted");
     mounted.wait().unwrap();
@@ -134,7 +134,7 @@ both_ways! {
         }
         // Both ways, verify finds it.
         mount.unmount();
-        let pool = Pool::open(&mount.pool_path(), &common::open_options(mount.way)).unwrap();
+        let pool = common::open_pool(&mount.pool_path(), mount.way);
         let report = pool.verify(None, &mut |_| {}).unwrap();
         assert_eq!(report.bad.len(), 1, "{report:?}");
         pool.close().unwrap();
@@ -167,7 +167,7 @@ ctypes.memmove(m + 4096, b"last!", 5)
             Err(error) => return skip(&format!("python3: {error}")),
         }
         mount.unmount();
-        let pool = Pool::open(&mount.pool_path(), &common::open_options(mount.way)).unwrap();
+        let pool = common::open_pool(&mount.pool_path(), mount.way);
         let report = pool.verify(None, &mut |_| {}).unwrap();
         assert!(report.bad.is_empty(), "{report:?}");
         pool.close().unwrap();
@@ -227,7 +227,7 @@ fn mount_points_are_checked() {
         if !other.exists() {
             Pool::format(&other, &FormatOptions::default()).unwrap();
         }
-        let pool = Pool::open(&other, &common::open_options(Way::Passed)).unwrap();
+        let pool = common::open_pool(&other, Way::Passed);
         let error = fuse_fs::mount(pool, &common::mount_options(Way::Passed, mountpoint)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Mountpoint, "{error}");
         for word in words {
