@@ -93,7 +93,13 @@ impl<B: Send + Sync + 'static> Fs<B> {
             (false, true) => engine::Access::Write,
             (true, true) => engine::Access::ReadWrite,
         };
-        let handle = self.pool.open_region(ino, engine_access, access.truncate)?;
+        let handle = match self.pool.open_region(ino, engine_access, access.truncate) {
+            Ok(handle) => handle,
+            // The kernel asked by inode, with a name that it had cached while another process replaced the region: ESTALE makes it
+            // look the name up again, ENOENT would reach the caller although a region of that name exists.
+            Err(error) if error.kind() == engine::ErrorKind::NotFound => return Err(Errno::ESTALE),
+            Err(error) => return Err(error.into()),
+        };
         let path = match &state.mode {
             Some(IoMode::Passthrough { token, file }) => {
                 if !handle.backing().is_some_and(|now| same_file(&now, file)) {
