@@ -16,7 +16,7 @@
 //! its back. So: small catalogs are checked whole at open, every record has a sum of its own, and each call is [`guard`]ed.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError};
 
@@ -151,7 +151,7 @@ impl Batch {
 #[derive(Debug)]
 pub(crate) struct Catalog {
     /// `None` once closed.
-    db: Mutex<Option<std::sync::Arc<Database>>>,
+    db: RwLock<Option<Database>>,
 }
 
 fn corrupt(context: impl Into<String>) -> Error {
@@ -206,7 +206,7 @@ impl Catalog {
             txn.commit()?;
             Ok(db)
         })?;
-        let catalog = Catalog { db: Mutex::new(Some(db.into())) };
+        let catalog = Catalog { db: RwLock::new(Some(db)) };
         catalog.apply(first)?;
         Ok(catalog)
     }
@@ -227,12 +227,27 @@ impl Catalog {
                 .set_check_integrity_on_open(len <= CHECK_BYTES)
                 .create_with_backend(backend::Boxed(backend))?)
         })?;
-        Ok(Catalog { db: Mutex::new(Some(db.into())) })
+        Ok(Catalog { db: RwLock::new(Some(db)) })
     }
 
-    fn db(&self) -> Result<std::sync::Arc<Database>> {
-        let db = self.db.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        db.clone().ok_or_else(|| Error::new(ErrorKind::Stale, "the catalog is closed"))
+    fn db(&self) -> Result<Open<'_>> {
+        let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        if db.is_none() {
+            return Err(Error::new(ErrorKind::Stale, "the catalog is closed"));
+        }
+        Ok(Open(db))
+    }
+
+    /// Opens the database anew: after a failed write redb refuses all others. What that write left is rolled back.
+    pub(crate) fn reopen(&self, backend: Box<dyn StorageBackend>) -> Result<()> {
+        let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        drop(db.take()); // the old one ends before the new one begins
+        *db = Some(guard("open the catalog again", || {
+            Ok(Database::builder()
+                .set_cache_size(CACHE_BYTES)
+                .create_with_backend(backend::Boxed(backend))?)
+        })?);
+        Ok(())
     }
 
     /// Reads everything but the layouts, and checks that it fits together.
@@ -372,11 +387,24 @@ impl Catalog {
 
     /// Closes it, so that the next open has nothing to repair.
     pub(crate) fn close(&self) -> Result<()> {
-        let db = self.db.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        match db.map(std::sync::Arc::try_unwrap) {
-            Some(Ok(db)) => guard("close the catalog", || Ok(db.close()?)),
-            // A reader still holds it: the last reference closes it.
-            Some(Err(_)) | None => Ok(()),
+        match self.db.write().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(db) => guard("close the catalog", || Ok(db.close()?)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The database, known to be open.
+struct Open<'a>(RwLockReadGuard<'a, Option<Database>>);
+
+impl std::ops::Deref for Open<'_> {
+    type Target = Database;
+
+    fn deref(&self) -> &Database {
+        match self.0.as_ref() {
+            Some(db) => db,
+            // `Catalog::db` looked, and holds the lock since.
+            None => unreachable!("the catalog was closed under its lock"),
         }
     }
 }

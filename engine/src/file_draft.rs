@@ -20,10 +20,7 @@ use crate::types::{Allocate, NodeId, Seek, Timestamp};
 
 mod sums;
 
-pub(crate) use sums::{file_sums, zero_sum};
-
-#[cfg(test)]
-mod tests;
+pub(crate) use sums::file_sums;
 
 /// A file being written.
 #[derive(Debug)]
@@ -46,6 +43,16 @@ struct Times {
     untouched: Option<(Timestamp, u64)>,
     /// Files get their times from a coarser clock than the pool: what they say counts from here on.
     floor: Option<Timestamp>,
+    /// Known to differ from what it began with.
+    changed: bool,
+}
+
+/// What a file says of a draft in one look.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DraftStat {
+    pub size: u64,
+    pub allocated: u64,
+    pub modified: Option<Timestamp>,
 }
 
 fn io_error(what: impl Into<String>, error: Errno) -> Error {
@@ -96,8 +103,9 @@ impl FileDraft {
     ) -> Result<FileDraft> {
         let (number, file) = directory.create_file()?;
         let draft = FileDraft::over(node, directory, chunk_size, number, file, 0);
-        let untouched = if changed { None } else { draft.file.metadata().ok().map(|meta| (modified_of(&meta), 0)) };
-        *draft.times() = Times { untouched, floor: Some(floor) };
+        let untouched =
+            if changed { None } else { draft.file.metadata().ok().map(|meta| (modified_of(&meta), 0)) };
+        *draft.times() = Times { untouched, floor: Some(floor), changed };
         Ok(draft)
     }
 
@@ -117,7 +125,9 @@ impl FileDraft {
 
     /// Makes the bytes durable (`fdatasync(2)`).
     pub(crate) fn sync_data(&self) -> Result<()> {
-        self.file.sync_data().map_err(|error| Error::io(format!("sync the file of node {}", self.node), error))
+        self.file
+            .sync_data()
+            .map_err(|error| Error::io(format!("sync the file of node {}", self.node), error))
     }
 
     /// A draft that begins as a copy of the first `len` bytes of `from`: shared blocks where the file system can, else copied when
@@ -146,14 +156,42 @@ impl FileDraft {
             draft.discard();
             return Ok(None);
         } else {
-            draft.charge_to(len).and_then(|()| copy_data(from, &draft.file, len).map_err(|error| Error::io(what(), error)))
+            draft
+                .charge_to(len)
+                .and_then(|()| copy_data(from, &draft.file, len).map_err(|error| Error::io(what(), error)))
         };
         // The time of change as it was: any write from here on changes it.
-        if let Err(error) = done.and_then(|()| draft.settle_charge()).and_then(|()| draft.set_modified(modified)) {
+        if let Err(error) =
+            done.and_then(|()| draft.settle_charge()).and_then(|()| draft.set_modified(modified))
+        {
             draft.discard();
             return Err(error);
         }
+        // Written to within the clock's tick of the last change, a file would look as it did: only an old one can tell.
+        let mut times = draft.times();
+        times.changed = Timestamp::now().secs - modified.secs < 2 || keep_of(from) != Some(len);
+        drop(times);
         Ok(Some(draft))
+    }
+
+    /// Whether nothing was written since it was made as a copy. `false` where that is not known for sure.
+    pub(crate) fn is_unchanged(&self) -> bool {
+        !self.is_adopted() && self.modified().is_none() && !self.times().changed
+    }
+
+    /// Size, space and time of change.
+    pub(crate) fn stat(&self) -> Option<DraftStat> {
+        let meta = self.file.metadata().ok()?;
+        Some(DraftStat { size: meta.len(), allocated: allocated(&meta), modified: self.modified_in(&meta) })
+    }
+
+    fn modified_in(&self, meta: &std::fs::Metadata) -> Option<Timestamp> {
+        let now = modified_of(meta);
+        let times = self.times();
+        if times.untouched == Some((now, meta.len())) {
+            return None;
+        }
+        Some(times.floor.map_or(now, |floor| now.max(floor)))
     }
 
     /// A draft that changes a committed file in place. `charged`: what the directory counts for it.
@@ -173,7 +211,14 @@ impl FileDraft {
         draft
     }
 
-    fn over(node: NodeId, directory: &Arc<FileDirectory>, chunk_size: u32, number: u64, file: File, charged: u64) -> FileDraft {
+    fn over(
+        node: NodeId,
+        directory: &Arc<FileDirectory>,
+        chunk_size: u32,
+        number: u64,
+        file: File,
+        charged: u64,
+    ) -> FileDraft {
         FileDraft {
             node,
             directory: directory.clone(),
@@ -242,6 +287,11 @@ impl FileDraft {
     }
 }
 
+/// Size of the file that a copy was made of: a shorter copy is a change.
+fn keep_of(from: &File) -> Option<u64> {
+    from.metadata().ok().map(|meta| meta.len())
+}
+
 /// Copies the data of the first `len` bytes, leaving holes. `copy_file_range(2)` where it works.
 fn copy_data(from: &File, to: &File, len: u64) -> io::Result<()> {
     to.set_len(len)?;
@@ -266,7 +316,13 @@ fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
     let mut at = start;
     while at < end {
         let (mut source, mut target) = (at, at);
-        match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), (end - at).min(1 << 30) as usize) {
+        match rustix::fs::copy_file_range(
+            from,
+            Some(&mut source),
+            to,
+            Some(&mut target),
+            (end - at).min(1 << 30) as usize,
+        ) {
             Ok(0) => break,
             Ok(copied) => at += copied as u64,
             Err(Errno::INTR) => {}
@@ -297,8 +353,9 @@ impl Content for FileDraft {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        read_file(&self.file, offset, buf)
-            .map_err(|error| Error::io(format!("read {} bytes at {offset} of node {}", buf.len(), self.node), error))
+        read_file(&self.file, offset, buf).map_err(|error| {
+            Error::io(format!("read {} bytes at {offset} of node {}", buf.len(), self.node), error)
+        })
     }
 
     fn read_with(&self, offset: u64, len: usize, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
@@ -319,19 +376,24 @@ impl Content for FileDraft {
 
 impl Draft for FileDraft {
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<usize> {
+        self.times().changed = true;
         self.charge_write(offset, data.len() as u64)?;
-        self.file
-            .write_all_at(data, offset)
-            .map_err(|error| Error::io(format!("write {} bytes at {offset} of node {}", data.len(), self.node), error))?;
+        self.file.write_all_at(data, offset).map_err(|error| {
+            Error::io(format!("write {} bytes at {offset} of node {}", data.len(), self.node), error)
+        })?;
         Ok(data.len())
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
-        self.file.set_len(len).map_err(|error| Error::io(format!("set the size of node {} to {len}", self.node), error))?;
+        self.times().changed = true;
+        self.file
+            .set_len(len)
+            .map_err(|error| Error::io(format!("set the size of node {} to {len}", self.node), error))?;
         if self.directory.quota().is_some() { self.settle_charge() } else { Ok(()) }
     }
 
     fn allocate(&self, offset: u64, len: u64, mode: Allocate) -> Result<()> {
+        self.times().changed = true;
         let flags = match mode {
             Allocate::Reserve { keep_size: false } => FallocateFlags::empty(),
             Allocate::Reserve { keep_size: true } => FallocateFlags::KEEP_SIZE,
@@ -346,7 +408,12 @@ impl Draft for FileDraft {
             match rustix::fs::fallocate(&self.file, flags, offset, len) {
                 Ok(()) => break,
                 Err(Errno::INTR) => {}
-                Err(error) => return Err(io_error(format!("allocate {len} bytes at {offset} of node {}", self.node), error)),
+                Err(error) => {
+                    return Err(io_error(
+                        format!("allocate {len} bytes at {offset} of node {}", self.node),
+                        error,
+                    ));
+                }
             }
         }
         if self.directory.quota().is_some() { self.settle_charge() } else { Ok(()) }
@@ -357,25 +424,21 @@ impl Draft for FileDraft {
     }
 
     fn modified(&self) -> Option<Timestamp> {
-        let meta = self.file.metadata().ok()?;
-        let now = modified_of(&meta);
-        let times = self.times();
-        if times.untouched == Some((now, meta.len())) {
-            return None;
-        }
-        Some(times.floor.map_or(now, |floor| now.max(floor)))
+        self.modified_in(&self.file.metadata().ok()?)
     }
 
     fn set_modified(&self, time: Timestamp) -> Result<()> {
         use rustix::fs::{Timespec, Timestamps, UTIME_OMIT, futimens};
+        let changed = self.modified().is_some() || self.times().changed;
         let times = Timestamps {
             last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
             last_modification: Timespec { tv_sec: time.secs, tv_nsec: time.nanos.into() },
         };
-        futimens(&self.file, &times).map_err(|error| io_error(format!("set the time of node {}", self.node), error))?;
+        futimens(&self.file, &times)
+            .map_err(|error| io_error(format!("set the time of node {}", self.node), error))?;
         // Read back: the file system may keep fewer digits.
         let meta = self.meta()?;
-        *self.times() = Times { untouched: Some((modified_of(&meta), meta.len())), floor: None };
+        *self.times() = Times { untouched: Some((modified_of(&meta), meta.len())), floor: None, changed };
         Ok(())
     }
 
@@ -393,7 +456,9 @@ impl Draft for FileDraft {
             match file_sums(&self.file, size, self.chunk_size, cancel) {
                 Ok(Some(sums)) => layout.set_sums(0, &sums),
                 Ok(None) => return Ok(None),
-                Err(error) => return Err(Error::io(format!("read node {} back for its checksums", self.node), error)),
+                Err(error) => {
+                    return Err(Error::io(format!("read node {} back for its checksums", self.node), error));
+                }
             }
         }
         self.settle_charge()?;

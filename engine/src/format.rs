@@ -17,7 +17,8 @@
 //!     72     8  catalog zone: length           | raw members;
 //!     80     8  data area: offset              | 0 in a directory
 //!     88     8  data area: length             /  (here: quota, 0 for none)
-//!     96    32  zero
+//!     96     2  length of the path behind the table: where the directory with index 0xffff was at format
+//!     98    30  zero
 //!    128     .  member table, in order: id 16 | kind 1 | zero 1 | path length 2 | bytes 8 | path
 //! ```
 //!
@@ -89,6 +90,8 @@ pub struct Superblock {
     pub data_len: u64,
     /// All members by index.
     pub members: Vec<MemberEntry>,
+    /// With index [`POINTER`]: where that directory was at format. Else empty.
+    pub own_path: PathBuf,
 }
 
 /// One copy, as found.
@@ -158,6 +161,17 @@ impl Superblock {
             block[at + 28..at + 28 + path.len()].copy_from_slice(path);
             at += TABLE_ENTRY + path.len();
         }
+        let own = self.own_path.as_os_str().as_bytes();
+        match block.get_mut(at..at + own.len()) {
+            Some(place) => place.copy_from_slice(own),
+            None => {
+                return Err(Error::new(
+                    ErrorKind::NameTooLong,
+                    "the pool's path does not fit into a superblock",
+                ));
+            }
+        }
+        block[96..98].copy_from_slice(&(own.len() as u16).to_le_bytes());
         let sum = crc32fast::hash(&block);
         block[12..16].copy_from_slice(&sum.to_le_bytes());
         Ok(block)
@@ -206,7 +220,11 @@ impl Superblock {
             });
             at += TABLE_ENTRY + len;
         }
+        let Some(own) = block.get(at..at + u16_at(96) as usize) else {
+            return Copy::Damaged("its own path runs over the end".into());
+        };
         let superblock = Superblock {
+            own_path: PathBuf::from(std::ffi::OsString::from_vec(own.to_vec())),
             pool: block[16..32].try_into().unwrap_or_default(),
             index: u16_at(32),
             chunk_size: u32_at(36),

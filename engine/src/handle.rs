@@ -4,12 +4,12 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use crate::content::{Content, Draft};
+use crate::content::Content;
 use crate::error::{Error, ErrorKind, Result};
+use crate::layout::Layout;
 use crate::pool::live::{AnyDraft, Current, Live};
 use crate::pool::stored::Stored;
 use crate::pool::{Inner as PoolInner, Storage, Verify};
-use crate::layout::Layout;
 use crate::prefetch::{PrefetchTicket, Prefetcher, Priority};
 use crate::types::{Access, Allocate, NodeId, Seek};
 
@@ -65,9 +65,27 @@ impl Handle {
     /// Runs what may lack space; frees what waits to be freed and tries once more.
     fn with_space<T>(&self, mut run: impl FnMut() -> Result<T>) -> Result<T> {
         match run() {
-            Err(error) if error.kind() == ErrorKind::NoSpace && self.inner.pool.shared.reclaim().unwrap_or(false) => run(),
+            Err(error)
+                if error.kind() == ErrorKind::NoSpace
+                    && self.inner.pool.shared.reclaim().unwrap_or(false) =>
+            {
+                run()
+            }
             done => done,
         }
+    }
+
+    /// Reads what is current. New content may take its place between looking and reading: then that is read.
+    fn read(&self, run: &mut dyn FnMut(&dyn Content) -> Result<usize>) -> Result<usize> {
+        let mut tries = 0;
+        let read = loop {
+            match run(self.current()?.content()) {
+                Err(error) if error.kind() == ErrorKind::Stale && tries < 100 => tries += 1,
+                done => break done?,
+            }
+        };
+        self.inner.pool.shared.counters.read_bytes.fetch_add(read as u64, Relaxed);
+        Ok(read)
     }
 
     /// The region's node.
@@ -87,23 +105,22 @@ impl Handle {
 
     /// Reads up to the end; returns how many bytes. `Corrupt` where a checksum does not match: such bytes are never handed out.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        let read = self.current()?.content().read_at(offset, buf)?;
-        self.inner.pool.shared.counters.read_bytes.fetch_add(read as u64, Relaxed);
-        Ok(read)
+        self.read(&mut |content| content.read_at(offset, buf))
     }
 
     /// Lends up to `len` bytes, in order, in one call of `f`, without copying where the RAM tier holds them.
     pub fn read_with(&self, offset: u64, len: usize, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
-        let read = self.current()?.content().read_with(offset, len, f)?;
-        self.inner.pool.shared.counters.read_bytes.fetch_add(read as u64, Relaxed);
-        Ok(read)
+        self.read(&mut |content| content.read_with(offset, len, f))
     }
 
     /// Writes all of `data`, extending the region where needed.
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<usize> {
         let draft = self.draft("write to")?;
         if offset.checked_add(data.len() as u64).is_none_or(|end| end > i64::MAX as u64) {
-            return Err(Error::new(ErrorKind::TooLarge, format!("write {} bytes at {offset}: beyond 2^63", data.len())));
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!("write {} bytes at {offset}: beyond 2^63", data.len()),
+            ));
         }
         let written = self.with_space(|| draft.get().write_at(offset, data))?;
         self.inner.live.note_write();

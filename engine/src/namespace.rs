@@ -47,6 +47,7 @@ pub(crate) struct Tree<L> {
     nodes: HashMap<NodeId, Node<L>>,
     next_node: NodeId,
     regions: u64,
+    unsealed: u64,
     pub(crate) dirty: Dirty,
 }
 
@@ -233,10 +234,6 @@ impl<L> Node<L> {
             _ => None,
         }
     }
-
-    fn is_unborn(&self) -> bool {
-        self.region().is_some_and(|region| region.unborn)
-    }
 }
 
 pub(crate) fn no_node(node: NodeId) -> Error {
@@ -286,7 +283,7 @@ impl<L> Tree<L> {
 
     /// A tree without even a root, for loading.
     pub(crate) fn empty(next_node: NodeId) -> Tree<L> {
-        Tree { nodes: HashMap::new(), next_node, regions: 0, dirty: Dirty::default() }
+        Tree { nodes: HashMap::new(), next_node, regions: 0, unsealed: 0, dirty: Dirty::default() }
     }
 
     pub(crate) fn next_node(&self) -> NodeId {
@@ -299,6 +296,22 @@ impl<L> Tree<L> {
 
     pub(crate) fn region_count(&self) -> u64 {
         self.regions
+    }
+
+    /// Regions whose committed content has no valid sums.
+    pub(crate) fn unsealed_count(&self) -> u64 {
+        self.unsealed
+    }
+
+    /// Notes whether a region's committed content has valid sums.
+    pub(crate) fn set_sealed(&mut self, id: NodeId, sealed: bool) {
+        let Some(region) = self.nodes.get_mut(&id).and_then(Node::region_mut) else { return };
+        match (region.sealed, sealed) {
+            (true, false) => self.unsealed += 1,
+            (false, true) => self.unsealed -= 1,
+            _ => {}
+        }
+        region.sealed = sealed;
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (NodeId, &Node<L>)> {
@@ -530,12 +543,6 @@ impl<L> Tree<L> {
         }
     }
 
-    /// Keeps a node beyond its last name.
-    pub(crate) fn pin(&mut self, node: NodeId) -> Result<()> {
-        self.get_mut(node)?.pins += 1;
-        Ok(())
-    }
-
     /// Lets go of a pin. `true`: that was the last hold on the node, which is now gone from the tree: see [`forget`](Self::forget).
     pub(crate) fn unpin(&mut self, node: NodeId) -> bool {
         let Some(held) = self.nodes.get_mut(&node) else { return false };
@@ -547,6 +554,7 @@ impl<L> Tree<L> {
     pub(crate) fn forget(&mut self, id: NodeId) -> Option<Node<L>> {
         let node = self.nodes.remove(&id)?;
         self.regions -= u64::from(node.kind == NodeKind::Region);
+        self.unsealed -= u64::from(node.region().is_some_and(|region| !region.sealed));
         self.dirty.nodes.remove(&id);
         self.dirty.xattrs.remove(&id);
         if node.stored {

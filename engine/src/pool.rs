@@ -5,16 +5,14 @@
 //! - `commit.rs`: snapshots into the catalog, and freeing what they leave behind.
 //! - `format.rs`, `open.rs`: making and opening pools.
 //!
-//! Locks, in the order they are taken: a region's gate, the snapshot turn, the tree, `contents`, `graveyard`.
+//! Locks, in the order they are taken: a region's gate, the snapshot turn, the tree, then `contents`, `graveyard`, `open`.
 //!
 //! `Pool::tensors` is in `tensors/cache.rs`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{
-    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
-};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
 
 use crate::catalog::Catalog;
@@ -62,10 +60,7 @@ pub(crate) struct Inner {
 #[derive(Debug)]
 pub(crate) enum Storage {
     /// The only member is a directory: every region a file.
-    Files {
-        directory: Arc<FileDirectory>,
-        prefetcher: Prefetcher,
-    },
+    Files { directory: Arc<FileDirectory>, prefetcher: Prefetcher },
     /// Raw or several members: extents.
     Extents(Arc<ExtentIo>),
 }
@@ -98,6 +93,8 @@ pub(crate) struct Shared {
     graveyard: Mutex<Vec<commit::Doomed>>,
     /// Regions that had to stay unsealed because somebody still maps their file.
     mapped: Mutex<HashSet<NodeId>>,
+    /// Regions that are open, as the tree has them too.
+    open: Mutex<HashMap<NodeId, Arc<Live>>>,
     /// Source of generations, of contents and snapshots alike.
     generation: AtomicU64,
     durable_generation: AtomicU64,
@@ -222,24 +219,21 @@ impl Pool {
             commit_error: lock(&shared.commit_error).clone(),
             ..PoolStat::default()
         };
-        let mut drafts = Vec::new();
         {
             let tree = read(&shared.tree);
             stat.nodes = tree.node_count();
             stat.regions = tree.region_count();
             stat.dirty_nodes = tree.dirty.nodes.len() as u64;
-            for (_, node) in tree.iter() {
-                let Some(region) = node.region() else { continue };
-                stat.open_regions += u64::from(region.live.is_some());
-                let draft = region.live.as_ref().and_then(|live| live.draft());
-                stat.unsealed_regions += u64::from(!region.sealed || draft.is_some());
-                drafts.extend(draft.map(|draft| (draft, node.allocated)));
-            }
+            stat.unsealed_regions = tree.unsealed_count();
         }
+        let open: Vec<Arc<Live>> = lock(&shared.open).values().cloned().collect();
+        stat.open_regions = open.len() as u64;
+        let drafts: Vec<_> = open.iter().filter_map(|live| live.draft()).collect();
+        stat.unsealed_regions += drafts.iter().filter(|draft| !draft.is_known_in_place()).count() as u64;
         match &shared.storage {
             Storage::Files { directory, .. } => {
                 // What the kernel writes for us is counted when it settles: look at open files now.
-                let growing: u64 = drafts.iter().map(|(draft, _)| draft.uncounted()).sum();
+                let growing: u64 = drafts.iter().map(|draft| draft.uncounted()).sum();
                 stat.used_bytes = directory.used_bytes() + growing;
                 stat.free_bytes = directory.free_bytes().unwrap_or(0);
                 if let Some(quota) = directory.quota() {
@@ -298,7 +292,11 @@ impl Pool {
     }
 
     /// Checks every sum of a region, or of all.
-    pub fn verify(&self, node: Option<NodeId>, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+    pub fn verify(
+        &self,
+        node: Option<NodeId>,
+        progress: &mut dyn FnMut(VerifyProgress),
+    ) -> Result<VerifyReport> {
         crate::verify::verify(&self.inner.shared, node, progress)
     }
 
@@ -315,8 +313,11 @@ impl Pool {
         }
     }
 
-    /// Weakly, for threads that must not keep the pool open.
-    pub(crate) fn downgrade(&self) -> Weak<Inner> {
-        Arc::downgrade(&self.inner)
+    /// Waits until what a crash left is cleared away.
+    #[cfg(test)]
+    fn join_sweeper(&self) {
+        if let Some(sweeper) = lock(&self.inner.threads).pop() {
+            sweeper.join().unwrap();
+        }
     }
 }

@@ -7,7 +7,6 @@ use std::sync::{Arc, mpsc};
 use nvme::{Buffer, Device, DeviceOptions, FileDevice};
 use serde::{Deserialize, Serialize};
 
-use crate::content::Content;
 use crate::error::{Error, Result};
 use crate::layout::{Extent, Layout};
 use crate::pool::live::{Current, Live};
@@ -111,7 +110,8 @@ pub(crate) fn verify(
         None => regions(shared),
     };
     let mut report = VerifyReport::default();
-    let mut told = VerifyProgress { total_bytes: nodes.iter().map(|(_, size)| size).sum(), ..VerifyProgress::default() };
+    let mut told =
+        VerifyProgress { total_bytes: nodes.iter().map(|(_, size)| size).sum(), ..VerifyProgress::default() };
     for (id, size) in nodes {
         let before = told.done_bytes;
         let live = match shared.open_live(id, Access::Read, u64::MAX) {
@@ -120,7 +120,10 @@ pub(crate) fn verify(
             Err(error) if error.kind() == crate::error::ErrorKind::NotFound && node.is_none() => continue,
             Err(error) => return Err(error),
         };
-        told.path = read(&shared.tree).path_of(id).map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+        told.path = read(&shared.tree)
+            .path_of(id)
+            .map(|path| path.to_string_lossy().into_owned())
+            .unwrap_or_default();
         let checked = verify_live(shared, &live, &mut report, &mut told, progress);
         shared.close_live(&live, Access::Read);
         checked?;
@@ -161,7 +164,13 @@ fn verify_live(
     let bad = |report: &mut VerifyReport, chunk: u64, member: u16, reason: String| {
         report.bad_chunks += 1;
         if report.bad.len() < LISTED {
-            report.bad.push(BadChunk { node: live.node, path: told_path(shared, live.node), chunk, member, reason });
+            report.bad.push(BadChunk {
+                node: live.node,
+                path: told_path(shared, live.node),
+                chunk,
+                member,
+                reason,
+            });
         }
     };
     let layout = match stored.layout(shared.chunk_size) {
@@ -219,10 +228,16 @@ fn pieces_of(shared: &Arc<Shared>, stored: &Stored, layout: &Arc<Layout>) -> Res
         (Stored::File(content), Storage::Files { directory, .. }) => {
             let path = directory.file_path(content.file);
             // What the kernel still has to write must be there to be read past it.
-            content.open()?.sync_data().map_err(|error| Error::io(format!("sync {}", path.display()), error))?;
+            content
+                .open()?
+                .sync_data()
+                .map_err(|error| Error::io(format!("sync {}", path.display()), error))?;
             let open = |direct| FileDevice::open(&path, &DeviceOptions { direct, read_only: true });
             let device = open(true).or_else(|_| open(false)).map_err(Error::from)?;
-            cut(Extent { logical: 0, member: 0, file: content.file, offset: 0, len: size.max(1) }, Arc::new(device));
+            cut(
+                Extent { logical: 0, member: 0, file: content.file, offset: 0, len: size.max(1) },
+                Arc::new(device),
+            );
         }
         (Stored::Extents(_), Storage::Extents(io)) => {
             for extent in layout.extents() {
@@ -236,7 +251,8 @@ fn pieces_of(shared: &Arc<Shared>, stored: &Stored, layout: &Arc<Layout>) -> Res
 
 /// Checks pieces by several threads where there are many; `done` runs on this one.
 fn each_piece(layout: &Arc<Layout>, pieces: Vec<Piece>, done: &mut dyn FnMut(Outcome)) {
-    let threads = std::thread::available_parallelism().map_or(1, |count| count.get()).min(THREADS).min(pieces.len());
+    let threads =
+        std::thread::available_parallelism().map_or(1, |count| count.get()).min(THREADS).min(pieces.len());
     if threads < 2 {
         let mut buffer = None;
         for piece in pieces {
@@ -304,7 +320,10 @@ fn check_piece(layout: &Layout, piece: &Piece, buffer: &mut Option<Buffer>) -> V
 pub(crate) fn reseal(shared: &Arc<Shared>, stop: &dyn Fn() -> bool) -> Result<u64> {
     let unsealed: Vec<NodeId> = {
         let tree = read(&shared.tree);
-        tree.iter().filter(|(_, node)| node.region().is_some_and(|region| !region.sealed)).map(|(id, _)| id).collect()
+        tree.iter()
+            .filter(|(_, node)| node.region().is_some_and(|region| !region.sealed))
+            .map(|(id, _)| id)
+            .collect()
     };
     let mut count = 0;
     for node in unsealed {

@@ -26,6 +26,9 @@ pub const CATALOG_FILE: &str = "catalog.redb";
 /// Its copy.
 pub const COPY_FILE: &str = "catalog.bak";
 const DAMAGED_FILE: &str = "catalog.damaged";
+/// Space that is given up when the file system is full, so that the catalog can note what was removed.
+pub const RESERVE_FILE: &str = "reserve";
+const RESERVE_BYTES: u64 = 2 << 20;
 
 /// A place for a catalog and its copy.
 #[derive(Debug)]
@@ -50,12 +53,19 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(!read_only).mode(0o600);
     options.open(path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Error::with_source(ErrorKind::Corrupt, format!("the catalog {} is gone", path.display()), error),
+        io::ErrorKind::NotFound => {
+            Error::with_source(ErrorKind::Corrupt, format!("the catalog {} is gone", path.display()), error)
+        }
         _ => Error::io(format!("open the catalog {}", path.display()), error),
     })
 }
 
-fn load<L>(backend: Box<dyn StorageBackend>, name: &str, pool: &[u8; 16], read_only: bool) -> Result<Loaded<L>> {
+fn load<L>(
+    backend: Box<dyn StorageBackend>,
+    name: &str,
+    pool: &[u8; 16],
+    read_only: bool,
+) -> Result<Loaded<L>> {
     let context = |error: Error| error.context(name);
     let catalog = Catalog::open(backend, read_only).map_err(context)?;
     let (meta, tree) = catalog.load().map_err(context)?;
@@ -67,7 +77,11 @@ fn load<L>(backend: Box<dyn StorageBackend>, name: &str, pool: &[u8; 16], read_o
 
 impl CatalogStore {
     /// The place on member 0: `device` is that member where it is raw.
-    pub(crate) fn new(member: &Path, device: Option<Arc<dyn Device>>, geometry: &RawGeometry) -> CatalogStore {
+    pub(crate) fn new(
+        member: &Path,
+        device: Option<Arc<dyn Device>>,
+        geometry: &RawGeometry,
+    ) -> CatalogStore {
         match device {
             Some(device) => CatalogStore::Zone { device, halves: geometry.zone_halves() },
             None => CatalogStore::Directory(member.to_path_buf()),
@@ -77,17 +91,22 @@ impl CatalogStore {
     /// What messages call the catalog, or its copy.
     fn name(&self, copy: bool) -> String {
         match self {
-            CatalogStore::Directory(directory) => directory.join(if copy { COPY_FILE } else { CATALOG_FILE }).display().to_string(),
-            CatalogStore::Zone { device, .. } if copy => format!("the copy of the catalog on {}", device.name()),
+            CatalogStore::Directory(directory) => {
+                directory.join(if copy { COPY_FILE } else { CATALOG_FILE }).display().to_string()
+            }
+            CatalogStore::Zone { device, .. } if copy => {
+                format!("the copy of the catalog on {}", device.name())
+            }
             CatalogStore::Zone { device, .. } => format!("the catalog zone of {}", device.name()),
         }
     }
 
     fn backend(&self, copy: bool, read_only: bool) -> Result<Box<dyn StorageBackend>> {
         Ok(match self {
-            CatalogStore::Directory(directory) => {
-                Box::new(FileStore(open_file(&directory.join(if copy { COPY_FILE } else { CATALOG_FILE }), read_only)?))
-            }
+            CatalogStore::Directory(directory) => Box::new(FileStore(open_file(
+                &directory.join(if copy { COPY_FILE } else { CATALOG_FILE }),
+                read_only,
+            )?)),
             CatalogStore::Zone { device, halves } => {
                 let (start, len) = halves[usize::from(copy)];
                 Box::new(ZoneBackend::open(device.clone(), start, len)?)
@@ -100,10 +119,20 @@ impl CatalogStore {
         let backend: Box<dyn StorageBackend> = match self {
             CatalogStore::Directory(directory) => {
                 let path = directory.join(CATALOG_FILE);
-                let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path);
-                Box::new(FileStore(file.map_err(|error| Error::io(format!("make {}", path.display()), error))?))
+                let file = OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .create(true)
+                    .truncate(true)
+                    .mode(0o600)
+                    .open(&path);
+                Box::new(FileStore(
+                    file.map_err(|error| Error::io(format!("make {}", path.display()), error))?,
+                ))
             }
-            CatalogStore::Zone { device, halves } => Box::new(ZoneBackend::create(device.clone(), halves[0].0, halves[0].1)?),
+            CatalogStore::Zone { device, halves } => {
+                Box::new(ZoneBackend::create(device.clone(), halves[0].0, halves[0].1)?)
+            }
         };
         Catalog::create(backend, first)
     }
@@ -111,27 +140,68 @@ impl CatalogStore {
     /// Opens the catalog; falls back to the copy where it is damaged.
     pub(crate) fn open<L>(&self, pool: &[u8; 16], read_only: bool) -> Result<Loaded<L>> {
         let name = self.name(false);
-        let error = match self.backend(false, read_only).and_then(|backend| load(backend, &name, pool, read_only)) {
-            Ok(loaded) => return Ok(loaded),
-            Err(error) => error,
-        };
+        let error =
+            match self.backend(false, read_only).and_then(|backend| load(backend, &name, pool, read_only)) {
+                Ok(loaded) => return Ok(loaded),
+                Err(error) => error,
+            };
         if !matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::WrongMember) {
             return Err(error);
         }
         let both = |second: Error| {
-            Error::new(ErrorKind::Corrupt, format!("the catalog is damaged: {}; and so is its copy: {}", error.chain(), second.chain()))
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("the catalog is damaged: {}; and so is its copy: {}", error.chain(), second.chain()),
+            )
         };
         // First without writing to it: it is the last one there is.
         let copy = self.name(true);
-        let loaded: Loaded<L> = self.backend(true, true).and_then(|backend| load(backend, &copy, pool, true)).map_err(both)?;
-        let restored = format!("{}; the copy of generation {} was used instead", error.chain(), loaded.meta.generation);
+        let loaded: Loaded<L> =
+            self.backend(true, true).and_then(|backend| load(backend, &copy, pool, true)).map_err(both)?;
+        let restored =
+            format!("{}; the copy of generation {} was used instead", error.chain(), loaded.meta.generation);
         if read_only {
             return Ok(Loaded { restored: Some(restored), ..loaded });
         }
         drop(loaded);
         self.restore()?;
-        let loaded = self.backend(false, false).and_then(|backend| load(backend, &name, pool, false)).map_err(both)?;
+        let loaded =
+            self.backend(false, false).and_then(|backend| load(backend, &name, pool, false)).map_err(both)?;
         Ok(Loaded { restored: Some(restored), ..loaded })
+    }
+
+    /// Opens the catalog's backend again, after a write failed.
+    pub(crate) fn again(&self) -> Result<Box<dyn StorageBackend>> {
+        self.backend(false, false)
+    }
+
+    /// Sets space aside for when there is none. What cannot be had now is tried again later.
+    pub(crate) fn keep_reserve(&self) {
+        let CatalogStore::Directory(directory) = self else { return };
+        let path = directory.join(RESERVE_FILE);
+        if path.exists() {
+            return;
+        }
+        let made =
+            OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).and_then(
+                |file| {
+                    let allocated =
+                        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES);
+                    allocated.map_err(io::Error::from)
+                },
+            );
+        if let Err(error) = made {
+            tracing::debug!(path = %path.display(), %error, "no reserve could be set aside");
+            let _ = fs::remove_file(&path);
+        }
+    }
+
+    /// Gives the reserve up; whether there was one.
+    pub(crate) fn spend_reserve(&self) -> bool {
+        match self {
+            CatalogStore::Directory(directory) => fs::remove_file(directory.join(RESERVE_FILE)).is_ok(),
+            CatalogStore::Zone { .. } => false,
+        }
     }
 
     /// Puts the copy in the catalog's place. The damaged file is kept aside.
@@ -144,7 +214,9 @@ impl CatalogStore {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
                     _ => fs::rename(&trial, &path),
                 };
-                moved.map_err(|error| Error::io(format!("put the copy in place of {}", path.display()), error))?;
+                moved.map_err(|error| {
+                    Error::io(format!("put the copy in place of {}", path.display()), error)
+                })?;
                 sync_directory(directory)
             }
             CatalogStore::Zone { device, halves } => copy_zone(device, halves[1], halves[0]),
@@ -158,7 +230,8 @@ impl CatalogStore {
                 let next = directory.join("catalog.bak.new");
                 copy_file(&directory.join(CATALOG_FILE), &next)?;
                 let copy = directory.join(COPY_FILE);
-                fs::rename(&next, &copy).map_err(|error| Error::io(format!("replace {}", copy.display()), error))?;
+                fs::rename(&next, &copy)
+                    .map_err(|error| Error::io(format!("replace {}", copy.display()), error))?;
                 sync_directory(directory)
             }
             CatalogStore::Zone { device, halves } => copy_zone(device, halves[0], halves[1]),
@@ -195,5 +268,7 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
 }
 
 fn sync_directory(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(|error| Error::io(format!("sync directory {}", path.display()), error))
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(|error| Error::io(format!("sync directory {}", path.display()), error))
 }

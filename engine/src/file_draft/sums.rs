@@ -16,7 +16,7 @@ const PARALLEL: u64 = 16 << 20;
 const THREADS_MAX: usize = 8;
 
 /// CRC-32 of `len` zeros.
-pub(crate) fn zero_sum(len: u64) -> u32 {
+fn zero_sum(len: u64) -> u32 {
     const ZEROS: [u8; 4096] = [0; 4096];
     let mut hasher = crc32fast::Hasher::new();
     let mut left = len;
@@ -30,10 +30,18 @@ pub(crate) fn zero_sum(len: u64) -> u32 {
 
 /// The sum of every chunk of the first `size` bytes, by several threads where that helps; holes are not read. `None`: cancelled.
 /// A file that is shorter than `size` is an error.
-pub(crate) fn file_sums(file: &File, size: u64, chunk_size: u32, cancel: &AtomicBool) -> io::Result<Option<Vec<u32>>> {
+pub(crate) fn file_sums(
+    file: &File,
+    size: u64,
+    chunk_size: u32,
+    cancel: &AtomicBool,
+) -> io::Result<Option<Vec<u32>>> {
     let pieces = size.div_ceil(PIECE);
     let chunks = size.div_ceil(chunk_size as u64) as usize;
-    let threads = std::thread::available_parallelism().map_or(1, |count| count.get()).min(THREADS_MAX).min(pieces as usize);
+    let threads = std::thread::available_parallelism()
+        .map_or(1, |count| count.get())
+        .min(THREADS_MAX)
+        .min(pieces as usize);
     if size < PARALLEL || threads < 2 {
         let mut sums = Vec::with_capacity(chunks);
         let mut buffer = Vec::new();
@@ -81,7 +89,14 @@ pub(crate) fn file_sums(file: &File, size: u64, chunk_size: u32, cancel: &Atomic
     Ok(Some(parts.into_iter().flat_map(|(_, sums)| sums).collect()))
 }
 
-fn piece_sums(file: &File, piece: u64, size: u64, chunk_size: u32, buffer: &mut Vec<u8>, sums: &mut Vec<u32>) -> io::Result<()> {
+fn piece_sums(
+    file: &File,
+    piece: u64,
+    size: u64,
+    chunk_size: u32,
+    buffer: &mut Vec<u8>,
+    sums: &mut Vec<u32>,
+) -> io::Result<()> {
     let start = piece * PIECE;
     let len = PIECE.min(size - start);
     let chunk = chunk_size as u64;
@@ -105,4 +120,60 @@ fn piece_sums(file: &File, piece: u64, size: u64, chunk_size: u32, buffer: &mut 
     }
     sums.extend(buffer.chunks(chunk_size as usize).map(crc32fast::hash));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn plain(bytes: &[u8], chunk: u32) -> Vec<u32> {
+        bytes.chunks(chunk as usize).map(crc32fast::hash).collect()
+    }
+
+    #[test]
+    fn sums_are_those_of_the_bytes_whatever_the_size() {
+        let go = AtomicBool::new(false);
+        for (size, chunk) in [
+            (1usize, 4096u32),
+            (4096, 4096),
+            (4097, 4096),
+            (100_000, 16 << 10),
+            ((20 << 20) + 5, 16 << 10),
+            (17 << 20, 4 << 20),
+        ] {
+            let bytes: Vec<u8> = (0..size).map(|index| (index * 31 % 251) as u8).collect();
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&bytes).unwrap();
+            assert_eq!(
+                file_sums(&file, size as u64, chunk, &go).unwrap().unwrap(),
+                plain(&bytes, chunk),
+                "{size} by {chunk}"
+            );
+            assert!(file_sums(&file, size as u64 + 1, chunk, &go).is_err(), "shorter than it should be");
+        }
+    }
+
+    #[test]
+    fn holes_are_zeros() {
+        let go = AtomicBool::new(false);
+        let file = tempfile::tempfile().unwrap();
+        let size = (40u64 << 20) + 77;
+        file.set_len(size).unwrap();
+        file.write_all_at(b"in the middle", 21 << 20).unwrap();
+        let mut bytes = vec![0; size as usize];
+        bytes[21 << 20..(21 << 20) + 13].copy_from_slice(b"in the middle");
+        assert_eq!(file_sums(&file, size, 16 << 10, &go).unwrap().unwrap(), plain(&bytes, 16 << 10));
+    }
+
+    #[test]
+    fn a_cancelled_one_gives_nothing() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        for size in [1 << 20, 64 << 20] {
+            assert_eq!(file_sums(&file, size, 16 << 10, &AtomicBool::new(true)).unwrap(), None);
+        }
+    }
 }

@@ -58,7 +58,8 @@ pub struct Space {
 
 /// What `statvfs(3)` says.
 pub fn space(path: &Path) -> Result<Space> {
-    let stat = statvfs(path).map_err(|error| Error::io(format!("ask for the free space of {}", path.display()), error.into()))?;
+    let stat = statvfs(path)
+        .map_err(|error| Error::io(format!("ask for the free space of {}", path.display()), error.into()))?;
     Ok(Space { free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize), id: stat.f_fsid })
 }
 
@@ -67,7 +68,8 @@ impl FileDirectory {
     pub fn open(path: &Path, quota: Option<u64>, next_file: u64, read_only: bool) -> Result<FileDirectory> {
         let regions = path.join(REGIONS);
         if !read_only {
-            fs::create_dir_all(&regions).map_err(|error| Error::io(format!("make {}", regions.display()), error))?;
+            fs::create_dir_all(&regions)
+                .map_err(|error| Error::io(format!("make {}", regions.display()), error))?;
         }
         Ok(FileDirectory {
             path: path.to_path_buf(),
@@ -106,7 +108,10 @@ impl FileDirectory {
     /// Makes an empty file.
     pub fn create_file(&self) -> Result<(u64, File)> {
         if self.read_only {
-            return Err(Error::new(ErrorKind::ReadOnly, format!("pool {} was opened read-only", self.path.display())));
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("pool {} was opened read-only", self.path.display()),
+            ));
         }
         loop {
             let number = self.next_file.fetch_add(1, Relaxed);
@@ -133,7 +138,9 @@ impl FileDirectory {
         options.read(true).write(write && !self.read_only).custom_flags(libc_flags::NOATIME);
         let opened = match options.open(&path) {
             // O_NOATIME is the file owner's privilege.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => options.custom_flags(0).open(&path),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                options.custom_flags(0).open(&path)
+            }
             opened => opened,
         };
         opened.map_err(|error| match error.kind() {
@@ -164,7 +171,9 @@ impl FileDirectory {
             self.used.fetch_add(bytes, Relaxed);
             return Ok(());
         };
-        let taken = self.used.fetch_update(Relaxed, Relaxed, |used| used.checked_add(bytes).filter(|used| *used <= quota));
+        let taken = self
+            .used
+            .fetch_update(Relaxed, Relaxed, |used| used.checked_add(bytes).filter(|used| *used <= quota));
         taken.map(drop).map_err(|used| {
             Error::new(
                 ErrorKind::NoSpace,
@@ -215,7 +224,9 @@ impl FileDirectory {
                 let _ = self.reflink.compare_exchange(REFLINK_UNKNOWN, REFLINK_NO, Relaxed, Relaxed);
                 Ok(false)
             }
-            Err(error) => Err(Error::io(format!("share blocks of a file of {}", self.path.display()), error.into())),
+            Err(error) => {
+                Err(Error::io(format!("share blocks of a file of {}", self.path.display()), error.into()))
+            }
         }
     }
 
@@ -230,15 +241,20 @@ impl FileDirectory {
             return Ok(());
         }
         if files.len() > SYNC_EACH {
-            let all = File::open(&self.path).map_err(|error| Error::io(format!("open {}", self.path.display()), error))?;
-            return syncfs(&all).map_err(|error| Error::io(format!("sync the file system of {}", self.path.display()), error.into()));
+            let all = File::open(&self.path)
+                .map_err(|error| Error::io(format!("open {}", self.path.display()), error))?;
+            return syncfs(&all).map_err(|error| {
+                Error::io(format!("sync the file system of {}", self.path.display()), error.into())
+            });
         }
         let mut folders = HashSet::new();
         for number in files {
             // Not `open_file`: a file that went meanwhile has no content to lose.
             let path = self.file_path(*number);
             match File::open(&path) {
-                Ok(file) => file.sync_data().map_err(|error| Error::io(format!("sync {}", path.display()), error))?,
+                Ok(file) => {
+                    file.sync_data().map_err(|error| Error::io(format!("sync {}", path.display()), error))?
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(Error::io(format!("open {} to sync it", path.display()), error)),
             }
@@ -253,10 +269,18 @@ impl FileDirectory {
 
     /// Removes the files below `limit` that nobody names: what a crash left behind. With `keep` they move to `lost` instead.
     /// Returns how many there were.
-    pub fn remove_orphans(&self, named: &HashSet<u64>, limit: u64, keep: bool, stop: &dyn Fn() -> bool) -> Result<u64> {
+    pub fn remove_orphans(
+        &self,
+        named: &HashSet<u64>,
+        limit: u64,
+        keep: bool,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<u64> {
         let regions = self.path.join(REGIONS);
         let mut count = 0;
-        let read = |path: &Path| fs::read_dir(path).map_err(|error| Error::io(format!("list {}", path.display()), error));
+        let read = |path: &Path| {
+            fs::read_dir(path).map_err(|error| Error::io(format!("list {}", path.display()), error))
+        };
         for folder in read(&regions)? {
             let Ok(folder) = folder else { continue };
             if !folder.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -268,7 +292,11 @@ impl FileDirectory {
                 }
                 let Ok(entry) = entry else { continue };
                 let name = entry.file_name();
-                let Some(number) = name.to_str().filter(|name| name.len() == 16).and_then(|name| u64::from_str_radix(name, 16).ok()) else {
+                let Some(number) = name
+                    .to_str()
+                    .filter(|name| name.len() == 16)
+                    .and_then(|name| u64::from_str_radix(name, 16).ok())
+                else {
                     continue;
                 };
                 if number >= limit || named.contains(&number) || self.file_path(number) != entry.path() {

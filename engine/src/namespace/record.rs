@@ -202,6 +202,7 @@ impl<L> Tree<L> {
             )));
         }
         self.regions += u64::from(node.kind == NodeKind::Region);
+        self.unsealed += u64::from(node.region().is_some_and(|region| !region.sealed));
         self.nodes.insert(id, node);
         Ok(())
     }

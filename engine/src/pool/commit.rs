@@ -12,7 +12,7 @@ use super::live::Live;
 use super::stored::Stored;
 use super::{Shared, Storage, lock, write};
 use crate::catalog::{Batch, Meta};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::extent_io::ExtentContent;
 use crate::layout::{Extent, Layout};
 use crate::namespace::record::{encode_entry, encode_node, encode_xattr, name_key};
@@ -113,7 +113,9 @@ impl Shared {
     fn snapshot(self: &Arc<Self>, turn: &mut Turn) -> Result<()> {
         let taken = self.take();
         let id = self.snapshots.started.load(Relaxed);
-        if !taken.batch.is_empty() {
+        // What the snapshot holds must not keep old content from being freed below: it goes before that.
+        let taken = (!taken.batch.is_empty()).then_some(taken);
+        if let Some(taken) = taken {
             if let Err(error) = self.make_durable(&taken) {
                 self.put_back(taken);
                 return Err(error);
@@ -128,18 +130,22 @@ impl Shared {
     }
 
     pub(crate) fn sync_if_dirty(self: &Arc<Self>) -> Result<()> {
-        let clean = super::read(&self.tree).dirty.is_empty() && lock(&self.contents).pending.is_empty() && lock(&self.graveyard).is_empty();
+        let clean = super::read(&self.tree).dirty.is_empty()
+            && lock(&self.contents).pending.is_empty()
+            && lock(&self.graveyard).is_empty();
         if clean { Ok(()) } else { self.sync() }
     }
 
     fn back_up_if_due(&self) {
         let mut turn = lock(&self.snapshots.turn);
         let generation = self.durable_generation.load(Relaxed);
-        let due = turn.backed_up.is_none_or(|at| at.elapsed() >= BACKUP_EVERY) && turn.backed_up_generation != generation;
+        let due = turn.backed_up.is_none_or(|at| at.elapsed() >= BACKUP_EVERY)
+            && turn.backed_up_generation != generation;
         if !due {
             return;
         }
         turn.backed_up = Some(Instant::now());
+        self.store.keep_reserve();
         match self.store.back_up() {
             Ok(()) => turn.backed_up_generation = generation,
             Err(error) => tracing::warn!(error = %error.chain(), "cannot copy the catalog"),
@@ -159,7 +165,12 @@ impl Shared {
     fn make_durable(&self, taken: &Taken) -> Result<()> {
         match &self.storage {
             Storage::Files { directory, .. } => {
-                let files: Vec<u64> = taken.contents.values().filter_map(|pending| pending.layout.single_file()).map(|(_, file)| file).collect();
+                let files: Vec<u64> = taken
+                    .contents
+                    .values()
+                    .filter_map(|pending| pending.layout.single_file())
+                    .map(|(_, file)| file)
+                    .collect();
                 directory.sync(&files)?;
             }
             Storage::Extents(io) => {
@@ -167,7 +178,10 @@ impl Shared {
                 for pending in taken.contents.values() {
                     let known = pending.base.as_deref();
                     // What the catalog holds already was made durable then.
-                    let new = known.map_or_else(|| pending.layout.extents().copied().collect(), |known| difference(&pending.layout, known));
+                    let new = known.map_or_else(
+                        || pending.layout.extents().copied().collect(),
+                        |known| difference(&pending.layout, known),
+                    );
                     for extent in new {
                         of_member[extent.member as usize].push(extent);
                     }
@@ -179,6 +193,18 @@ impl Shared {
                 }
             }
         }
+        let error = match self.catalog.apply(&taken.batch) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        // After a failed write the database takes no other until it is opened anew. What is removed gives space back, but noting
+        // that needs some first.
+        if error.kind() == ErrorKind::NoSpace && self.store.spend_reserve() {
+            tracing::warn!(
+                "the file system under the pool is full; the catalog goes on with the space set aside"
+            );
+        }
+        self.catalog.reopen(self.store.again()?).map_err(|again| again.context(error.chain()))?;
         self.catalog.apply(&taken.batch)
     }
 
@@ -213,12 +239,15 @@ impl Shared {
             batch.layouts.push((*node, pending.layout.changes(pending.base.as_deref())));
         }
         let in_catalog = |tree: &Tree<Live>, node: NodeId| {
-            tree.get(node).is_ok_and(|held| held.nlink > 0 && held.region().is_none_or(|region| !region.unborn))
+            tree.get(node)
+                .is_ok_and(|held| held.nlink > 0 && held.region().is_none_or(|region| !region.unborn))
         };
         for (parent, name) in &dirty.entries {
             let key = name_key(*parent, name);
             let entry = tree.directory(*parent).ok().and_then(|directory| directory.get(name));
-            let value = entry.filter(|entry| in_catalog(&tree, entry.node)).map(|entry| encode_entry(&key, entry.node, entry.kind));
+            let value = entry
+                .filter(|entry| in_catalog(&tree, entry.node))
+                .map(|entry| encode_entry(&key, entry.node, entry.kind));
             batch.entries.push((key, value));
         }
         for node in dirty.xattrs.iter().filter(|node| in_catalog(&tree, **node)) {
@@ -256,7 +285,13 @@ impl Shared {
 
     /// Remembers a node's new layout until a catalog holds it (`None`: the node has no name, no catalog ever will). Returns what that
     /// displaces. The tree is locked, so that no snapshot is taken in between.
-    pub(super) fn replace_content(&self, node: NodeId, layout: Option<Arc<Layout>>, new_file: u64, displaced: Displaced) -> Option<Doomed> {
+    pub(super) fn replace_content(
+        &self,
+        node: NodeId,
+        layout: Option<Arc<Layout>>,
+        new_file: u64,
+        displaced: Displaced,
+    ) -> Option<Doomed> {
         let mut contents = lock(&self.contents);
         let old = contents.pending.remove(&node);
         let old_is_fresh = old.as_ref().is_some_and(|old| old.fresh);
@@ -288,7 +323,11 @@ impl Shared {
     pub(crate) fn load_layout(&self, node: NodeId) -> Result<Arc<Layout>> {
         let waiting = {
             let contents = lock(&self.contents);
-            contents.pending.get(&node).or_else(|| contents.in_flight.get(&node)).map(|pending| pending.layout.clone())
+            contents
+                .pending
+                .get(&node)
+                .or_else(|| contents.in_flight.get(&node))
+                .map(|pending| pending.layout.clone())
         };
         match waiting {
             Some(layout) => Ok(layout),
@@ -332,7 +371,9 @@ impl Shared {
 
     fn free_now(&self, doomed: Doomed) {
         let freed = match &self.storage {
-            Storage::Files { directory, .. } if doomed.file != 0 => directory.remove_file(doomed.file, doomed.charged),
+            Storage::Files { directory, .. } if doomed.file != 0 => {
+                directory.remove_file(doomed.file, doomed.charged)
+            }
             Storage::Files { .. } => Ok(()),
             Storage::Extents(io) => {
                 if let Stored::Extents(content) = &*doomed.guard {
@@ -357,7 +398,13 @@ impl Shared {
 
     /// Gives up the content of a node that is gone for good. `charged`: what its file counts for, where a draft knows better;
     /// `stored`: its committed content, where that is open.
-    pub(crate) fn purge(self: &Arc<Self>, id: NodeId, node: &Node<Live>, charged: Option<u64>, stored: Option<Arc<Stored>>) {
+    pub(crate) fn purge(
+        self: &Arc<Self>,
+        id: NodeId,
+        node: &Node<Live>,
+        charged: Option<u64>,
+        stored: Option<Arc<Stored>>,
+    ) {
         let Some(region) = node.region() else { return };
         let fresh = {
             let mut contents = lock(&self.contents);
@@ -375,7 +422,9 @@ impl Shared {
             if !matches!(*guard, Stored::Extents(_)) {
                 match self.load_layout(id) {
                     Ok(layout) => guard = Arc::new(Stored::Extents(ExtentContent::new(io, id, layout))),
-                    Err(error) => tracing::error!(node = id, error = %error.chain(), "the space of a removed region is lost until the pool is opened again"),
+                    Err(error) => {
+                        tracing::error!(node = id, error = %error.chain(), "the space of a removed region is lost until the pool is opened again")
+                    }
                 }
             }
             if let Stored::Extents(content) = &*guard {
@@ -387,7 +436,14 @@ impl Shared {
             return;
         }
         let after = if fresh { 0 } else { self.next_snapshot() };
-        self.bury(Doomed { node: id, after, guard, file: region.file, charged: charged.unwrap_or(node.allocated), extents });
+        self.bury(Doomed {
+            node: id,
+            after,
+            guard,
+            file: region.file,
+            charged: charged.unwrap_or(node.allocated),
+            extents,
+        });
     }
 }
 
@@ -395,7 +451,9 @@ impl Shared {
 pub(super) fn difference(old: &Layout, new: &Layout) -> Vec<Extent> {
     let mut kept: HashMap<(u16, u64), BTreeMap<u64, u64>> = HashMap::new();
     for extent in new.extents() {
-        kept.entry((extent.member, extent.file)).or_default().insert(extent.offset, extent.offset + extent.len);
+        kept.entry((extent.member, extent.file))
+            .or_default()
+            .insert(extent.offset, extent.offset + extent.len);
     }
     let mut unused = Vec::new();
     for extent in old.extents() {

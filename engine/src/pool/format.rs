@@ -8,7 +8,7 @@ use nvme::DeviceOptions;
 
 use super::live::Live;
 use super::{FormatOptions, MAX_CHUNK_SIZE, MAX_MEMBERS, MIN_CHUNK_SIZE, MemberKind, PoolInfo};
-use crate::catalog::store::{CATALOG_FILE, COPY_FILE, CatalogStore};
+use crate::catalog::store::{CATALOG_FILE, COPY_FILE, CatalogStore, RESERVE_FILE};
 use crate::catalog::{Batch, Meta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, MemberEntry, POINTER, SUPERBLOCK_FILE, Superblock, foreign};
@@ -54,10 +54,15 @@ fn check(options: &FormatOptions) -> Result<()> {
     }
     let stripe = options.stripe_unit;
     if stripe == 0 || !stripe.is_multiple_of(chunk as u64) {
-        return Err(invalid(format!("a stripe unit of {stripe} bytes: it has to be a multiple of the chunk size, {chunk}")));
+        return Err(invalid(format!(
+            "a stripe unit of {stripe} bytes: it has to be a multiple of the chunk size, {chunk}"
+        )));
     }
     if options.members.len() > MAX_MEMBERS {
-        return Err(invalid(format!("{} members; at most {MAX_MEMBERS} are possible", options.members.len())));
+        return Err(invalid(format!(
+            "{} members; at most {MAX_MEMBERS} are possible",
+            options.members.len()
+        )));
     }
     Ok(())
 }
@@ -68,7 +73,10 @@ fn kind_of(path: &Path, options: &FormatOptions) -> Result<MemberKind> {
         Ok(meta) if meta.is_dir() => Ok(MemberKind::Directory),
         Ok(meta) if meta.is_file() => Ok(MemberKind::Image),
         Ok(meta) if meta.file_type().is_block_device() => Ok(MemberKind::Block),
-        Ok(_) => Err(invalid(format!("{} is neither a directory, a block device nor a regular file", path.display()))),
+        Ok(_) => Err(invalid(format!(
+            "{} is neither a directory, a block device nor a regular file",
+            path.display()
+        ))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             Ok(if options.raw { MemberKind::Image } else { MemberKind::Directory })
         }
@@ -84,7 +92,10 @@ fn refuse_foreign(path: &Path, kind: MemberKind, options: &FormatOptions) -> Res
     match found {
         Some(found) if !options.force => Err(Error::new(
             ErrorKind::ForeignData,
-            format!("{} holds {found}: it would be lost; format with --force if that is right", path.display()),
+            format!(
+                "{} holds {found}: it would be lost; format with --force if that is right",
+                path.display()
+            ),
         )),
         _ => Ok(()),
     }
@@ -95,12 +106,16 @@ fn prepare(path: &Path, kind: MemberKind, options: &FormatOptions, made: &mut Ma
     let what = |verb: &str| format!("{verb} {}", path.display());
     if !path.exists() {
         if kind == MemberKind::Directory {
-            let first = path.ancestors().take_while(|above| !above.exists() && !above.as_os_str().is_empty()).last();
+            let first =
+                path.ancestors().take_while(|above| !above.exists() && !above.as_os_str().is_empty()).last();
             fs::create_dir_all(path).map_err(|error| Error::io(what("make directory"), error))?;
             made.directories.push(first.unwrap_or(path).to_path_buf());
         } else {
             let Some(size) = options.size else {
-                return Err(invalid(format!("{} does not exist: say how large the image is to be (--size)", path.display())));
+                return Err(invalid(format!(
+                    "{} does not exist: say how large the image is to be (--size)",
+                    path.display()
+                )));
             };
             RawGeometry::plan(size, options.chunk_size, true)?;
             nvme::FileDevice::create(path, size, &DeviceOptions::default()).map_err(|error| {
@@ -112,7 +127,10 @@ fn prepare(path: &Path, kind: MemberKind, options: &FormatOptions, made: &mut Ma
     } else {
         // Before looking closer, so that a running owner is what the message names.
         if let Some(pid) = Owner::pid(path, kind) {
-            return Err(Error::new(ErrorKind::Busy, format!("{} is in use by process {pid}", path.display())));
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("{} is in use by process {pid}", path.display()),
+            ));
         }
         refuse_foreign(path, kind, options)?;
         if kind == MemberKind::Image
@@ -126,14 +144,23 @@ fn prepare(path: &Path, kind: MemberKind, options: &FormatOptions, made: &mut Ma
 }
 
 /// Data bytes of a member, or `TooSmall`.
-fn measure(path: &Path, kind: MemberKind, index: u16, quota: u64, options: &FormatOptions) -> Result<(u64, RawGeometry)> {
+fn measure(
+    path: &Path,
+    kind: MemberKind,
+    index: u16,
+    quota: u64,
+    options: &FormatOptions,
+) -> Result<(u64, RawGeometry)> {
     let none = RawGeometry { zone_offset: 0, zone_len: 0, data_offset: 0, data_len: quota };
     if kind == MemberKind::Directory {
         let free = space(path)?.free_bytes;
         let too_small = |what: &str, bytes: u64| {
             Error::new(
                 ErrorKind::TooSmall,
-                format!("{}: {what} {bytes} bytes, a member needs at least {MIN_DIRECTORY_BYTES}", path.display()),
+                format!(
+                    "{}: {what} {bytes} bytes, a member needs at least {MIN_DIRECTORY_BYTES}",
+                    path.display()
+                ),
             )
         };
         if free < MIN_DIRECTORY_BYTES {
@@ -154,7 +181,16 @@ fn measure(path: &Path, kind: MemberKind, index: u16, quota: u64, options: &Form
 /// Removes what an earlier pool left in a directory. Other files stay.
 fn clear_directory(path: &Path) -> Result<()> {
     // The superblock first: from here on it is no pool, whatever happens.
-    for name in [SUPERBLOCK_FILE, CATALOG_FILE, COPY_FILE, "catalog.damaged", "catalog.trial", "catalog.bak.new", OWNER_FILE] {
+    for name in [
+        SUPERBLOCK_FILE,
+        CATALOG_FILE,
+        COPY_FILE,
+        "catalog.damaged",
+        "catalog.trial",
+        "catalog.bak.new",
+        RESERVE_FILE,
+        OWNER_FILE,
+    ] {
         let file = path.join(name);
         match fs::remove_file(&file) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -208,8 +244,14 @@ fn format_members(path: &Path, options: &FormatOptions, made: &mut Made) -> Resu
         if members.iter().any(|(other, _)| *other == member) {
             return Err(invalid(format!("{} is given twice", member.display())));
         }
-        if let Some((other, _)) = members.iter().find(|(other, _)| other.starts_with(&member) || member.starts_with(other)) {
-            return Err(invalid(format!("members {} and {} lie within each other", member.display(), other.display())));
+        if let Some((other, _)) =
+            members.iter().find(|(other, _)| other.starts_with(&member) || member.starts_with(other))
+        {
+            return Err(invalid(format!(
+                "members {} and {} lie within each other",
+                member.display(),
+                other.display()
+            )));
         }
         members.push((member, kind));
     }
@@ -218,11 +260,15 @@ fn format_members(path: &Path, options: &FormatOptions, made: &mut Made) -> Resu
     if pointer {
         match fs::metadata(path) {
             Ok(meta) if !meta.is_dir() => {
-                return Err(invalid(format!("{}: a pool with members of its own is named by a directory", path.display())));
+                return Err(invalid(format!(
+                    "{}: a pool with members of its own is named by a directory",
+                    path.display()
+                )));
             }
             Ok(_) => refuse_foreign_pointer(path, &members, options)?,
             Err(_) => {
-                fs::create_dir_all(path).map_err(|error| Error::io(format!("make directory {}", path.display()), error))?;
+                fs::create_dir_all(path)
+                    .map_err(|error| Error::io(format!("make directory {}", path.display()), error))?;
                 made.directories.push(path.to_path_buf());
             }
         }
@@ -236,7 +282,12 @@ fn format_members(path: &Path, options: &FormatOptions, made: &mut Made) -> Resu
     for (index, (member, kind)) in members.iter().enumerate() {
         let (bytes, geometry) = measure(member, *kind, index as u16, quota, options)?;
         geometries.push(geometry);
-        table.push(MemberEntry { id: *uuid::Uuid::new_v4().as_bytes(), kind: *kind, bytes, path: member.clone() });
+        table.push(MemberEntry {
+            id: *uuid::Uuid::new_v4().as_bytes(),
+            kind: *kind,
+            bytes,
+            path: member.clone(),
+        });
     }
     let superblock = |index: u16, geometry: RawGeometry| Superblock {
         pool,
@@ -250,6 +301,7 @@ fn format_members(path: &Path, options: &FormatOptions, made: &mut Made) -> Resu
         data_offset: geometry.data_offset,
         data_len: geometry.data_len,
         members: table.clone(),
+        own_path: PathBuf::new(),
     };
     superblock(0, geometries[0]).encode()?; // whether the paths fit is known before anything is lost
     for (member, kind) in &members {
@@ -272,18 +324,25 @@ fn format_members(path: &Path, options: &FormatOptions, made: &mut Made) -> Resu
     }
     if pointer {
         let none = RawGeometry { zone_offset: 0, zone_len: 0, data_offset: 0, data_len: 0 };
-        format::write(path, MemberKind::Directory, &superblock(POINTER, none))?;
+        let own_path = fs::canonicalize(path)
+            .map_err(|error| Error::io(format!("look at {}", path.display()), error))?;
+        format::write(path, MemberKind::Directory, &Superblock { own_path, ..superblock(POINTER, none) })?;
     }
     Ok(())
 }
 
 /// The directory that only points to the members may hold them.
-fn refuse_foreign_pointer(path: &Path, members: &[(PathBuf, MemberKind)], options: &FormatOptions) -> Result<()> {
-    let here = fs::canonicalize(path).map_err(|error| Error::io(format!("look at {}", path.display()), error))?;
+fn refuse_foreign_pointer(
+    path: &Path,
+    members: &[(PathBuf, MemberKind)],
+    options: &FormatOptions,
+) -> Result<()> {
+    let here =
+        fs::canonicalize(path).map_err(|error| Error::io(format!("look at {}", path.display()), error))?;
     let listed = fs::read_dir(&here).map_err(|error| Error::io(format!("list {}", path.display()), error))?;
-    let other = listed
-        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .find(|entry| !entry.ends_with("lost+found") && !members.iter().any(|(member, _)| member.starts_with(entry)));
+    let other = listed.filter_map(|entry| entry.ok().map(|entry| entry.path())).find(|entry| {
+        !entry.ends_with("lost+found") && !members.iter().any(|(member, _)| member.starts_with(entry))
+    });
     match other {
         Some(_) => refuse_foreign(&here, MemberKind::Directory, options),
         None => Ok(()),

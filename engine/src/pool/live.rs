@@ -23,9 +23,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent_draft::ExtentDraft;
 use crate::extent_io::ExtentContent;
 use crate::file_draft::FileDraft;
-use crate::layout::Layout;
-use crate::namespace::no_node;
-use crate::types::{Access, NodeId, Timestamp};
+use crate::layout::{Extent, Layout};
+use crate::namespace::{Tree, no_node};
+use crate::types::{Access, Attr, NodeId, Timestamp};
 
 /// How long to wait, time after time, for the kernel to let go of a file whose close it has told us of already.
 const CLOSING_US: [u64; 5] = [50, 100, 200, 400, 800];
@@ -60,7 +60,7 @@ impl AnyDraft {
     }
 
     /// Whether it is a file that the catalog names, so that a snapshot of it needs no commit.
-    fn is_known_in_place(&self) -> bool {
+    pub(crate) fn is_known_in_place(&self) -> bool {
         matches!(self, AnyDraft::File(draft) if draft.is_adopted())
     }
 
@@ -69,6 +69,17 @@ impl AnyDraft {
         match self {
             AnyDraft::File(draft) => draft.allocated().saturating_sub(draft.charged()),
             AnyDraft::Extents(_) => 0,
+        }
+    }
+
+    /// Size and space of what is written so far, and when that was.
+    pub(crate) fn stat(&self, live: &Live) -> (u64, u64, Option<Timestamp>) {
+        match self {
+            AnyDraft::File(draft) => match draft.stat() {
+                Some(stat) => (stat.size, stat.allocated, stat.modified),
+                None => (0, 0, None),
+            },
+            AnyDraft::Extents(draft) => (draft.size(), draft.allocated(), live.modified(self)),
         }
     }
 
@@ -143,14 +154,17 @@ impl Live {
 
     pub(crate) fn note_write(&self) {
         let now = Timestamp::now();
-        self.written_ns.store((now.secs.max(0) as u64).wrapping_mul(1_000_000_000) + u64::from(now.nanos), Relaxed);
+        self.written_ns
+            .store((now.secs.max(0) as u64).wrapping_mul(1_000_000_000) + u64::from(now.nanos), Relaxed);
     }
 
     /// When the draft was last written to, as far as anybody knows.
     pub(crate) fn modified(&self, draft: &AnyDraft) -> Option<Timestamp> {
         draft.get().modified().or_else(|| match (draft, self.written_ns.load(Relaxed)) {
             (AnyDraft::File(_), _) | (_, 0) => None,
-            (_, ns) => Some(Timestamp { secs: (ns / 1_000_000_000) as i64, nanos: (ns % 1_000_000_000) as u32 }),
+            (_, ns) => {
+                Some(Timestamp { secs: (ns / 1_000_000_000) as i64, nanos: (ns % 1_000_000_000) as u32 })
+            }
         })
     }
 
@@ -181,6 +195,10 @@ impl Live {
     }
 }
 
+fn held_attr(tree: &Tree<Live>, node: NodeId) -> Result<Attr> {
+    tree.get(node).map(|held| held.attr(node))
+}
+
 impl Shared {
     /// Opens a region: pins its node and brings its content up. `keep`: for a writer, how many bytes of the old content it wants.
     pub(crate) fn open_live(self: &Arc<Self>, node: NodeId, access: Access, keep: u64) -> Result<Arc<Live>> {
@@ -196,7 +214,9 @@ impl Shared {
             }
             held.pins += 1;
             let region = held.region_mut().ok_or_else(|| no_node(node))?;
-            region.live.get_or_insert_with(|| Arc::new(Live::new(node))).clone()
+            let live = region.live.get_or_insert_with(|| Arc::new(Live::new(node))).clone();
+            lock(&self.open).insert(node, live.clone());
+            live
         };
         match self.bring_up(&live, access, keep) {
             Ok(()) => Ok(live),
@@ -231,15 +251,15 @@ impl Shared {
 
     /// What the tree and the catalog know of a region's content.
     fn load_stored(self: &Arc<Self>, node: NodeId) -> Result<Stored> {
-        let (file, size, allocated, generation, sealed) = {
+        let (file, attr, sealed) = {
             let tree = read(&self.tree);
             let (held, region) = (tree.get(node)?, tree.region(node)?);
-            (region.file, held.size, held.allocated, held.generation, region.sealed)
+            (region.file, held.attr(node), region.sealed)
         };
         Ok(match &self.storage {
             Storage::Files { .. } if file == 0 => Stored::Empty,
-            Storage::Files { .. } => Stored::File(FileContent::new(self, node, file, size, allocated, sealed)),
-            Storage::Extents(_) if generation == 0 => Stored::Empty,
+            Storage::Files { .. } => Stored::File(FileContent::new(self, &attr, file, sealed)),
+            Storage::Extents(_) if attr.generation == 0 => Stored::Empty,
             Storage::Extents(io) => Stored::Extents(ExtentContent::new(io, node, self.load_layout(node)?)),
         })
     }
@@ -258,7 +278,9 @@ impl Shared {
             None => return Err(Error::new(ErrorKind::Stale, format!("node {} has no content", live.node))),
         };
         let draft = match (&self.storage, &*stored) {
-            (Storage::Files { directory, .. }, stored) => self.start_file_draft(directory, live, stored, keep)?,
+            (Storage::Files { directory, .. }, stored) => {
+                self.start_file_draft(directory, live, stored, keep)?
+            }
             (Storage::Extents(io), stored) => {
                 let base = match stored {
                     Stored::Extents(content) if keep > 0 => content.layout().clone(),
@@ -322,7 +344,10 @@ impl Shared {
         }
         // In place. Its sums are void from here on, and whoever opens the pool after a crash must know.
         self.mark_unsealed(node)?;
-        let open = file.open()?.try_clone().map_err(|error| Error::io(format!("open node {node} for writing"), error))?;
+        let open = file
+            .open()?
+            .try_clone()
+            .map_err(|error| Error::io(format!("open node {node} for writing"), error))?;
         let draft = FileDraft::in_place(node, directory, chunk_size, file.file, open, file.allocated);
         if keep < draft.size() {
             draft.set_len(keep)?;
@@ -336,9 +361,10 @@ impl Shared {
             let held = tree.get_mut(node)?;
             let gone = held.nlink == 0;
             match held.region_mut() {
-                Some(region) if region.sealed => region.sealed = false,
+                Some(region) if region.sealed => {}
                 _ => return Ok(()),
             }
+            tree.set_sealed(node, false);
             if gone {
                 return Ok(());
             }
@@ -365,15 +391,30 @@ impl Shared {
     /// The last writer went: seals the draft. The gate is held.
     fn finish(self: &Arc<Self>, live: &Arc<Live>, gate: &mut Gate) {
         let Some(draft) = live.draft() else { return };
-        let Ok((nlink, pins)) = read(&self.tree).get(live.node).map(|node| (node.nlink, node.pins)) else { return };
+        let Ok((nlink, pins)) = read(&self.tree).get(live.node).map(|node| (node.nlink, node.pins)) else {
+            return;
+        };
         if nlink == 0 {
             return; // nobody will ever find it: it stays as it is until the last reader goes
         }
-        // An empty region has no file. But the kernel may hold this one for a reader, and a later writer must get the same: so it stays,
-        // unsealed, until the last reader goes.
-        let empty_but_held = live.is_passed() && pins > 1 && draft.get().size() == 0;
-        let seal = !empty_but_held && !self.is_mapped(live.node, &draft);
-        let committed = match draft.get().commit(seal, &live.cancel_seal) {
+        let mapped = self.is_mapped(live.node, &draft);
+        if let (AnyDraft::File(file), Some(stored)) = (&*draft, &gate.committed)
+            && file.is_unchanged()
+            && !mapped
+            && (!live.is_passed() || pins == 1)
+            && stored.sealed()
+        {
+            // Opened for writing, and closed: the old content is the content.
+            live.set(Current::Stored(stored.clone()));
+            gate.committed = None;
+            file.discard();
+            let mut tree = write(&self.tree);
+            if tree.region(live.node).is_ok_and(|region| region.unborn) {
+                tree.mark_born(live.node);
+            }
+            return;
+        }
+        let committed = match draft.get().commit(!mapped, &live.cancel_seal) {
             Ok(Some(committed)) => committed,
             Ok(None) => return, // a writer came: it goes on with this draft
             Err(error) => {
@@ -385,15 +426,29 @@ impl Shared {
                 }
             }
         };
+        let mut committed = committed;
+        if let AnyDraft::File(draft) = &*draft
+            && committed.layout.size() == 0
+            && live.is_passed()
+            && pins > 1
+        {
+            // An empty region needs no file, but the kernel still holds this one for others: it stays the region's.
+            committed.layout.replace(Extent {
+                logical: 0,
+                member: 0,
+                file: draft.number(),
+                offset: 0,
+                len: 1,
+            });
+        }
         let sealed = committed.sealed;
         match self.install(live, gate, &draft, committed) {
-            Ok(stored) => {
-                if sealed {
-                    live.set(Current::Stored(stored));
-                    gate.committed = None;
-                    draft.get().discard();
-                }
+            Ok(stored) if sealed => {
+                live.set(Current::Stored(stored));
+                gate.committed = None;
+                draft.get().discard();
             }
+            Ok(_) => {}
             Err(error) => {
                 self.counters.seal_errors.fetch_add(1, Relaxed);
                 tracing::error!(node = live.node, error = %error.chain(), "a region's new content could not be committed");
@@ -440,7 +495,13 @@ impl Shared {
     }
 
     /// Makes committed content the node's. The gate is held.
-    fn install(self: &Arc<Self>, live: &Arc<Live>, gate: &mut Gate, draft: &Arc<AnyDraft>, committed: Committed) -> Result<Arc<Stored>> {
+    fn install(
+        self: &Arc<Self>,
+        live: &Arc<Live>,
+        gate: &mut Gate,
+        draft: &Arc<AnyDraft>,
+        committed: Committed,
+    ) -> Result<Arc<Stored>> {
         let Committed { mut layout, sealed, allocated, modified } = committed;
         let modified = modified.or_else(|| live.modified(draft));
         let node = live.node;
@@ -469,14 +530,15 @@ impl Shared {
         }
         let Some(region) = held.region_mut() else { return Err(no_node(node)) };
         let old_file = std::mem::replace(&mut region.file, file);
-        region.sealed = sealed;
         let was_unborn = region.unborn;
+        tree.set_sealed(node, sealed);
         if named {
             tree.dirty.nodes.insert(node);
             if was_unborn {
                 tree.mark_born(node);
             }
         }
+        let attr = held_attr(&tree, node)?;
         let displaced = Displaced { file: old_file, charged: old_allocated, extents: unused, stored: old };
         let doomed = self.replace_content(node, named.then(|| layout.clone()), file, displaced);
         drop(tree);
@@ -488,7 +550,7 @@ impl Shared {
             AnyDraft::File(draft) => {
                 if file != 0 {
                     draft.adopt();
-                    let content = FileContent::new(self, node, file, size, allocated, sealed);
+                    let content = FileContent::new(self, &attr, file, sealed);
                     let content = match draft.backing() {
                         Some(open) => content.with_open(open),
                         None => content,
@@ -512,9 +574,14 @@ impl Shared {
             let mut tree = write(&self.tree);
             let last = tree.unpin(live.node);
             let closed = match tree.get_mut(live.node) {
-                Ok(held) if held.pins == 0 => held.region_mut().is_some_and(|region| region.live.take().is_some()),
+                Ok(held) if held.pins == 0 => {
+                    held.region_mut().is_some_and(|region| region.live.take().is_some())
+                }
                 _ => false,
             };
+            if closed {
+                lock(&self.open).remove(&live.node);
+            }
             (closed, if last { tree.forget(live.node) } else { None })
         };
         let draft = live.draft().filter(|_| closed || gone.is_some());
@@ -529,7 +596,7 @@ impl Shared {
             self.purge(live.node, &node, charged, stored);
         }
         if let Some(draft) = draft {
-            // What no commit took: all of a draft whose node is gone, or the empty file of an empty region.
+            // What no commit took.
             draft.get().discard();
         }
     }
@@ -568,12 +635,16 @@ impl Shared {
             Some(Current::Stored(stored)) => stored,
             _ => return Ok(()),
         };
-        let (Stored::File(file), Storage::Files { directory, .. }) = (&*stored, &self.storage) else { return Ok(()) };
+        let (Stored::File(file), Storage::Files { directory, .. }) = (&*stored, &self.storage) else {
+            return Ok(());
+        };
         if file.sealed {
             return Ok(());
         }
-        let open = file.open()?.try_clone().map_err(|error| Error::io(format!("open node {}", live.node), error))?;
-        let draft = FileDraft::in_place(live.node, directory, self.chunk_size, file.file, open, file.allocated);
+        let open =
+            file.open()?.try_clone().map_err(|error| Error::io(format!("open node {}", live.node), error))?;
+        let draft =
+            FileDraft::in_place(live.node, directory, self.chunk_size, file.file, open, file.allocated);
         gate.committed = Some(stored.clone());
         live.set(Current::Draft(Arc::new(AnyDraft::File(draft))));
         self.finish(live, &mut gate);

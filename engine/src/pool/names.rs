@@ -16,10 +16,9 @@ use crate::types::{
 fn attr_now((mut attr, live): (Attr, Option<Arc<Live>>)) -> Attr {
     let Some(live) = live else { return attr };
     if let Some(draft) = live.draft() {
-        let content = draft.get();
-        attr.size = content.size();
-        attr.allocated = content.allocated();
-        if let Some(modified) = live.modified(&draft) {
+        let modified;
+        (attr.size, attr.allocated, modified) = draft.stat(&live);
+        if let Some(modified) = modified {
             attr.mtime = modified;
             attr.ctime = attr.ctime.max(modified);
         }
@@ -46,7 +45,11 @@ impl Shared {
     }
 
     /// A node that lost its last name and that nobody has open.
-    fn bury_node(self: &Arc<Self>, tree: &mut namespace::Tree<Live>, gone: Option<namespace::Gone>) -> Option<(NodeId, Node<Live>)> {
+    fn bury_node(
+        self: &Arc<Self>,
+        tree: &mut namespace::Tree<Live>,
+        gone: Option<namespace::Gone>,
+    ) -> Option<(NodeId, Node<Live>)> {
         let gone = gone.filter(|gone| !gone.pinned)?;
         tree.forget(gone.node).map(|node| (gone.node, node))
     }
@@ -229,7 +232,8 @@ impl Pool {
     /// Makes the directories of `a/b/c` that are missing (mode 0755); returns the last.
     pub fn create_dirs(&self, path: &str, uid: u32, gid: u32) -> Result<Attr> {
         if path.len() > namespace::MAX_PATH {
-            let text = format!("a path of {} bytes; at most {} are possible", path.len(), namespace::MAX_PATH);
+            let text =
+                format!("a path of {} bytes; at most {} are possible", path.len(), namespace::MAX_PATH);
             return Err(Error::new(ErrorKind::NameTooLong, text));
         }
         let new = NewNode { kind: NodeKind::Directory, mode: 0o755, uid, gid, rdev: 0, target: None };
@@ -244,7 +248,10 @@ impl Pool {
                 found => found?,
             };
             if at.kind != NodeKind::Directory {
-                return Err(Error::new(ErrorKind::NotDirectory, format!("{part:?} in {path:?} is not a directory")));
+                return Err(Error::new(
+                    ErrorKind::NotDirectory,
+                    format!("{part:?} in {path:?} is not a directory"),
+                ));
             }
         }
         Ok(at)

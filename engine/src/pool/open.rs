@@ -12,7 +12,8 @@ use nvme::{Device, DeviceOptions};
 use super::commit::FILE_RESERVE;
 use super::live::Live;
 use super::{
-    Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage, Verify, commit, lock,
+    Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage, Verify,
+    commit, lock,
 };
 use crate::catalog::Batch;
 use crate::catalog::store::{CatalogStore, Loaded};
@@ -38,7 +39,8 @@ struct Located {
 }
 
 fn kind_at(path: &Path) -> Result<MemberKind> {
-    let meta = fs::metadata(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
+    let meta =
+        fs::metadata(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
     if meta.is_dir() {
         Ok(MemberKind::Directory)
     } else if meta.file_type().is_block_device() {
@@ -54,14 +56,16 @@ fn kind_at(path: &Path) -> Result<MemberKind> {
 fn locate(path: &Path) -> Result<(Superblock, Vec<Located>)> {
     let kind = kind_at(path)?;
     let first = format::read(path, kind)?;
-    let here = fs::canonicalize(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
+    let here =
+        fs::canonicalize(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
     let superblock = first.superblock.clone();
     let mut first = Some(first);
     // Where this one was moved to tells where the others may have been moved to.
-    let moved = (superblock.index != POINTER)
-        .then(|| &superblock.members[superblock.index as usize].path)
-        .filter(|was| **was != here)
-        .and_then(|was| relocation(was, &here));
+    let was = match superblock.index {
+        POINTER => &superblock.own_path,
+        index => &superblock.members[index as usize].path,
+    };
+    let moved = if *was == here { None } else { relocation(was, &here) };
     let mut members = Vec::new();
     for (index, entry) in superblock.members.iter().enumerate() {
         if superblock.index as usize == index
@@ -119,10 +123,17 @@ fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> 
     let other = &found.superblock;
     let wrong = |text: String| Err(Error::new(ErrorKind::WrongMember, format!("{}: {text}", path.display())));
     if other.pool != pool.pool {
-        return wrong(format!("it belongs to pool {}, not to pool {}", uuid_text(&other.pool), uuid_text(&pool.pool)));
+        return wrong(format!(
+            "it belongs to pool {}, not to pool {}",
+            uuid_text(&other.pool),
+            uuid_text(&pool.pool)
+        ));
     }
     if other.index as usize != index {
-        return wrong(format!("it is member {} of the pool, not member {index}: members were swapped", other.index));
+        return wrong(format!(
+            "it is member {} of the pool, not member {index}: members were swapped",
+            other.index
+        ));
     }
     let own = other.members.get(index).map(|own| own.id);
     if own != Some(entry.id) {
@@ -132,7 +143,11 @@ fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> 
 }
 
 fn info_of(path: &Path, superblock: &Superblock, members: &[Located]) -> PoolInfo {
-    let place = |index: usize| members.get(index).map_or_else(|| superblock.members[index].path.clone(), |member| member.path.clone());
+    let place = |index: usize| {
+        members
+            .get(index)
+            .map_or_else(|| superblock.members[index].path.clone(), |member| member.path.clone())
+    };
     PoolInfo {
         id: uuid_text(&superblock.pool),
         version: format::VERSION,
@@ -200,7 +215,8 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         repair_superblocks(&members);
     }
     let devices = open_devices(&members, options)?;
-    let store = CatalogStore::new(&members[0].path, devices[0].clone(), &geometry_of(&members[0].found.superblock));
+    let store =
+        CatalogStore::new(&members[0].path, devices[0].clone(), &geometry_of(&members[0].found.superblock));
     let loaded: Loaded<Live> = store.open(&superblock.pool, options.read_only)?;
     if let Some(restored) = &loaded.restored {
         tracing::error!(pool = %path.display(), "{restored}: what was made after it is lost; run verify");
@@ -222,12 +238,22 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
             for (id, node) in tree.iter() {
                 if let Some(region) = node.region().filter(|region| region.file != 0) {
                     if !named.insert(region.file) {
-                        return Err(Error::new(ErrorKind::Corrupt, format!("two regions claim file {} (one is node {id})", region.file)));
+                        return Err(Error::new(
+                            ErrorKind::Corrupt,
+                            format!("two regions claim file {} (one is node {id})", region.file),
+                        ));
                     }
                 }
             }
+            if restored.is_some() && !options.read_only {
+                // Before any file is made: the copy does not know how far numbers were given out.
+                let never = || false;
+                let count = directory.remove_orphans(&named, u64::MAX, true, &never)?;
+                tracing::warn!(count, "files that the restored catalog does not name were moved to 'lost'");
+            }
             refresh_unsealed(&mut tree, directory);
-            let used: u64 = tree.iter().filter(|(_, node)| node.region().is_some()).map(|(_, node)| node.allocated).sum();
+            let used: u64 =
+                tree.iter().filter(|(_, node)| node.region().is_some()).map(|(_, node)| node.allocated).sum();
             directory.charge_fact(used);
         }
         Storage::Extents(io) => {
@@ -253,6 +279,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         meta.generation += 1;
         meta.saved = Timestamp::now().secs;
         catalog.apply(&Batch::new(meta.clone()))?;
+        store.keep_reserve();
     }
     let mut info = info_of(path, &superblock, &members);
     info.read_only = options.read_only;
@@ -271,6 +298,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         contents: Mutex::default(),
         graveyard: Mutex::default(),
         mapped: Mutex::default(),
+        open: Mutex::default(),
         generation: AtomicU64::new(meta.generation),
         durable_generation: AtomicU64::new(meta.generation),
         reserved_file,
@@ -294,22 +322,22 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         let committer = shared.clone();
         lock(&inner.threads).push(spawn("nvtier-commit", Box::new(move || commit::run(&committer)))?);
         let sweeper = shared.clone();
-        let keep = restored.is_some();
-        let sweep = Box::new(move || sweep(&sweeper, &named, next_file, keep));
+        let sweep = Box::new(move || sweep(&sweeper, &named, next_file));
         lock(&inner.threads).push(spawn("nvtier-sweep", sweep)?);
     }
     Ok(Pool { inner: Arc::new(inner) })
 }
 
 /// Removes files that a crash left behind, and sums regions that it left without sums.
-fn sweep(shared: &Arc<Shared>, named: &HashSet<u64>, limit: u64, keep: bool) {
+fn sweep(shared: &Arc<Shared>, named: &HashSet<u64>, limit: u64) {
     let stop = || *lock(&shared.stop);
     if let Storage::Files { directory, .. } = &shared.storage {
-        match directory.remove_orphans(named, limit, keep, &stop) {
+        match directory.remove_orphans(named, limit, false, &stop) {
             Ok(0) => {}
-            Ok(count) if keep => tracing::warn!(count, "files that the restored catalog does not name were moved to 'lost'"),
             Ok(count) => tracing::info!(count, "removed files of regions whose writing a crash ended"),
-            Err(error) => tracing::warn!(error = %error.chain(), "cannot look for files that a crash left behind"),
+            Err(error) => {
+                tracing::warn!(error = %error.chain(), "cannot look for files that a crash left behind")
+            }
         }
     }
     if let Err(error) = crate::verify::reseal(shared, &stop) {
@@ -321,7 +349,9 @@ fn sweep(shared: &Arc<Shared>, named: &HashSet<u64>, limit: u64, keep: bool) {
 fn refresh_unsealed(tree: &mut Tree<Live>, directory: &FileDirectory) {
     let unsealed: Vec<_> = tree
         .iter()
-        .filter_map(|(id, node)| node.region().filter(|region| !region.sealed && region.file != 0).map(|region| (id, region.file)))
+        .filter_map(|(id, node)| {
+            node.region().filter(|region| !region.sealed && region.file != 0).map(|region| (id, region.file))
+        })
         .collect();
     for (id, file) in unsealed {
         let meta = match fs::metadata(directory.file_path(file)) {
@@ -366,10 +396,13 @@ fn open_extents(
         opened.push(match device {
             None => {
                 let quota = Some(own.data_len).filter(|quota| *quota > 0);
-                let options = ExtentDirectoryOptions { index, chunk_size, quota, read_only: options.read_only };
+                let options =
+                    ExtentDirectoryOptions { index, chunk_size, quota, read_only: options.read_only };
                 Arc::new(ExtentDirectory::new(&member.path, &options)?)
             }
-            Some(device) => Arc::new(RawMember::new(index, &member.path, device, geometry_of(own), chunk_size)?),
+            Some(device) => {
+                Arc::new(RawMember::new(index, &member.path, device, geometry_of(own), chunk_size)?)
+            }
         });
     }
     ExtentIo::new(
@@ -390,7 +423,11 @@ fn take_extents(io: &ExtentIo, extents: impl Iterator<Item = Extent>) -> Result<
     }
     for (member, extents) in of_member {
         let place = io.stripes().members().get(member as usize);
-        place.ok_or_else(|| Error::new(ErrorKind::Corrupt, format!("an extent on member {member}, which does not exist")))?.take(&extents)?;
+        place
+            .ok_or_else(|| {
+                Error::new(ErrorKind::Corrupt, format!("an extent on member {member}, which does not exist"))
+            })?
+            .take(&extents)?;
     }
     Ok(())
 }

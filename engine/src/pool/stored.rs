@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent_io::ExtentContent;
 use crate::file_draft::{read_file, seek_file};
 use crate::layout::Layout;
-use crate::types::{NodeId, Seek};
+use crate::types::{Attr, NodeId, Seek};
 
 /// Content that a commit made: nobody changes it any more (but see [`FileContent`]).
 #[derive(Debug)]
@@ -31,6 +31,7 @@ pub(crate) struct FileContent {
     /// Its number.
     pub file: u64,
     size: u64,
+    generation: u64,
     /// Bytes it occupies.
     pub allocated: u64,
     /// Whether there are sums to compare with.
@@ -40,13 +41,14 @@ pub(crate) struct FileContent {
 }
 
 impl FileContent {
-    pub fn new(pool: &Arc<Shared>, node: NodeId, file: u64, size: u64, allocated: u64, sealed: bool) -> FileContent {
+    pub fn new(pool: &Arc<Shared>, attr: &Attr, file: u64, sealed: bool) -> FileContent {
         FileContent {
             pool: Arc::downgrade(pool),
-            node,
+            node: attr.node,
             file,
-            size,
-            allocated,
+            size: attr.size,
+            generation: attr.generation,
+            allocated: attr.allocated,
             sealed,
             open: OnceLock::new(),
             layout: OnceLock::new(),
@@ -73,19 +75,24 @@ impl FileContent {
         Ok(self.open.get_or_init(|| Arc::new(file)))
     }
 
-    /// The layout with its sums, read from the catalog when it is first needed.
+    /// The layout with its sums, read from the catalog when it is first needed. `Stale`: that has another one already.
     pub fn layout(&self) -> Result<&Arc<Layout>> {
         if let Some(layout) = self.layout.get() {
             return Ok(layout);
         }
         let layout = self.pool()?.load_layout(self.node)?;
+        if layout.generation() != self.generation {
+            let text = format!("node {} has newer content than generation {}", self.node, self.generation);
+            return Err(Error::new(ErrorKind::Stale, text));
+        }
         Ok(self.layout.get_or_init(|| layout))
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         if !self.sealed {
             let file = self.open()?;
-            return read_file(file, offset, buf).map_err(|error| Error::io(format!("read node {}", self.node), error));
+            return read_file(file, offset, buf)
+                .map_err(|error| Error::io(format!("read node {}", self.node), error));
         }
         let end = offset.saturating_add(buf.len() as u64).min(self.size);
         if offset >= end {
@@ -104,7 +111,8 @@ impl FileContent {
             around.resize((last - first) as usize, 0);
             &mut around
         };
-        let read = read_file(file, first, bytes).map_err(|error| Error::io(what_of(self.node, offset), error))?;
+        let read =
+            read_file(file, first, bytes).map_err(|error| Error::io(what_of(self.node, offset), error))?;
         let pool = self.pool()?;
         for (index, piece) in (first / chunk..).zip(bytes.chunks(chunk as usize)) {
             let start = (index * chunk - first) as usize;
@@ -199,7 +207,9 @@ impl Content for Stored {
 
     fn seek(&self, offset: u64, what: Seek) -> Result<u64> {
         match self {
-            Stored::Empty => Err(Error::new(ErrorKind::OutOfRange, format!("no {what:?} at or after {offset}"))),
+            Stored::Empty => {
+                Err(Error::new(ErrorKind::OutOfRange, format!("no {what:?} at or after {offset}")))
+            }
             Stored::File(file) => seek_file(file.open()?, offset, what),
             Stored::Extents(content) => content.seek(offset, what),
         }
@@ -208,7 +218,11 @@ impl Content for Stored {
     fn backing(&self) -> Option<Arc<File>> {
         match self {
             Stored::Empty | Stored::Extents(_) => None,
-            Stored::File(file) => file.open().inspect_err(|error| tracing::warn!(error = %error.chain(), "no backing file")).ok().cloned(),
+            Stored::File(file) => file
+                .open()
+                .inspect_err(|error| tracing::warn!(error = %error.chain(), "no backing file"))
+                .ok()
+                .cloned(),
         }
     }
 }

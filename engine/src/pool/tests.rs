@@ -11,6 +11,7 @@ use crate::types::{Allocate, Attr, NewNode, NodeKind, ROOT, RenameFlags, Seek, S
 mod bad_input;
 mod content;
 mod crash;
+mod kinds;
 
 fn region(mode: u32) -> NewNode {
     NewNode { kind: NodeKind::Region, mode, uid: 0, gid: 0, rdev: 0, target: None }
@@ -96,7 +97,13 @@ fn the_tree_comes_back() {
     let device = NewNode { kind: NodeKind::CharDevice, rdev: 0x103, ..region(0o600) };
     let device = pool.create(dir.node, name("null"), &device).unwrap();
     pool.setxattr(file.node, name("user.a"), b"value", crate::XattrSet::Any).unwrap();
-    let set = SetAttr { mode: Some(0o4711), uid: Some(5), gid: Some(6), mtime: Some(crate::Timestamp { secs: -5, nanos: 7 }), ..SetAttr::default() };
+    let set = SetAttr {
+        mode: Some(0o4711),
+        uid: Some(5),
+        gid: Some(6),
+        mtime: Some(crate::Timestamp { secs: -5, nanos: 7 }),
+        ..SetAttr::default()
+    };
     let file = pool.setattr(file.node, &set).unwrap();
     assert_eq!((file.mode, file.uid, file.gid, file.nlink), (0o4711, 5, 6, 2));
     pool.close().unwrap();

@@ -50,8 +50,14 @@ fn impossible_options_leave_nothing_behind() {
         (FormatOptions { size: Some(1 << 20), ..default.clone() }, ErrorKind::TooSmall),
         (FormatOptions { size: Some(1 << 20), raw: true, ..default.clone() }, ErrorKind::TooSmall),
         (FormatOptions { raw: true, ..default.clone() }, ErrorKind::InvalidArgument),
-        (FormatOptions { members: vec![path.clone(), path.join("in")], ..default.clone() }, ErrorKind::InvalidArgument),
-        (FormatOptions { members: vec![path.clone(), path.clone()], ..default.clone() }, ErrorKind::InvalidArgument),
+        (
+            FormatOptions { members: vec![path.clone(), path.join("in")], ..default.clone() },
+            ErrorKind::InvalidArgument,
+        ),
+        (
+            FormatOptions { members: vec![path.clone(), path.clone()], ..default.clone() },
+            ErrorKind::InvalidArgument,
+        ),
         (FormatOptions { members: vec![path.clone(); 17], ..default.clone() }, ErrorKind::InvalidArgument),
     ] {
         assert_eq!(refused(&path, &options).kind(), kind, "{options:?}");
@@ -264,7 +270,10 @@ fn read_only_writes_nothing() {
     let kind = |result: Result<()>| result.unwrap_err().kind();
     assert_eq!(kind(pool.unlink(ROOT, name("a"))), ErrorKind::ReadOnly);
     assert_eq!(kind(pool.create(ROOT, name("b"), &region(0)).map(drop)), ErrorKind::ReadOnly);
-    assert_eq!(kind(pool.setattr(attr.node, &SetAttr { mode: Some(0), ..SetAttr::default() }).map(drop)), ErrorKind::ReadOnly);
+    assert_eq!(
+        kind(pool.setattr(attr.node, &SetAttr { mode: Some(0), ..SetAttr::default() }).map(drop)),
+        ErrorKind::ReadOnly
+    );
     assert_eq!(kind(pool.open_region(attr.node, Access::Write, false).map(drop)), ErrorKind::ReadOnly);
     assert_eq!(kind(pool.open_region(attr.node, Access::Read, true).map(drop)), ErrorKind::ReadOnly);
     assert!(pool.verify(None, &mut |_| {}).unwrap().is_clean());
@@ -332,7 +341,8 @@ fn members_are_missed_and_told_apart() {
 fn an_image_with_flipped_superblock_is_read_from_its_end() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
-    Pool::format(&path, &FormatOptions { size: Some(64 << 20), raw: true, ..FormatOptions::default() }).unwrap();
+    Pool::format(&path, &FormatOptions { size: Some(64 << 20), raw: true, ..FormatOptions::default() })
+        .unwrap();
     let pool = open(&path);
     put(&pool, "a", &noise(1, 100_000));
     pool.close().unwrap();

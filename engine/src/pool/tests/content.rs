@@ -132,7 +132,9 @@ fn truncation_without_a_handle() {
         let kept = if size >= 90_000 { 50_000 } else { size as usize };
         match size {
             50_000 => assert_eq!(bytes, noise(3, 70_000)[..50_000]),
-            90_000 => assert!(bytes[..kept] == noise(3, 70_000)[..kept] && bytes[kept..].iter().all(|byte| *byte == 0)),
+            90_000 => assert!(
+                bytes[..kept] == noise(3, 70_000)[..kept] && bytes[kept..].iter().all(|byte| *byte == 0)
+            ),
             _ => assert!(bytes.iter().all(|byte| *byte == 0)),
         }
     }
@@ -171,7 +173,10 @@ fn changed_bytes_are_found_and_never_handed_out() {
     let attr = put(&pool, "dir ectory\nfile", &noise(5, 200_000));
     pool.sync().unwrap();
     let [file] = files_in(&path).try_into().unwrap();
-    let file = path.join("regions").join(format!("{:02x}", (u64::from_str_radix(&file, 16).unwrap() >> 8) & 0xff)).join(file);
+    let file = path
+        .join("regions")
+        .join(format!("{:02x}", (u64::from_str_radix(&file, 16).unwrap() >> 8) & 0xff))
+        .join(file);
     let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
     file.write_all_at(b"?", 100_000).unwrap();
     let report = pool.verify(None, &mut |_| {}).unwrap();

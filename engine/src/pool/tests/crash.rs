@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn copy_tree(from: &Path, to: &Path) {
+pub(super) fn copy_tree(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     // The catalog last: a real crash has no order, but here the catalog must not name what was copied before it was written.
     let mut entries: Vec<_> = std::fs::read_dir(from).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -43,7 +43,8 @@ fn committed_content_is_whole_and_the_rest_invisible() {
     for invisible in ["sealed later", "first time"] {
         assert_eq!(crashed.lookup(ROOT, name(invisible)).unwrap_err().kind(), ErrorKind::NotFound);
     }
-    crashed.close().unwrap(); // waits for the sweeper
+    crashed.join_sweeper();
+    crashed.close().unwrap();
     assert_eq!(files_in(&copy).len(), 2, "what the killed process was writing is gone");
 
     let crashed = open(&after);
