@@ -106,6 +106,12 @@ impl Meta {
     }
 }
 
+/// A key and its value.
+pub(crate) type Record = (Vec<u8>, Vec<u8>);
+
+/// Takes one record into a tree.
+type Load<'a, L> = &'a mut dyn FnMut(&mut Tree<L>, &[u8], &[u8]) -> Result<()>;
+
 /// One snapshot's changes, applied in one transaction.
 #[derive(Debug)]
 pub(crate) struct Batch {
@@ -117,7 +123,7 @@ pub(crate) struct Batch {
     /// Entries to store or remove, by key.
     pub entries: Vec<(Vec<u8>, Option<Vec<u8>>)>,
     /// Extended attributes of a node: all there are, by key.
-    pub xattrs: Vec<(NodeId, Vec<(Vec<u8>, Vec<u8>)>)>,
+    pub xattrs: Vec<(NodeId, Vec<Record>)>,
     /// Layout records to store and remove.
     pub layouts: Vec<(NodeId, Changes)>,
     /// Nodes whose layout records are removed first.
@@ -255,23 +261,21 @@ impl Catalog {
         let db = self.db()?;
         let meta = self.meta()?;
         let mut tree = Tree::empty(meta.next_node);
-        let mut each =
-            |table: TableDefinition<&[u8], &[u8]>,
-             load: &mut dyn FnMut(&mut Tree<L>, &[u8], &[u8]) -> Result<()>| {
-                let mut bad = None;
-                guard("read the catalog", || {
-                    let txn = db.begin_read()?;
-                    for record in txn.open_table(table)?.iter()? {
-                        let (key, value) = record?;
-                        if let Err(error) = load(&mut tree, key.value(), value.value()) {
-                            bad = Some(error);
-                            break;
-                        }
+        let mut each = |table: TableDefinition<&[u8], &[u8]>, load: Load<'_, L>| {
+            let mut bad = None;
+            guard("read the catalog", || {
+                let txn = db.begin_read()?;
+                for record in txn.open_table(table)?.iter()? {
+                    let (key, value) = record?;
+                    if let Err(error) = load(&mut tree, key.value(), value.value()) {
+                        bad = Some(error);
+                        break;
                     }
-                    Ok(())
-                })?;
-                bad.map_or(Ok(()), Err)
-            };
+                }
+                Ok(())
+            })?;
+            bad.map_or(Ok(()), Err)
+        };
         each(NODES, &mut Tree::load_node)?;
         each(ENTRIES, &mut Tree::load_entry)?;
         each(XATTRS, &mut Tree::load_xattr)?;

@@ -96,6 +96,8 @@ pub(crate) struct Node<L> {
     pub crtime: Timestamp,
     pub generation: u64,
     pub body: Body<L>,
+    /// Boxed: most nodes have none, and there are many nodes.
+    #[allow(clippy::box_collection)]
     pub xattrs: Option<Box<BTreeMap<OsString, Vec<u8>>>>,
     /// Names that lead here.
     pub links: Vec<(NodeId, Name)>,

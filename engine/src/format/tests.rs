@@ -62,7 +62,8 @@ fn lies_are_found() {
     };
     assert!(matches!(lie(&|_| {}), Copy::Good(_)));
     assert_eq!(lie(&|block| block[8] = 9), Copy::Newer(9));
-    let lies: [&dyn Fn(&mut [u8]); 10] = [
+    type Change<'a> = &'a dyn Fn(&mut [u8]);
+    let lies: [Change<'_>; 10] = [
         &|block| block[32] = 3,                            // index beyond the members
         &|block| block[34] = 0,                            // no members
         &|block| block[34] = 17,                           // too many

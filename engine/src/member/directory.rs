@@ -4,7 +4,7 @@
 //! POOL/superblock            two copies, see format.rs
 //!      owner                 lock file, holds the owner's process id
 //!      catalog.redb          the catalog; catalog.bak: its copy
-//!      regions/3f/000000000000003f07      content of a region: its file number, in the directory of the number's second byte
+//!      regions/3f/0000000000003f07      content of a region: its file number, in the directory of the number's second byte
 //!      lost/                 files that no catalog knows, kept when the catalog itself had to be restored
 //! ```
 //!

@@ -236,13 +236,13 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
     match &storage {
         Storage::Files { directory, .. } => {
             for (id, node) in tree.iter() {
-                if let Some(region) = node.region().filter(|region| region.file != 0) {
-                    if !named.insert(region.file) {
-                        return Err(Error::new(
-                            ErrorKind::Corrupt,
-                            format!("two regions claim file {} (one is node {id})", region.file),
-                        ));
-                    }
+                if let Some(region) = node.region().filter(|region| region.file != 0)
+                    && !named.insert(region.file)
+                {
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!("two regions claim file {} (one is node {id})", region.file),
+                    ));
                 }
             }
             if restored.is_some() && !options.read_only {

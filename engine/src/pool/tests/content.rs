@@ -152,7 +152,7 @@ fn holes_and_reserves() {
     handle.allocate(0, 1 << 20, Allocate::Reserve { keep_size: false }).unwrap();
     handle.write_at(4096, &noise(1, 8192)).unwrap();
     handle.allocate(4096, 4096, Allocate::PunchHole).unwrap();
-    assert_eq!(handle.seek(0, Seek::Hole).is_ok(), true);
+    assert!(handle.seek(0, Seek::Hole).is_ok());
     assert_eq!(handle.seek(65 << 20, Seek::Data).unwrap_err().kind(), ErrorKind::OutOfRange);
     assert_eq!(handle.allocate(0, 0, Allocate::PunchHole).unwrap_err().kind(), ErrorKind::InvalidArgument);
     drop(handle);
