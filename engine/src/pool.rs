@@ -291,6 +291,13 @@ impl Pool {
         grown
     }
 
+    /// Whether a region's content has checksums: nobody writes to it, and its last writer has been closed properly.
+    pub fn is_sealed(&self, node: NodeId) -> Result<bool> {
+        let tree = read(&self.inner.shared.tree);
+        let region = tree.region(node)?;
+        Ok(region.sealed && region.live.as_ref().is_none_or(|live| live.draft().is_none()))
+    }
+
     /// Checks every sum of a region, or of all.
     pub fn verify(
         &self,

@@ -84,14 +84,12 @@ pub fn errno_of(kind: Engine) -> Errno {
 
 /// Translates an engine error. An operating system error that says more than `EIO` about space or handles is passed on.
 pub fn errno(error: &engine::Error) -> Errno {
-    if error.kind() == Engine::Io {
-        if let Some(errno) = raw_cause(error) {
-            if [Errno::ENOSPC, Errno::EDQUOT, Errno::EFBIG, Errno::ENOMEM, Errno::EMFILE, Errno::ENFILE]
-                .contains(&errno)
-            {
-                return errno;
-            }
-        }
+    if error.kind() == Engine::Io
+        && let Some(errno) = raw_cause(error)
+        && [Errno::ENOSPC, Errno::EDQUOT, Errno::EFBIG, Errno::ENOMEM, Errno::EMFILE, Errno::ENFILE]
+            .contains(&errno)
+    {
+        return errno;
     }
     errno_of(error.kind())
 }
@@ -99,10 +97,10 @@ pub fn errno(error: &engine::Error) -> Errno {
 fn raw_cause(error: &engine::Error) -> Option<Errno> {
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<io::Error>() {
-            if let Some(raw) = error.raw_os_error() {
-                return Some(Errno(raw));
-            }
+        if let Some(error) = error.downcast_ref::<io::Error>()
+            && let Some(raw) = error.raw_os_error()
+        {
+            return Some(Errno(raw));
         }
         if let Some(error) = error.downcast_ref::<rustix::io::Errno>() {
             return Some(Errno(error.raw_os_error()));

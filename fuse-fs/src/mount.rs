@@ -281,10 +281,9 @@ impl Unmounter {
         tracing::warn!("files of {} are still open; cutting the connection", path.display());
         if let Some(abort) =
             connection.map(|id| PathBuf::from(format!("/sys/fs/fuse/connections/{id}/abort")))
+            && std_fs::write(abort, "1").is_ok()
         {
-            if std_fs::write(abort, "1").is_ok() {
-                return self.expect_end();
-            }
+            return self.expect_end();
         }
         let _ = self.events.send(Event::Abandoned);
         Ok(())

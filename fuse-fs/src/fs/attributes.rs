@@ -82,13 +82,13 @@ impl<B: Send + Sync + 'static> Fs<B> {
                 return Err(Errno::EFBIG);
             }
             // ftruncate on an open file goes to its handle: the file may have no name any more.
-            if let Some(file) = fh.and_then(|fh| self.handles.get(fh).ok()) {
-                if let OpenFile::Region(region) = &*file {
-                    if region.id == ino && region.writable {
-                        region.handle.set_len(size)?;
-                        change.size = None;
-                    }
-                }
+            if let Some(file) = fh.and_then(|fh| self.handles.get(fh).ok())
+                && let OpenFile::Region(region) = &*file
+                && region.id == ino
+                && region.writable
+            {
+                region.handle.set_len(size)?;
+                change.size = None;
             }
         }
         let attr = self.pool.setattr(ino, &change)?;

@@ -336,13 +336,13 @@ impl<B: Send + Sync + 'static> Fs<B> {
         let region = writable(&target)?;
         self.check_writable(region.id)?;
         let len = len.min(COPY_PIECE);
-        if let OpenFile::Region(source) = &*source {
-            if let (Some(source), Some(target)) = (&source.passed, &region.passed) {
-                match copy_files(source, from.1, target, to.1, len) {
-                    // The backing file was opened for a reader first.
-                    Err(Errno::EBADF) => {}
-                    result => return result,
-                }
+        if let OpenFile::Region(source) = &*source
+            && let (Some(source), Some(target)) = (&source.passed, &region.passed)
+        {
+            match copy_files(source, from.1, target, to.1, len) {
+                // The backing file was opened for a reader first.
+                Err(Errno::EBADF) => {}
+                result => return result,
             }
         }
         let mut buffer = vec![0; COPY_BUFFER.min(len as usize)];

@@ -224,7 +224,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
             let above = self.parent_ino(ino)?;
             for (position, name, ino) in [(0, ".", ino), (1, "..", above)] {
                 let entry = with_attributes
-                    .then(|| Entry { attr: Attr { node: ino, ..this.attr }, validity: this.validity });
+                    .then_some(Entry { attr: Attr { node: ino, ..this.attr }, validity: this.validity });
                 let name = OsStr::new(name);
                 let dot = DirectoryEntry { ino, kind: NodeKind::Directory, name, next: position + 1, entry };
                 if position >= offset && emit(&dot) {

@@ -161,10 +161,10 @@ impl Listings {
     pub fn get(&self, pool: &Pool, region: NodeId) -> Result<Arc<Listing>, engine::Error> {
         let index = pool.tensors(region)?;
         let mut state = lock(&self.state);
-        if let Some(listing) = state.by_region.get(&region) {
-            if Arc::ptr_eq(&listing.index, &index) {
-                return Ok(listing.clone());
-            }
+        if let Some(listing) = state.by_region.get(&region)
+            && Arc::ptr_eq(&listing.index, &index)
+        {
+            return Ok(listing.clone());
         }
         if state.by_region.len() >= CACHED_LISTINGS {
             state.by_region.clear();

@@ -113,6 +113,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
         }
         match name {
             b"generation" => return Ok(attr.generation.to_string().into_bytes()),
+            b"sealed" => return Ok(u8::from(self.pool.is_sealed(region)?).to_string().into_bytes()),
             _ => {}
         }
         if !known {

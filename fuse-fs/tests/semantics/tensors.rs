@@ -169,6 +169,11 @@ assert (numpy.load(".tensors/x.npy/" + __import__("os").listdir(".tensors/x.npy"
         assert_eq!(xattr(&path, "tensors").unwrap(), "3");
         assert!(xattr(&path, "generation").unwrap().parse::<u64>().is_ok());
         assert_eq!(xattr(&path, "shape"), Err(Errno::NODATA), "three tensors have no one shape");
+        let sealed = crate::common::wait_for(|| (xattr(&path, "sealed").unwrap() == "1").then_some(()));
+        assert!(sealed.is_some(), "sealed some time after the last close");
+        let writer = File::options().write(true).open(&path).unwrap();
+        assert_eq!(xattr(&path, "sealed").unwrap(), "0");
+        drop(writer);
         let view = mount.path(".tensors/m.safetensors/a%2Fw.npy");
         let start = 8 + u64::from_le_bytes(file[..8].try_into().unwrap());
         assert_eq!(xattr(&view, "name").unwrap(), "a/w");
