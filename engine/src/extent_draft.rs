@@ -340,6 +340,7 @@ impl Draft for ExtentDraft {
         let _writer = shared.writer();
         let mut state = shared.lock();
         let runs = std::mem::take(&mut state.dirty);
+        let unwritten = !runs.is_empty();
         drop(runs);
         state = match shared.wait_for(state, &(0..u64::MAX)) {
             Ok(state) => state,
@@ -349,13 +350,17 @@ impl Draft for ExtentDraft {
             }
         };
         state.reserved.clear();
-        let own = std::mem::take(&mut state.fresh);
+        let own = std::mem::take(&mut state.fresh).extents();
         let lost = state.lost;
-        state.layout = Layout::new(shared.chunk as u32);
-        state.base = None;
+        // After a commit nothing is this draft's alone. Whoever took hold of it just before (a reader, `stat`) must then go on seeing what
+        // was committed; an empty layout would tell them of an empty region.
+        if unwritten || !own.is_empty() {
+            state.layout = Layout::new(shared.chunk as u32);
+            state.base = None;
+        }
         drop(state);
         if !lost {
-            shared.give_back(&own.extents());
+            shared.give_back(&own);
         }
     }
 }

@@ -119,6 +119,9 @@ fn what_is_written_is_read_before_and_after_the_commit() {
     let n = content.read_with(12_345, 2_000_000, &mut |slices| pieces = slices.concat()).unwrap();
     assert!(pieces == data[12_345..12_345 + n] && n == 2_000_000);
     assert!(read_all(&draft) == data, "a draft reads on after its commit");
+    draft.discard();
+    assert_eq!(draft.size(), data.len() as u64, "whoever still holds the draft sees an empty region");
+    assert!(read_all(&draft) == data, "and reads it");
     drop(draft);
     assert_eq!(before - free(&io), layout.allocated(), "the commit's space stays, all other came back");
 }
