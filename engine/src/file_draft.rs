@@ -443,8 +443,9 @@ impl Draft for FileDraft {
     }
 
     fn commit(&self, seal: bool, cancel: &AtomicBool) -> Result<Option<Committed>> {
-        let modified = self.modified();
-        let size = self.size();
+        let meta = self.meta()?;
+        let modified = self.modified_in(&meta);
+        let size = meta.len();
         let mut layout = Layout::new(self.chunk_size);
         layout.set_size(size);
         if size > 0 || !seal {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::fs::SeekFrom;
 
@@ -14,6 +14,12 @@ const PIECE: u64 = 4 << 20;
 /// Files below this are read by the caller alone.
 const PARALLEL: u64 = 16 << 20;
 const THREADS_MAX: usize = 8;
+
+/// Processors for this process. Asking reads cgroup files, so it is asked once.
+fn cores() -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, |count| count.get()))
+}
 
 /// CRC-32 of `len` zeros.
 fn zero_sum(len: u64) -> u32 {
@@ -38,18 +44,17 @@ pub(crate) fn file_sums(
 ) -> io::Result<Option<Vec<u32>>> {
     let pieces = size.div_ceil(PIECE);
     let chunks = size.div_ceil(chunk_size as u64) as usize;
-    let threads = std::thread::available_parallelism()
-        .map_or(1, |count| count.get())
-        .min(THREADS_MAX)
-        .min(pieces as usize);
-    if size < PARALLEL || threads < 2 {
+    let threads = if size < PARALLEL { 1 } else { cores().min(THREADS_MAX).min(pieces as usize) };
+    // Looking for holes is a system call; where as much is allocated as there is, there are none.
+    let sparse = crate::member::directory::allocated(&file.metadata()?) < size;
+    if threads < 2 {
         let mut sums = Vec::with_capacity(chunks);
         let mut buffer = Vec::new();
         for piece in 0..pieces {
             if cancel.load(Relaxed) {
                 return Ok(None);
             }
-            piece_sums(file, piece, size, chunk_size, &mut buffer, &mut sums)?;
+            piece_sums(file, piece, size, chunk_size, sparse, &mut buffer, &mut sums)?;
         }
         return Ok(Some(sums));
     }
@@ -67,7 +72,7 @@ pub(crate) fn file_sums(
                         return;
                     }
                     let mut sums = Vec::with_capacity((PIECE / chunk_size as u64) as usize);
-                    match piece_sums(file, piece, size, chunk_size, &mut buffer, &mut sums) {
+                    match piece_sums(file, piece, size, chunk_size, sparse, &mut buffer, &mut sums) {
                         Ok(()) => parts.lock().unwrap_or_else(PoisonError::into_inner).push((piece, sums)),
                         Err(error) => {
                             failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
@@ -94,16 +99,20 @@ fn piece_sums(
     piece: u64,
     size: u64,
     chunk_size: u32,
+    sparse: bool,
     buffer: &mut Vec<u8>,
     sums: &mut Vec<u32>,
 ) -> io::Result<()> {
     let start = piece * PIECE;
     let len = PIECE.min(size - start);
     let chunk = chunk_size as u64;
-    // One look for holes a piece: a sparse file is read in time of its data.
-    if matches!(rustix::fs::seek(file, SeekFrom::Data(start)), Ok(data) if data >= start + len)
-        || matches!(rustix::fs::seek(file, SeekFrom::Data(start)), Err(rustix::io::Errno::NXIO))
-    {
+    // One look a piece: a sparse file is read in time of its data.
+    let hole = sparse
+        && match rustix::fs::seek(file, SeekFrom::Data(start)) {
+            Ok(data) => data >= start + len,
+            Err(error) => error == rustix::io::Errno::NXIO,
+        };
+    if hole {
         if file.metadata()?.len() < start + len {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
         }
