@@ -25,6 +25,8 @@ pub struct DriveCeiling {
     pub bandwidth: f64,
     /// How it is known, for the line: "measured at depth 64".
     pub how: String,
+    /// Operations in flight at which it was measured.
+    pub depth: Option<u32>,
 }
 
 /// What was measured of one reporting group.
@@ -73,6 +75,8 @@ pub enum Bound {
     Data,
     /// The page cache answered: memory.
     Memory,
+    /// Time spent above the drive: it serves as many in flight faster.
+    Software,
     /// None of the ceilings was reached.
     Unknown,
 }
@@ -87,6 +91,7 @@ impl Bound {
             Bound::Cpu => "cpu",
             Bound::Data => "copy and checksum",
             Bound::Memory => "memory",
+            Bound::Software => "software",
             Bound::Unknown => "unknown",
         }
     }
@@ -173,14 +178,35 @@ impl Evidence {
             return (Bound::Data, text);
         }
         if cpu_bound {
-            let machine =
-                self.machine_busy.map_or(String::new(), |busy| format!(", machine {:.0} %", 100.0 * busy));
+            let machine = format!(
+                ", {:.0} % of its time waiting for one, this process {:.0} % of all CPUs{}",
+                100.0 * self.worker_waiting,
+                100.0 * self.process_share,
+                self.machine_busy
+                    .map_or(String::new(), |busy| format!(", all together {:.0} %", 100.0 * busy))
+            );
             let memory =
                 if self.memory_answered() { "; the disk moved next to nothing: memory answered" } else { "" };
             return (Bound::Cpu, format!("CPU: {busy}{machine}; {rate}, {flight}{memory}"));
         }
         if self.memory_answered() {
             return (Bound::Memory, format!("memory: the page cache or a RAM tier answered; {rate}, {busy}"));
+        }
+        if let Some((share, ceiling)) = of_ceiling
+            && let Some(depth) = ceiling.depth.map(f64::from)
+            && depth <= 1.25 * self.in_flight()
+        {
+            let alone = self.latency_ns * share * depth / self.in_flight().max(1.0);
+            let text = format!(
+                "software above the drive: {flight} take {:.0} us each and give {rate}, {:.0} % of the drive's {}/s ({}), which alone needs {:.0} us for each of {depth:.0}; {busy}, this process {:.0} % of all CPUs",
+                self.latency_ns / 1000.0,
+                100.0 * share,
+                units::binary(ceiling.bandwidth),
+                ceiling.how,
+                alone / 1000.0,
+                100.0 * self.process_share
+            );
+            return (Bound::Software, text);
         }
         if self.in_flight() >= 0.75 * self.depth
             && let Some((share, ceiling)) = of_ceiling
@@ -254,7 +280,7 @@ pub fn find(
     let path = match source {
         CeilingSource::Off => return None,
         CeilingSource::Given(bandwidth) => {
-            return Some(DriveCeiling { bandwidth: bandwidth as f64, how: "given".into() });
+            return Some(DriveCeiling { bandwidth: bandwidth as f64, how: "given".into(), depth: None });
         }
         CeilingSource::Measure => path?,
     };
@@ -274,7 +300,11 @@ pub fn find(
     for depth in depths {
         let bandwidth = measure(settings, direction, block, depth, path, span)?;
         if best.as_ref().is_none_or(|best| best.bandwidth < bandwidth) {
-            best = Some(DriveCeiling { bandwidth, how: format!("measured at depth {depth}") });
+            best = Some(DriveCeiling {
+                bandwidth,
+                how: format!("measured at depth {depth}"),
+                depth: Some(depth),
+            });
         }
     }
     best
@@ -338,7 +368,11 @@ mod tests {
             process_share: 0.05,
             machine_busy: Some(0.1),
             disk: Some(("nvme0n1".into(), 0.98, 1.0)),
-            ceiling: Some(DriveCeiling { bandwidth: 3300.0 * 1048576.0, how: "measured at depth 64".into() }),
+            ceiling: Some(DriveCeiling {
+                bandwidth: 3300.0 * 1048576.0,
+                how: "measured at depth 64".into(),
+                depth: Some(64),
+            }),
             ..Evidence::default()
         }
     }
@@ -355,6 +389,16 @@ mod tests {
         let (kind, text) = bound(|e| e.ceiling.as_mut().unwrap().bandwidth *= 2.0);
         assert_eq!(kind, Bound::QueueDepth);
         assert!(text.contains("32.0 of 32 in flight") && text.contains("about 66 in flight"), "{text}");
+        let slow = |e: &mut Evidence| {
+            let ceiling = e.ceiling.as_mut().unwrap();
+            (ceiling.bandwidth, ceiling.depth) = (ceiling.bandwidth * 2.0, Some(32));
+        };
+        let (kind, text) = bound(slow);
+        assert_eq!(kind, Bound::Software);
+        assert!(
+            text.contains("take 10000 us each") && text.contains("needs 4848 us for each of 32"),
+            "{text}"
+        );
         assert_eq!(bound(|e| (e.ceiling, e.worker_cpu) = (None, 0.97)).0, Bound::Cpu);
         assert_eq!(bound(|e| (e.ceiling, e.data_share) = (None, 0.7)).0, Bound::Data);
         assert_eq!(bound(|e| e.paused_share = 0.4).0, Bound::Option);
