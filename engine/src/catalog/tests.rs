@@ -1,1 +1,181 @@
+//! The catalog on storage that fails.
 
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use redb::backends::InMemoryBackend;
+
+use super::*;
+use crate::layout::Extent;
+use crate::namespace::record::{encode_entry, encode_node, name_key};
+use crate::types::{NewNode, NodeKind, ROOT, Timestamp};
+
+/// Memory whose writes fail when its budget of them is spent. It outlives the database: what reached it is what a crash leaves.
+#[derive(Clone, Debug)]
+struct Faulty {
+    inner: Arc<InMemoryBackend>,
+    budget: Arc<AtomicU64>,
+    kind: io::ErrorKind,
+}
+
+impl Faulty {
+    fn new(kind: io::ErrorKind) -> Faulty {
+        Faulty { inner: Arc::new(InMemoryBackend::new()), budget: Arc::new(AtomicU64::new(u64::MAX)), kind }
+    }
+
+    fn spend(&self) -> io::Result<()> {
+        let left = self.budget.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
+        left.map(drop).map_err(|_| io::Error::new(self.kind, "injected"))
+    }
+}
+
+impl StorageBackend for Faulty {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.inner.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.spend()?;
+        self.inner.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.spend()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.spend()?;
+        self.inner.write(offset, data)
+    }
+}
+
+fn meta(generation: u64) -> Meta {
+    Meta { pool: [3; 16], next_node: 1000, next_file: 7, generation, saved: 9 }
+}
+
+/// A snapshot with the root and `count` regions, each with a layout.
+fn batch(generation: u64, count: u64) -> Batch {
+    let mut tree: Tree<()> = Tree::new(0, 0, Timestamp::default());
+    let mut batch = Batch::new(meta(generation));
+    for index in 0..count {
+        let new = NewNode { kind: NodeKind::Region, mode: 0, uid: 0, gid: 0, rdev: 0, target: None };
+        let name = format!("region {index}");
+        let id = tree.create(ROOT, name.as_ref(), &new, Timestamp::default()).unwrap();
+        let key = name_key(ROOT, name.as_ref());
+        let value = encode_entry(&key, id, NodeKind::Region);
+        batch.entries.push((key, Some(value)));
+        let mut layout = Layout::new(4096);
+        layout.set_size(8192);
+        layout.set_generation(generation);
+        layout.replace(Extent { logical: 0, member: 0, file: index + 1, offset: 0, len: 8192 });
+        layout.set_sums(0, &[index as u32, generation as u32]);
+        batch.layouts.push((id, layout.changes(None)));
+    }
+    batch.nodes = tree.iter().map(|(id, node)| (id, encode_node(id, node))).collect();
+    batch
+}
+
+fn state(catalog: &Catalog) -> (u64, u64) {
+    let (meta, tree) = catalog.load::<()>().unwrap();
+    for node in catalog.layout_nodes().unwrap() {
+        let layout = catalog.layout(node).unwrap().unwrap();
+        assert_eq!(layout.generation(), meta.generation, "a layout of another snapshot");
+        assert_eq!(layout.sum(1), meta.generation as u32);
+    }
+    assert_eq!(catalog.layout_nodes().unwrap().len() as u64, tree.region_count());
+    (meta.generation, tree.region_count())
+}
+
+#[test]
+fn a_snapshot_is_there_whole_or_not_at_all() {
+    let mut outcomes = [0; 2];
+    for allowed in 0.. {
+        let store = Faulty::new(io::ErrorKind::Other);
+        let catalog = Catalog::create(Box::new(store.clone()), &batch(1, 20)).unwrap();
+        store.budget.store(allowed, Relaxed);
+        let applied = catalog.apply(&batch(2, 40));
+        drop(catalog);
+        let spent = store.budget.swap(u64::MAX, Relaxed) > 0;
+        let after = state(&Catalog::open(Box::new(store.clone()), false).unwrap());
+        match after {
+            (1, 20) => {
+                assert!(applied.is_err(), "{allowed} writes: it was said to be durable");
+                outcomes[0] += 1;
+            }
+            (2, 40) => outcomes[1] += 1,
+            other => panic!("{allowed} writes: neither before nor after: {other:?}"),
+        }
+        if applied.is_ok() && spent {
+            break;
+        }
+    }
+    assert!(outcomes[0] > 3 && outcomes[1] > 0, "{outcomes:?}");
+}
+
+#[test]
+fn after_a_failed_write_it_goes_on_once_it_is_opened_again() {
+    for allowed in [0, 1, 3, 5] {
+        let store = Faulty::new(io::ErrorKind::StorageFull);
+        let catalog = Catalog::create(Box::new(store.clone()), &batch(1, 20)).unwrap();
+        store.budget.store(allowed, Relaxed);
+        let error = catalog.apply(&batch(2, 400)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoSpace, "{}", error.chain());
+        assert_eq!(state_of_old(&catalog), Some(()), "reading goes on");
+        store.budget.store(u64::MAX, Relaxed);
+        catalog.reopen(Box::new(store.clone())).unwrap();
+        catalog.apply(&batch(2, 400)).unwrap();
+        assert_eq!(state(&catalog), (2, 400));
+        catalog.close().unwrap();
+        assert_eq!(catalog.meta().unwrap_err().kind(), ErrorKind::Stale);
+        assert_eq!(state(&Catalog::open(Box::new(store), false).unwrap()), (2, 400));
+    }
+}
+
+/// Whatever it says, it must not panic.
+fn state_of_old(catalog: &Catalog) -> Option<()> {
+    let _ = catalog.meta();
+    let _ = catalog.layout(2);
+    Some(())
+}
+
+#[test]
+fn meta_records_are_checked() {
+    let good = meta(5).encode();
+    assert_eq!(Meta::decode(&good).unwrap(), meta(5));
+    for bit in 0..good.len() * 8 {
+        let mut bad = good.clone();
+        bad[bit / 8] ^= 1 << (bit % 8);
+        assert_eq!(Meta::decode(&bad).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+    for len in 0..good.len() {
+        assert_eq!(Meta::decode(&good[..len]).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+}
+
+#[test]
+fn a_read_only_open_repairs_in_memory_only() {
+    let store = Faulty::new(io::ErrorKind::Other);
+    let catalog = Catalog::create(Box::new(store.clone()), &batch(1, 20)).unwrap();
+    store.budget.store(0, Relaxed);
+    drop(catalog); // without a clean close, as a killed process leaves it
+    let read_only = Catalog::open(Box::new(store.clone()), true).unwrap();
+    assert_eq!(state(&read_only), (1, 20));
+    assert_eq!(store.budget.load(Relaxed), 0);
+}
+
+#[test]
+fn not_a_catalog() {
+    for bytes in [vec![], vec![0; 100], vec![7; 100_000], b"redb\x1a\x0a\xa9\x0d\x0a".to_vec()] {
+        let mut file = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut file, &bytes).unwrap();
+        let error = Catalog::open(Box::new(backend::FileStore(file)), false)
+            .map(|catalog| catalog.meta().unwrap_err());
+        let error = error.unwrap_or_else(|error| error);
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{} bytes: {}", bytes.len(), error.chain());
+    }
+}

@@ -12,6 +12,7 @@ mod bad_input;
 mod content;
 mod crash;
 mod kinds;
+mod random;
 
 fn region(mode: u32) -> NewNode {
     NewNode { kind: NodeKind::Region, mode, uid: 0, gid: 0, rdev: 0, target: None }
