@@ -126,6 +126,8 @@ impl Shared {
         lock(&self.contents).in_flight.clear();
         turn.done = id;
         self.free_doomed(id);
+        // Where it was given up: from what was just freed.
+        self.store.keep_reserve();
         Ok(())
     }
 
@@ -145,7 +147,6 @@ impl Shared {
             return;
         }
         turn.backed_up = Some(Instant::now());
-        self.store.keep_reserve();
         match self.store.back_up() {
             Ok(()) => turn.backed_up_generation = generation,
             Err(error) => tracing::warn!(error = %error.chain(), "cannot copy the catalog"),

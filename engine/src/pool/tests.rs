@@ -11,6 +11,7 @@ use crate::types::{Allocate, Attr, NewNode, NodeKind, ROOT, RenameFlags, Seek, S
 mod bad_input;
 mod content;
 mod crash;
+mod full;
 mod kinds;
 mod random;
 
