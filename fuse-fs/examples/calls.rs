@@ -1,6 +1,6 @@
 //! Calls per second on the names of a directory: create, stat, open/close, readdir with stat, unlink.
 //!
-//! `cargo run --release -p nvtier-fuse-fs --example metadata -- DIR [FILES] [THREADS]`
+//! `cargo run --release -p nvtier-fuse-fs --example calls -- DIR [FILES] [THREADS]`
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::time::Instant;
 
 fn main() {
     let mut words = std::env::args().skip(1);
-    let directory = PathBuf::from(words.next().expect("usage: metadata DIR [FILES] [THREADS]"));
+    let directory = PathBuf::from(words.next().expect("usage: calls DIR [FILES] [THREADS]"));
     let files: usize = words.next().map_or(5000, |word| word.parse().expect("FILES"));
     let threads: usize = words.next().map_or(1, |word| word.parse().expect("THREADS"));
     let root = directory.join(format!("metadata-{}", std::process::id()));
