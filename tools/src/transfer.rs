@@ -23,7 +23,7 @@ pub use check::check;
 pub struct ImportOptions {
     /// Replace what has the name.
     pub replace: bool,
-    /// Parse tensor headers (done by the caller with [`check`], before the pool is touched).
+    /// Parse tensor headers (done by the caller with [`check()`], before the pool is touched).
     pub check: bool,
     /// Go on where an earlier run stopped.
     pub resume: bool,
