@@ -106,8 +106,8 @@ pub(super) fn to_connect(path: &Path, info: Option<&PoolInfo>) -> Vec<Location> 
     }
     let me = rustix::process::geteuid().as_raw();
     let mut users = vec![me];
+    // Another user's runtime directory is closed to us: only a known owner's is worth a look, for the message that it refuses.
     users.extend(info.owner_pid.and_then(user_of));
-    users.push(0);
     users.dedup();
     for user in users {
         for directory in runtime_directories(user) {
