@@ -31,6 +31,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use nvme::Device;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{MAX_CHUNK_SIZE, MAX_MEMBERS, MIN_CHUNK_SIZE, MemberKind};
 
@@ -322,6 +324,40 @@ pub fn read(path: &Path, kind: MemberKind) -> Result<Found> {
         });
     }
     choose(path, copies)
+}
+
+/// As [`read`], of a raw member that is open already.
+pub fn read_device(device: &dyn Device) -> Result<Found> {
+    let copies = offsets(MemberKind::Image, device.len()).map(|offset| {
+        let mut block = vec![0; SUPERBLOCK_BYTES];
+        match device.read_at(offset, &mut block) {
+            Ok(()) => Superblock::decode(&block),
+            Err(error) => Copy::Damaged(format!("it cannot be read: {}", Error::from(error).chain())),
+        }
+    });
+    choose(Path::new(device.name()), copies.into())
+}
+
+/// As [`write`], to a raw member that is open already.
+pub fn write_device(device: &dyn Device, superblock: &Superblock) -> Result<()> {
+    let block = superblock.encode()?;
+    for offset in offsets(MemberKind::Image, device.len()) {
+        device
+            .write_at(offset, &block)
+            .and_then(|()| device.flush())
+            .map_err(|error| Error::from(error).context(format!("write the superblock of {}", device.name())))?;
+    }
+    Ok(())
+}
+
+/// Takes both copies away from a raw member, durably.
+pub fn erase_device(device: &dyn Device) -> Result<()> {
+    let zeros = [0; SUPERBLOCK_BYTES];
+    let erased = offsets(MemberKind::Image, device.len())
+        .into_iter()
+        .try_for_each(|offset| device.write_at(offset, &zeros))
+        .and_then(|()| device.flush());
+    erased.map_err(|error| Error::from(error).context(format!("erase the superblock of {}", device.name())))
 }
 
 fn choose(path: &Path, copies: Vec<Copy>) -> Result<Found> {

@@ -20,7 +20,8 @@ pub const OWNER_FILE: &str = "owner";
 /// Ownership; dropping it gives it up.
 #[derive(Debug)]
 pub struct Owner {
-    /// Held for its lock. `None`: a read-only open of a pool that never had a lock file, on a file system that takes none.
+    /// Held for its lock. `None`: a read-only open of a pool that never had a lock file, on a file system that takes none; or there
+    /// is no file, see [`of_devices`](Owner::of_devices).
     _file: Option<File>,
 }
 
@@ -73,6 +74,11 @@ impl Owner {
             wrote.map_err(|error| Error::io(what(), error))?;
         }
         Ok(Owner { _file: Some(file) })
+    }
+
+    /// For members that the caller brought as open devices: who holds those owns the pool.
+    pub fn of_devices() -> Owner {
+        Owner { _file: None }
     }
 
     /// The process that owns a pool now, if one does.

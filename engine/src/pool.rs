@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
 
+use nvme::Device;
+
 use crate::catalog::Catalog;
 use crate::catalog::store::CatalogStore;
 use crate::error::{Error, ErrorKind, Result};
@@ -192,6 +194,18 @@ impl Pool {
     /// Opens a pool and becomes its owner; `Busy` names the process that is. `path` is the pool's or any of its members'.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         open::open(path, options)
+    }
+
+    /// Makes a pool of raw members that are open already, where they have no path: simulated devices. Of the options only the chunk
+    /// size and the stripe unit count. Nothing is asked about what they hold.
+    pub fn format_devices(devices: &[Arc<dyn Device>], options: &FormatOptions) -> Result<PoolInfo> {
+        format::format_devices(devices, options)
+    }
+
+    /// Opens a pool of raw members that are open already, all of them in order of their index. Their holder is the owner; no lock
+    /// keeps others out.
+    pub fn open_devices(devices: &[Arc<dyn Device>], options: &OpenOptions) -> Result<Pool> {
+        open::open_devices(devices, options)
     }
 
     /// Reads the superblocks only; needs no ownership.

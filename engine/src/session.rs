@@ -163,6 +163,11 @@ impl Session {
         }
     }
 
+    /// A session on a pool that this process opened already. Of the options, `serve` and `read_only` count.
+    pub fn over(pool: Pool, options: &SessionOptions) -> Session {
+        Session::embedded(pool, options)
+    }
+
     fn embedded(pool: Pool, options: &SessionOptions) -> Session {
         if !options.read_only {
             partial::sweep(&pool);

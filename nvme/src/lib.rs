@@ -49,4 +49,6 @@ pub use error::{Error, ErrorKind, Result};
 pub use mapped::MappedFile;
 pub use queue::{Backend, Completion, Op, Queue, QueueBuilder, Refused, Verb, with_thread_queue};
 pub use sharing::is_open_elsewhere;
-pub use sim::{SimDecision, SimDevice, SimHook, SimIo, SimOptions, SimRng};
+pub use sim::{
+    SimChange, SimDecision, SimDevice, SimHook, SimImage, SimIo, SimOptions, SimPower, SimRng, Survivors,
+};

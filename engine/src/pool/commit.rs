@@ -228,8 +228,12 @@ impl Shared {
             contents.in_flight = pending.clone();
             pending
         };
+        // In the order of their keys, as the tables are: neighbours share pages, and the same changes make the same writes.
         batch.removed = dirty.removed.iter().copied().collect();
-        for (node, pending) in &contents {
+        batch.removed.sort_unstable();
+        let mut changed: Vec<(&NodeId, &Pending)> = contents.iter().collect();
+        changed.sort_unstable_by_key(|(node, _)| **node);
+        for (node, pending) in changed {
             let Ok(held) = tree.get(*node) else { continue };
             if held.nlink == 0 {
                 continue;
@@ -251,6 +255,7 @@ impl Shared {
                 .map(|entry| encode_entry(&key, entry.node, entry.kind));
             batch.entries.push((key, value));
         }
+        batch.entries.sort_unstable();
         for node in dirty.xattrs.iter().filter(|node| in_catalog(&tree, **node)) {
             let Ok(held) = tree.get(*node) else { continue };
             let values = held.xattrs.iter().flat_map(|xattrs| xattrs.iter()).map(|(name, value)| {
@@ -260,6 +265,7 @@ impl Shared {
             });
             batch.xattrs.push((*node, values.collect()));
         }
+        batch.xattrs.sort_unstable();
         for node in &dirty.nodes {
             if !in_catalog(&tree, *node) {
                 continue;
@@ -268,6 +274,7 @@ impl Shared {
             held.stored = true;
             batch.nodes.push((*node, encode_node(*node, held)));
         }
+        batch.nodes.sort_unstable();
         Taken { batch, dirty, contents }
     }
 

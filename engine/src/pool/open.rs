@@ -108,7 +108,6 @@ fn missing(pool: &Superblock, index: usize, why: &str) -> Error {
 }
 
 fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> {
-    let entry = &pool.members[index];
     let kind = match kind_at(&path) {
         Ok(kind) => kind,
         Err(error) => return Err(missing(pool, index, &error.chain())),
@@ -120,7 +119,13 @@ fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> 
         }
         Err(error) => return Err(error),
     };
-    let other = &found.superblock;
+    check_member(pool, index, &path, &found.superblock)?;
+    Ok(Located { path, kind, found })
+}
+
+/// Refuses what is not this pool's member with this index.
+fn check_member(pool: &Superblock, index: usize, path: &Path, other: &Superblock) -> Result<()> {
+    let entry = &pool.members[index];
     let wrong = |text: String| Err(Error::new(ErrorKind::WrongMember, format!("{}: {text}", path.display())));
     if other.pool != pool.pool {
         return wrong(format!(
@@ -139,7 +144,7 @@ fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> 
     if own != Some(entry.id) {
         return wrong(format!("it is another member {index} than the one that the pool was made with"));
     }
-    Ok(Located { path, kind, found })
+    Ok(())
 }
 
 fn info_of(path: &Path, superblock: &Superblock, members: &[Located]) -> PoolInfo {
@@ -187,11 +192,11 @@ fn geometry_of(superblock: &Superblock) -> RawGeometry {
 }
 
 /// Writes damaged or stale superblock copies again from the good one.
-fn repair_superblocks(members: &[Located]) {
-    for member in members {
+fn repair_superblocks(members: &[Located], write: &dyn Fn(usize, &Superblock) -> Result<()>) {
+    for (index, member) in members.iter().enumerate() {
         let Some(why) = &member.found.damaged else { continue };
         tracing::warn!(member = %member.path.display(), "{why}; written again from the good copy");
-        if let Err(error) = format::write(&member.path, member.kind, &member.found.superblock) {
+        if let Err(error) = write(index, &member.found.superblock) {
             tracing::warn!(member = %member.path.display(), error = %error.chain(), "the superblock could not be repaired");
         }
     }
@@ -212,9 +217,60 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
     let (superblock, members) = locate(path)?;
     let owner = Owner::take(&members[0].path, members[0].kind, options.read_only)?;
     if !options.read_only {
-        repair_superblocks(&members);
+        let write = |index: usize, superblock: &Superblock| {
+            format::write(&members[index].path, members[index].kind, superblock)
+        };
+        repair_superblocks(&members, &write);
     }
-    let devices = open_devices(&members, options)?;
+    let devices = devices_of(&members, options)?;
+    open_located(path, superblock, members, devices, owner, options)
+}
+
+/// The members that these devices say they are, and the superblock of the first.
+fn locate_devices(devices: &[Arc<dyn Device>]) -> Result<(Superblock, Vec<Located>)> {
+    let mut members: Vec<Located> = Vec::new();
+    for device in devices {
+        let found = format::read_device(&**device)?;
+        members.push(Located { path: PathBuf::from(device.name()), kind: MemberKind::Image, found });
+    }
+    let Some(superblock) = members.first().map(|member| member.found.superblock.clone()) else {
+        return Err(Error::new(ErrorKind::InvalidArgument, "a pool of no devices"));
+    };
+    if superblock.members.len() != members.len() {
+        let text = format!("the pool has {} members, {} were given", superblock.members.len(), members.len());
+        return Err(Error::new(ErrorKind::MissingMember, text));
+    }
+    for (index, member) in members.iter().enumerate() {
+        check_member(&superblock, index, &member.path, &member.found.superblock)?;
+    }
+    Ok((superblock, members))
+}
+
+pub(super) fn probe_devices(devices: &[Arc<dyn Device>]) -> Result<PoolInfo> {
+    let (superblock, members) = locate_devices(devices)?;
+    Ok(info_of(&members[0].path, &superblock, &members))
+}
+
+/// See [`Pool::open_devices`].
+pub(super) fn open_devices(devices: &[Arc<dyn Device>], options: &OpenOptions) -> Result<Pool> {
+    check_options(options)?;
+    let (superblock, members) = locate_devices(devices)?;
+    if !options.read_only {
+        repair_superblocks(&members, &|index, superblock| format::write_device(&*devices[index], superblock));
+    }
+    let path = members[0].path.clone();
+    let devices = devices.iter().cloned().map(Some).collect();
+    open_located(&path, superblock, members, devices, Owner::of_devices(), options)
+}
+
+fn open_located(
+    path: &Path,
+    superblock: Superblock,
+    members: Vec<Located>,
+    devices: Vec<Option<Arc<dyn Device>>>,
+    owner: Owner,
+    options: &OpenOptions,
+) -> Result<Pool> {
     let store =
         CatalogStore::new(&members[0].path, devices[0].clone(), &geometry_of(&members[0].found.superblock));
     let loaded: Loaded<Live> = store.open(&superblock.pool, options.read_only)?;
@@ -372,7 +428,7 @@ fn refresh_unsealed(tree: &mut Tree<Live>, directory: &FileDirectory) {
 }
 
 /// The devices of raw members: one descriptor each, since block devices are claimed exclusively.
-fn open_devices(members: &[Located], options: &OpenOptions) -> Result<Vec<Option<Arc<dyn Device>>>> {
+fn devices_of(members: &[Located], options: &OpenOptions) -> Result<Vec<Option<Arc<dyn Device>>>> {
     let open = |member: &Located| match member.kind {
         MemberKind::Directory => Ok(None),
         _ => nvme::open(&member.path, &DeviceOptions { direct: true, read_only: options.read_only })
@@ -388,6 +444,9 @@ fn open_extents(
     devices: Vec<Option<Arc<dyn Device>>>,
     options: &OpenOptions,
 ) -> Result<Arc<ExtentIo>> {
+    // A simulated device repeats what a seed did only where its operations come in one order.
+    let simulated = devices.iter().flatten().any(|device| device.kind() == nvme::DeviceKind::Sim);
+    let writers = if simulated { 1 } else { members.len().clamp(2, 4) };
     let mut opened: Vec<Arc<dyn Member>> = Vec::new();
     for (index, (member, device)) in members.iter().zip(devices).enumerate() {
         let index = index as u16;
@@ -412,6 +471,7 @@ fn open_extents(
             stripe_unit: superblock.stripe_unit,
             ram_bytes: options.ram_bytes,
             verify: matches!(options.verify, Verify::Always | Verify::Scrub),
+            writers,
         },
     )
 }
