@@ -26,7 +26,7 @@ pub struct ExtentIoOptions {
     pub ram_bytes: u64,
     /// Verify sums on every read.
     pub verify: bool,
-    /// Threads that write.
+    /// Threads that write; 0: in step, see [`WriteBehind::new`].
     pub writers: usize,
 }
 

@@ -7,6 +7,7 @@ mod external;
 mod lint;
 mod paths;
 mod pyenv;
+mod sim;
 mod suites;
 mod sweep;
 mod tally;
@@ -33,6 +34,8 @@ enum Task {
     Setup,
     /// Make the committed bindings of NVMe structures anew; `--check`: fail if they have drifted.
     Bindgen(bindgen::Args),
+    /// Simulated power cuts against a model, bit flips at rest, the time to open a large pool; see docs/reliability.md.
+    Sim(sim::Args),
     /// Remove mounts, processes and loop devices that an interrupted test run left behind.
     Sweep,
 }
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Task::Lint => lint::run(),
         Task::Setup => suites::setup(),
         Task::Bindgen(args) => bindgen::run(&args),
+        Task::Sim(args) => sim::run(&args),
         Task::Sweep => sweep::abandoned().map(|()| true),
     };
     match outcome {

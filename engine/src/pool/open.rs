@@ -444,9 +444,9 @@ fn open_extents(
     devices: Vec<Option<Arc<dyn Device>>>,
     options: &OpenOptions,
 ) -> Result<Arc<ExtentIo>> {
-    // A simulated device repeats what a seed did only where its operations come in one order.
+    // A simulated device repeats what a seed did only where its operations come in one order: written in step.
     let simulated = devices.iter().flatten().any(|device| device.kind() == nvme::DeviceKind::Sim);
-    let writers = if simulated { 1 } else { members.len().clamp(2, 4) };
+    let writers = if simulated { 0 } else { members.len().clamp(2, 4) };
     let mut opened: Vec<Arc<dyn Member>> = Vec::new();
     for (index, (member, device)) in members.iter().zip(devices).enumerate() {
         let index = index as u16;

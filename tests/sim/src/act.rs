@@ -147,12 +147,43 @@ fn one_of<'a>(rng: &mut SimRng, list: &[&'a str]) -> &'a str {
     list[rng.in_range(0..list.len() as u64) as usize]
 }
 
+/// What drawing knows of the acts it has drawn: enough to make most of them meet something.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    files: Vec<String>,
+    open: [bool; SLOTS],
+}
+
+impl Memory {
+    /// The power went: no handle is open.
+    pub fn crashed(&mut self) {
+        self.open = Default::default();
+    }
+
+    /// A path that may be anything.
+    fn new_path(&mut self, rng: &mut SimRng) -> String {
+        let path = path(rng);
+        if !self.files.contains(&path) {
+            self.files.push(path.clone());
+        }
+        path
+    }
+
+    /// Most often a path that was made before.
+    fn old_path(&mut self, rng: &mut SimRng) -> String {
+        if self.files.is_empty() || rng.in_range(0..10) == 0 {
+            return path(rng);
+        }
+        self.files[rng.in_range(0..self.files.len() as u64) as usize].clone()
+    }
+}
+
 /// A path from a small space, so that acts meet each other.
 fn path(rng: &mut SimRng) -> String {
     let file = rng.in_range(0..FILES);
-    match rng.in_range(0..6) {
-        0..=3 => format!("f{file}"),
-        4 => format!("d/f{file}"),
+    match rng.in_range(0..8) {
+        0..=5 => format!("f{file}"),
+        6 => format!("d/f{file}"),
         _ => format!("{}/f{file}", one_of(rng, &DIRECTORIES)),
     }
 }
@@ -188,50 +219,65 @@ fn place(rng: &mut SimRng, taste: &Taste) -> usize {
 }
 
 /// One act by chance.
-pub fn draw(rng: &mut SimRng, taste: &Taste) -> Act {
+pub fn draw(rng: &mut SimRng, taste: &Taste, memory: &mut Memory) -> Act {
     let fill = rng.next_u64() >> 48;
     if taste.slots > 0 && rng.in_range(0..100) < 40 {
         let slot = rng.in_range(0..taste.slots as u64) as usize;
+        if !memory.open[slot] {
+            memory.open[slot] = true;
+            return Act::Open { slot, path: memory.old_path(rng), truncate: rng.in_range(0..4) == 0 };
+        }
         return match rng.in_range(0..20) {
-            0..=4 => Act::Open { slot, path: path(rng), truncate: rng.in_range(0..4) == 0 },
-            5..=11 => Act::WriteAt { slot, offset: place(rng, taste), len: length(rng, taste), fill },
-            12 => Act::SetLen { slot, len: place(rng, taste) },
-            13 => Act::Punch { slot, offset: place(rng, taste), len: length(rng, taste) },
-            14 => Act::Reserve { slot, offset: place(rng, taste), len: length(rng, taste) },
-            15..=16 => Act::Fsync { slot },
-            _ => Act::Close { slot },
+            0..=9 => Act::WriteAt { slot, offset: place(rng, taste), len: length(rng, taste), fill },
+            10..=11 => Act::SetLen { slot, len: place(rng, taste) },
+            12 => Act::Punch { slot, offset: place(rng, taste), len: length(rng, taste) },
+            13 => Act::Reserve { slot, offset: place(rng, taste), len: length(rng, taste) },
+            14..=16 => Act::Fsync { slot },
+            _ => {
+                memory.open[slot] = false;
+                Act::Close { slot }
+            }
         };
     }
     match rng.in_range(0..100) {
-        0..=16 => Act::Put { path: path(rng), len: length(rng, taste), fill },
-        17..=19 => Act::Create { path: path(rng) },
-        20..=31 => Act::Write { path: path(rng), offset: place(rng, taste), len: length(rng, taste), fill },
-        32..=36 => Act::Truncate { path: path(rng), len: place(rng, taste) },
-        37..=45 => Act::Import {
-            path: path(rng),
+        0..=18 => Act::Put { path: memory.new_path(rng), len: length(rng, taste), fill },
+        19..=21 => Act::Create { path: memory.new_path(rng) },
+        22..=33 => {
+            Act::Write { path: memory.old_path(rng), offset: place(rng, taste), len: length(rng, taste), fill }
+        }
+        34..=38 => Act::Truncate { path: memory.old_path(rng), len: place(rng, taste) },
+        39..=47 => Act::Import {
+            path: memory.new_path(rng),
             len: length(rng, taste),
             fill,
             reserve: rng.in_range(0..2) == 0,
             commit: rng.in_range(0..5) > 0,
         },
-        46..=50 => Act::Mkdir { path: one_of(rng, &DIRECTORIES).to_owned() },
-        51 => Act::Rmdir { path: one_of(rng, &DIRECTORIES).to_owned() },
-        52 => Act::Symlink { path: path(rng), target: path(rng) },
-        53..=55 => Act::Link { from: path(rng), to: path(rng) },
-        56..=63 => {
-            Act::Rename { from: any_path(rng), to: any_path(rng), exchange: rng.in_range(0..5) == 0 }
+        48..=51 => Act::Mkdir { path: one_of(rng, &DIRECTORIES).to_owned() },
+        52 => Act::Rmdir { path: one_of(rng, &DIRECTORIES).to_owned() },
+        53 => Act::Symlink { path: path(rng), target: path(rng) },
+        54..=56 => Act::Link { from: memory.old_path(rng), to: memory.new_path(rng) },
+        57..=63 => {
+            let exchange = rng.in_range(0..5) == 0;
+            let (from, to) = match rng.in_range(0..5) {
+                0 => (any_path(rng), any_path(rng)),
+                _ => (memory.old_path(rng), memory.new_path(rng)),
+            };
+            Act::Rename { from, to, exchange }
         }
-        64..=70 => Act::Unlink { path: path(rng) },
+        64..=70 => Act::Unlink { path: memory.old_path(rng) },
         71..=72 => Act::Chmod { path: any_path(rng), mode: rng.in_range(0..0o1000) as u32 },
         73..=75 => {
             let name = one_of(rng, &["user.a", "user.b"]).to_owned();
             let len = [3, 200, 9000][rng.in_range(0..3) as usize];
-            Act::SetXattr { path: any_path(rng), name, len, fill }
+            Act::SetXattr { path: memory.old_path(rng), name, len, fill }
         }
-        76 => Act::RemoveXattr { path: any_path(rng), name: "user.a".into() },
+        76 => Act::RemoveXattr { path: memory.old_path(rng), name: "user.a".into() },
         77..=92 => Act::Sync,
-        93..=95 => Act::Read { path: path(rng) },
-        96..=97 => Act::Count,
-        _ => Act::Reopen,
+        93..=94 => Act::Read { path: memory.old_path(rng) },
+        act => {
+            memory.crashed();
+            if act <= 97 { Act::Count } else { Act::Reopen }
+        }
     }
 }

@@ -22,6 +22,8 @@ pub struct Content {
     pub bytes: Arc<Vec<u8>>,
     /// Which chunks take space on a member; the others are holes.
     pub stored: Arc<Vec<bool>>,
+    /// That is not known: a call failed halfway for want of space.
+    pub unsure: bool,
 }
 
 impl Content {

@@ -126,9 +126,9 @@ impl Model {
                     (Some(content), _) => Body::Region(Region {
                         live: content.clone(),
                         committed: Some(content.clone()),
-                        writers: 0,
                         stored: true,
                         had_content: true,
+                        ..Region::default()
                     }),
                     (None, Some(target)) => Body::Symlink(target.clone()),
                     (None, None) => Body::Directory(BTreeMap::new()),
@@ -426,6 +426,20 @@ impl Model {
                 region.stored = true;
             }
         }
+    }
+
+    /// Chunks that all regions take together, nothing being open; `None` where that is not known.
+    pub fn chunks(&self) -> Option<u64> {
+        let mut chunks = 0;
+        for node in self.nodes.values() {
+            let Body::Region(region) = &node.body else { continue };
+            let Some(content) = &region.committed else { continue };
+            if content.unsure {
+                return None;
+            }
+            chunks += content.chunks();
+        }
+        Some(chunks)
     }
 
     /// What a snapshot taken now would show.
