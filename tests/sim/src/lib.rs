@@ -26,6 +26,7 @@ pub mod check;
 pub mod config;
 pub mod content;
 pub mod driver;
+pub mod exhaustive;
 pub mod model;
 pub mod plan;
 pub mod sabotage;
