@@ -342,10 +342,9 @@ pub fn read_device(device: &dyn Device) -> Result<Found> {
 pub fn write_device(device: &dyn Device, superblock: &Superblock) -> Result<()> {
     let block = superblock.encode()?;
     for offset in offsets(MemberKind::Image, device.len()) {
-        device
-            .write_at(offset, &block)
-            .and_then(|()| device.flush())
-            .map_err(|error| Error::from(error).context(format!("write the superblock of {}", device.name())))?;
+        device.write_at(offset, &block).and_then(|()| device.flush()).map_err(|error| {
+            Error::from(error).context(format!("write the superblock of {}", device.name()))
+        })?;
     }
     Ok(())
 }

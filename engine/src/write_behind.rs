@@ -224,9 +224,11 @@ fn write_now(shared: &Shared, run: RunWrite) -> (Written, Result<()>) {
     let sums = sums(&run);
     let RunWrite { owner, first_chunk, device, offset, buffer, len, permit, .. } = run;
     let op = Op::write(device, offset, buffer).range(0..len);
-    let done = nvme::with_thread_queue(shared.arena.as_ref(), |queue| queue.run(vec![op])).and_then(|done| done);
-    let result = done
-        .and_then(|completions| completions.into_iter().try_for_each(|completion| completion.result.map(drop)));
+    let done =
+        nvme::with_thread_queue(shared.arena.as_ref(), |queue| queue.run(vec![op])).and_then(|done| done);
+    let result = done.and_then(|completions| {
+        completions.into_iter().try_for_each(|completion| completion.result.map(drop))
+    });
     (Written { owner, first_chunk, sums, permit }, result.map_err(Error::from))
 }
 

@@ -216,7 +216,10 @@ impl SimDevice {
         if !image.len.is_multiple_of(u64::from(options.lba_size)) {
             return Err(Error::new(
                 ErrorKind::Misaligned,
-                format!("an image of {} bytes has no whole number of {}-byte blocks", image.len, options.lba_size),
+                format!(
+                    "an image of {} bytes has no whole number of {}-byte blocks",
+                    image.len, options.lba_size
+                ),
             ));
         }
         let cache = options.volatile_cache.then(|| Cache::new(options.lba_size));
@@ -228,6 +231,17 @@ impl SimDevice {
     /// What reads see now.
     pub fn image(&self) -> SimImage {
         SimImage { len: self.len, pages: self.state().pages.clone() }
+    }
+
+    /// Turns one bit over at rest, past the cache.
+    ///
+    /// # Panics
+    /// When the byte is not within it, or `bit` is over 7.
+    pub fn flip(&self, offset: u64, bit: u8) {
+        let mut state = self.state();
+        let mut image = SimImage { len: self.len, pages: std::mem::take(&mut state.pages) };
+        image.flip(offset, bit);
+        state.pages = image.pages;
     }
 
     /// Writes that no flush has made durable yet.
@@ -285,11 +299,14 @@ impl SimDevice {
             if admitted == Admitted::Dying && verb != Verb::Flush && decision == SimDecision::Proceed {
                 act(&mut state, len);
             }
-            let context = format!("{} {len} bytes at {offset} of {}: its power is off", verb.name(), self.name);
+            let context =
+                format!("{} {len} bytes at {offset} of {}: its power is off", verb.name(), self.name);
             return InlineOutcome { result: Err(Error::new(ErrorKind::Gone, context)), latency };
         }
         let moved = match decision {
-            SimDecision::Lose if verb != Verb::Read => return InlineOutcome { result: Ok(len as usize), latency },
+            SimDecision::Lose if verb != Verb::Read => {
+                return InlineOutcome { result: Ok(len as usize), latency };
+            }
             SimDecision::Proceed | SimDecision::Lose => len,
             SimDecision::Short(n) => n.min(len),
             SimDecision::Slow(more) => {

@@ -15,37 +15,110 @@ pub const SLOTS: usize = 4;
 #[allow(missing_docs)] // the fields are what they are called; offsets and lengths in bytes
 pub enum Act {
     /// Makes an empty region.
-    Create { path: String },
+    Create {
+        path: String,
+    },
     /// Makes a region where there is none, and writes it whole.
-    Put { path: String, len: usize, fill: u64 },
+    Put {
+        path: String,
+        len: usize,
+        fill: u64,
+    },
     /// Opens, writes somewhere, closes: copy on write.
-    Write { path: String, offset: usize, len: usize, fill: u64 },
+    Write {
+        path: String,
+        offset: usize,
+        len: usize,
+        fill: u64,
+    },
     /// `truncate(2)`.
-    Truncate { path: String, len: usize },
+    Truncate {
+        path: String,
+        len: usize,
+    },
     /// Through a `RegionWriter`: whole or not at all.
-    Import { path: String, len: usize, fill: u64, reserve: bool, commit: bool },
-    Mkdir { path: String },
-    Rmdir { path: String },
-    Symlink { path: String, target: String },
-    Link { from: String, to: String },
-    Rename { from: String, to: String, exchange: bool },
-    Unlink { path: String },
-    Chmod { path: String, mode: u32 },
-    SetXattr { path: String, name: String, len: usize, fill: u64 },
-    RemoveXattr { path: String, name: String },
+    Import {
+        path: String,
+        len: usize,
+        fill: u64,
+        reserve: bool,
+        commit: bool,
+    },
+    Mkdir {
+        path: String,
+    },
+    Rmdir {
+        path: String,
+    },
+    Symlink {
+        path: String,
+        target: String,
+    },
+    Link {
+        from: String,
+        to: String,
+    },
+    Rename {
+        from: String,
+        to: String,
+        exchange: bool,
+    },
+    Unlink {
+        path: String,
+    },
+    Chmod {
+        path: String,
+        mode: u32,
+    },
+    SetXattr {
+        path: String,
+        name: String,
+        len: usize,
+        fill: u64,
+    },
+    RemoveXattr {
+        path: String,
+        name: String,
+    },
     /// Opens for writing, and keeps it open.
-    Open { slot: usize, path: String, truncate: bool },
-    WriteAt { slot: usize, offset: usize, len: usize, fill: u64 },
-    SetLen { slot: usize, len: usize },
-    Punch { slot: usize, offset: usize, len: usize },
-    Reserve { slot: usize, offset: usize, len: usize },
+    Open {
+        slot: usize,
+        path: String,
+        truncate: bool,
+    },
+    WriteAt {
+        slot: usize,
+        offset: usize,
+        len: usize,
+        fill: u64,
+    },
+    SetLen {
+        slot: usize,
+        len: usize,
+    },
+    Punch {
+        slot: usize,
+        offset: usize,
+        len: usize,
+    },
+    Reserve {
+        slot: usize,
+        offset: usize,
+        len: usize,
+    },
     /// `fsync(2)`.
-    Fsync { slot: usize },
-    Close { slot: usize },
+    Fsync {
+        slot: usize,
+    },
+    Close {
+        slot: usize,
+    },
     /// A snapshot of everything that is committed.
     Sync,
     /// Compares what handles see.
-    Read { path: String },
+    Read {
+        path: String,
+    },
     /// Closes everything, then the pool, and opens it again.
     Reopen,
     /// Closes everything, takes a snapshot, and counts the space.
@@ -242,9 +315,12 @@ pub fn draw(rng: &mut SimRng, taste: &Taste, memory: &mut Memory) -> Act {
     match rng.in_range(0..100) {
         0..=18 => Act::Put { path: memory.new_path(rng), len: length(rng, taste), fill },
         19..=21 => Act::Create { path: memory.new_path(rng) },
-        22..=33 => {
-            Act::Write { path: memory.old_path(rng), offset: place(rng, taste), len: length(rng, taste), fill }
-        }
+        22..=33 => Act::Write {
+            path: memory.old_path(rng),
+            offset: place(rng, taste),
+            len: length(rng, taste),
+            fill,
+        },
         34..=38 => Act::Truncate { path: memory.old_path(rng), len: place(rng, taste) },
         39..=47 => Act::Import {
             path: memory.new_path(rng),

@@ -59,14 +59,18 @@ impl Owned {
         let mut before: Option<(usize, u64, &str)> = None;
         for ((device, offset), (end, path)) in &self.extents {
             if let Some((_, stop, other)) = before.filter(|(same, stop, _)| same == device && stop > offset) {
-                return violation(format!("{other} and {path} both own bytes {offset}..{stop} of member {device}"));
+                return violation(format!(
+                    "{other} and {path} both own bytes {offset}..{stop} of member {device}"
+                ));
             }
             let area = match device {
                 0 => 17 << 20..(17 << 20) + config.data,
                 _ => 1 << 20..(1 << 20) + config.data,
             };
             if !area.contains(offset) || *end > area.end {
-                return violation(format!("{path} lies at {offset}..{end} of member {device}, outside its data area"));
+                return violation(format!(
+                    "{path} lies at {offset}..{end} of member {device}, outside its data area"
+                ));
             }
             before = Some((*device, *end, path));
         }
@@ -96,8 +100,14 @@ fn walk(
                 let value = pool.getxattr(entry.node, &name)?;
                 xattrs.insert(name.to_string_lossy().into_owned(), value);
             }
-            let mut seen =
-                Seen { node: entry.node, mode: attr.mode, nlink: attr.nlink, content: None, target: None, xattrs };
+            let mut seen = Seen {
+                node: entry.node,
+                mode: attr.mode,
+                nlink: attr.nlink,
+                content: None,
+                target: None,
+                xattrs,
+            };
             match attr.kind {
                 NodeKind::Directory => {
                     if let Err(stop) = walk(pool, entry.node, &path, config, state, owned)? {
@@ -115,7 +125,10 @@ fn walk(
             }
             let looked_up = pool.lookup(node, OsStr::new(&entry.name))?;
             if looked_up.node != entry.node {
-                return Ok(violation(format!("{path} is listed as node {}, found as {}", entry.node, looked_up.node)));
+                return Ok(violation(format!(
+                    "{path} is listed as node {}, found as {}",
+                    entry.node, looked_up.node
+                )));
             }
             state.insert(path, seen);
         }
@@ -147,11 +160,15 @@ fn region(
         let member = device.name().trim_start_matches("sim").parse().unwrap_or(usize::MAX);
         let end = extent.offset + extent.len.next_multiple_of(chunk as u64);
         if first_time && owned.extents.insert((member, extent.offset), (end, path.to_owned())).is_some() {
-            return Ok(violation(format!("{path} and another own byte {} of member {member}", extent.offset)));
+            return Ok(violation(format!(
+                "{path} and another own byte {} of member {member}",
+                extent.offset
+            )));
         }
         let range = extent.logical as usize..(extent.logical + extent.len).min(size) as usize;
         device.read_at(extent.offset, &mut raw[range])?;
-        let chunks = extent.logical as usize / chunk..(extent.logical + extent.len).div_ceil(chunk as u64) as usize;
+        let chunks =
+            extent.logical as usize / chunk..(extent.logical + extent.len).div_ceil(chunk as u64) as usize;
         let last = stored.len();
         stored[chunks.start..chunks.end.min(last)].fill(true);
     }

@@ -82,7 +82,9 @@ impl Config {
     pub fn formatted(&self) -> Vec<SimImage> {
         static MADE: Mutex<Option<HashMap<Config, Vec<SimImage>>>> = Mutex::new(None);
         let key = Config { ram: 0, ..*self };
-        if let Some(made) = MADE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().get(&key) {
+        if let Some(made) =
+            MADE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().get(&key)
+        {
             return made.clone();
         }
         let machine = Machine::new(self, &self.blank(), None);

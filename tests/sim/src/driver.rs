@@ -81,7 +81,9 @@ fn rounds(plan: &Plan, options: &Options, outcome: &mut Outcome) -> Result<(), S
                 break;
             }
         }
-        outcome.trace.push(format!("power cut after {} writes and flushes", world.machine.power.changes() - before));
+        outcome
+            .trace
+            .push(format!("power cut after {} writes and flushes", world.machine.power.changes() - before));
         outcome.cuts += 1;
         let machine;
         (machine, candidates) = world.crash();

@@ -84,7 +84,12 @@ pub fn workloads() -> Vec<Workload> {
         one("create", small, vec![], vec![Act::Create { path: "a".into() }, sync()]),
         one("put", small, vec![], vec![put("a", 10_000), sync()]),
         one("put on two members", PAIR, vec![], vec![put("a", 50_000), sync()]),
-        one("put on four members of 4096-byte blocks", LARGE, vec![], vec![put("a", 30_000), put("b", 20_000), sync()]),
+        one(
+            "put on four members of 4096-byte blocks",
+            LARGE,
+            vec![],
+            vec![put("a", 30_000), put("b", 20_000), sync()],
+        ),
         one("overwrite whole", small, old(), vec![put("a", 20_000), sync()]),
         one("overwrite in the middle", PAIR, old(), vec![write("a", 4000, 3000), sync()]),
         one("overwrite in the middle, large blocks", LARGE, old(), vec![write("a", 100, 8000), sync()]),
@@ -106,7 +111,12 @@ pub fn workloads() -> Vec<Workload> {
             "punch a hole",
             small,
             old(),
-            vec![open(0, "a"), Act::Punch { slot: 0, offset: 1000, len: 7500 }, Act::Close { slot: 0 }, sync()],
+            vec![
+                open(0, "a"),
+                Act::Punch { slot: 0, offset: 1000, len: 7500 },
+                Act::Close { slot: 0 },
+                sync(),
+            ],
         ),
         one("rename", small, old(), vec![rename("a", "c"), sync()]),
         one("rename over another", small, old(), vec![rename("a", "b"), sync(), put("d", 9000), sync()]),
@@ -120,14 +130,33 @@ pub fn workloads() -> Vec<Workload> {
             "link and unlink",
             small,
             old(),
-            vec![Act::Link { from: "a".into(), to: "c".into() }, sync(), unlink("a"), sync(), unlink("c"), sync()],
+            vec![
+                Act::Link { from: "a".into(), to: "c".into() },
+                sync(),
+                unlink("a"),
+                sync(),
+                unlink("c"),
+                sync(),
+            ],
         ),
-        one("delete and use the space again", small, old(), vec![unlink("a"), sync(), put("c", 12_000), sync()]),
+        one(
+            "delete and use the space again",
+            small,
+            old(),
+            vec![unlink("a"), sync(), put("c", 12_000), sync()],
+        ),
         one(
             "directories",
             small,
             vec![mkdir("d"), put("d/a", 3000)],
-            vec![mkdir("e"), rename("d/a", "e/a"), sync(), Act::Rmdir { path: "d".into() }, rename("e", "d"), sync()],
+            vec![
+                mkdir("e"),
+                rename("d/a", "e/a"),
+                sync(),
+                Act::Rmdir { path: "d".into() },
+                rename("e", "d"),
+                sync(),
+            ],
         ),
         one(
             "symbolic links and modes",
@@ -186,7 +215,14 @@ pub fn workloads() -> Vec<Workload> {
             "an unlinked file that is written",
             small,
             old(),
-            vec![open(0, "a"), unlink("a"), write_at(0, 0, 9000), Act::Fsync { slot: 0 }, sync(), Act::Close { slot: 0 }],
+            vec![
+                open(0, "a"),
+                unlink("a"),
+                write_at(0, 0, 9000),
+                Act::Fsync { slot: 0 },
+                sync(),
+                Act::Close { slot: 0 },
+            ],
         ),
         one(
             "the same space over and over",
@@ -233,7 +269,8 @@ fn patterns(machine: &Machine, thorough: bool) -> Vec<Vec<SimImage>> {
         let step = if thorough || *count <= 6 { 1 } else { 3 };
         for index in (0..*count).step_by(step) {
             for which in [Survivors::Only(index), Survivors::AllBut(index)] {
-                let other = if matches!(which, Survivors::Only(_)) { Survivors::None } else { Survivors::All };
+                let other =
+                    if matches!(which, Survivors::Only(_)) { Survivors::None } else { Survivors::All };
                 let image = |(at, device): (usize, &std::sync::Arc<nvme::SimDevice>)| {
                     device.survivors(if at == lone { which } else { other })
                 };
@@ -310,7 +347,13 @@ fn exhaust(workload: &Workload, thorough: bool) -> Result<Count, Stop> {
 }
 
 /// Opens what each pattern leaves.
-fn verify(config: &Config, cut: &Machine, candidates: &[State], thorough: bool, place: &str) -> Result<u64, Stop> {
+fn verify(
+    config: &Config,
+    cut: &Machine,
+    candidates: &[State],
+    thorough: bool,
+    place: &str,
+) -> Result<u64, Stop> {
     let mut cuts = 0;
     for (index, images) in patterns(cut, thorough).iter().enumerate() {
         cuts += 1;

@@ -276,7 +276,8 @@ impl Model {
 
     fn is_within(&self, id: Id, above: Id) -> bool {
         let Ok(entries) = self.entries(above) else { return id == above };
-        id == above || entries.values().any(|child| self.entries(*child).is_ok() && self.is_within(id, *child))
+        id == above
+            || entries.values().any(|child| self.entries(*child).is_ok() && self.is_within(id, *child))
     }
 
     /// `renameat2(2)`; what is being written gets committed by it.
@@ -394,6 +395,9 @@ impl Model {
         let id = self.resolve(path)?;
         let chunk = self.chunk;
         let region = self.region_mut(id)?;
+        if region.writers == 0 && region.live.bytes.len() == len {
+            return Ok(()); // nothing to commit: a region that never had content still has none
+        }
         region.live.set_len(chunk, len);
         if region.writers == 0 { self.commit(id) } else { Ok(()) }
     }
@@ -469,7 +473,8 @@ impl Model {
                 },
                 Body::Symlink(target) => seen.target = Some(target.clone()),
                 Body::Directory(entries) => {
-                    let subdirectories = entries.values().filter(|child| self.entries(**child).is_ok()).count();
+                    let subdirectories =
+                        entries.values().filter(|child| self.entries(**child).is_ok()).count();
                     seen.nlink = 2 + subdirectories as u32;
                     self.show(*child, &path, state);
                 }

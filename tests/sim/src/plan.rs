@@ -66,7 +66,11 @@ impl fmt::Display for Plan {
             for act in &round.acts {
                 writeln!(f, "  {act}")?;
             }
-            writeln!(f, "  power cut after {} writes and flushes, survivors {:#x}", round.cut, round.survivors)?;
+            writeln!(
+                f,
+                "  power cut after {} writes and flushes, survivors {:#x}",
+                round.cut, round.survivors
+            )?;
             for (cut, survivors) in &round.recovery {
                 writeln!(f, "  power cut after {cut} more while opening, survivors {survivors:#x}")?;
             }

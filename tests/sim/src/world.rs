@@ -73,7 +73,14 @@ fn parent_of<'a>(pool: &Pool, path: &'a str) -> engine::Result<(u64, &'a OsStr)>
 }
 
 fn new_node(kind: NodeKind, target: Option<&str>) -> NewNode {
-    NewNode { kind, mode: if kind == NodeKind::Directory { 0o755 } else { 0o644 }, uid: 0, gid: 0, rdev: 0, target: target.map(Into::into) }
+    NewNode {
+        kind,
+        mode: if kind == NodeKind::Directory { 0o755 } else { 0o644 },
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        target: target.map(Into::into),
+    }
 }
 
 impl World {
@@ -177,8 +184,9 @@ impl World {
                 self.agree("create", real.map(drop), model.map(drop))
             }
             Act::Mkdir { path } => {
-                let real = parent_of(&pool, path)
-                    .and_then(|(parent, name)| pool.create(parent, name, &new_node(NodeKind::Directory, None)));
+                let real = parent_of(&pool, path).and_then(|(parent, name)| {
+                    pool.create(parent, name, &new_node(NodeKind::Directory, None))
+                });
                 let model = self.model.create(path, 0o755, Body::Directory(Default::default()));
                 self.agree("mkdir", real.map(drop), model.map(drop))
             }
@@ -342,7 +350,11 @@ impl World {
         let mut bytes = vec![0; handle.size() as usize];
         let read = handle.read_at(0, &mut bytes);
         if let Err(error) = read {
-            return if self.power_is_off() { Err(Stop::Power) } else { violation(format!("read: {}", error.chain())) };
+            return if self.power_is_off() {
+                Err(Stop::Power)
+            } else {
+                violation(format!("read: {}", error.chain()))
+            };
         }
         let fits = (bytes.len() == old.bytes.len() || bytes.len() == new.bytes.len())
             && bytes.iter().enumerate().all(|(at, byte)| {
@@ -363,7 +375,8 @@ impl World {
 
     fn open_region(&mut self, path: &str, truncate: bool) -> Result<Option<Open>, Stop> {
         let pool = self.pool();
-        let real = attr_of(&pool, path).and_then(|attr| pool.open_region(attr.node, Access::ReadWrite, truncate));
+        let real =
+            attr_of(&pool, path).and_then(|attr| pool.open_region(attr.node, Access::ReadWrite, truncate));
         let model = self.model.resolve(path).and_then(|id| self.model.open(id, truncate).map(|()| id));
         match (real, model) {
             (Ok(handle), Ok(id)) => Ok(Some(Open { handle, id })),
@@ -471,10 +484,9 @@ impl World {
         let real = attr_of(&pool, path).and_then(|attr| check::read_region(&pool, attr.node));
         match (real, model) {
             (Ok(bytes), Ok(content)) if bytes == *content.bytes => Ok(()),
-            (Ok(bytes), Ok(content)) => violation(format!(
-                "{path} reads {}",
-                check::difference(&bytes, &content.bytes)
-            )),
+            (Ok(bytes), Ok(content)) => {
+                violation(format!("{path} reads {}", check::difference(&bytes, &content.bytes)))
+            }
             (real, model) => self.agree("read", real.map(drop), model.map(drop)),
         }
     }

@@ -37,7 +37,10 @@ fn a_seed_repeats_itself_to_the_last_write() {
         assert_eq!(plan, Plan::of_seed(seed));
         let (one, other) = (run(&plan, &options), run(&plan, &options));
         assert_eq!(one.trace, other.trace, "seed {seed}");
-        assert_eq!(one.changes, other.changes, "seed {seed}: the devices saw the same writes in the same order");
+        assert_eq!(
+            one.changes, other.changes,
+            "seed {seed}: the devices saw the same writes in the same order"
+        );
         changes += one.changes.len();
     }
     assert!(changes > 1000, "{changes} writes and flushes");
@@ -93,7 +96,13 @@ fn a_violation_is_shrunk_to_what_matters() {
     let (small, outcome) = shrink(&plan, &options);
     assert!(outcome.violation.is_some(), "the small plan fails too");
     let acts = |plan: &Plan| plan.rounds.iter().map(|round| round.acts.len()).sum::<usize>();
-    println!("{} rounds, {} acts shrunk to {} rounds, {} acts:\n{small}", plan.rounds.len(), acts(&plan), small.rounds.len(), acts(&small));
+    println!(
+        "{} rounds, {} acts shrunk to {} rounds, {} acts:\n{small}",
+        plan.rounds.len(),
+        acts(&plan),
+        small.rounds.len(),
+        acts(&small)
+    );
     assert!(small.rounds.len() <= 2 && acts(&small) <= 4 && acts(&small) <= acts(&plan));
     assert_eq!(run(&small, &options).violation, outcome.violation, "and fails the same way again");
 }
