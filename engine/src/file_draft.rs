@@ -18,8 +18,10 @@ use crate::layout::{Extent, Layout};
 use crate::member::directory::{FileDirectory, allocated};
 use crate::types::{Allocate, NodeId, Seek, Timestamp};
 
+mod stream;
 mod sums;
 
+pub(crate) use stream::{FileStream, StreamWriters};
 pub(crate) use sums::file_sums;
 
 /// A file being written.
@@ -35,6 +37,8 @@ pub struct FileDraft {
     times: Mutex<Times>,
     /// The catalog names this file, or is about to: it is no longer the draft's to remove.
     adopted: AtomicBool,
+    /// Size and sums of all of it, from whoever wrote it, until anybody changes a byte.
+    known_sums: Mutex<Option<(u64, Vec<u32>)>>,
 }
 
 #[derive(Debug, Default)]
@@ -228,7 +232,26 @@ impl FileDraft {
             charged: AtomicU64::new(charged),
             times: Mutex::default(),
             adopted: AtomicBool::new(false),
+            known_sums: Mutex::default(),
         }
+    }
+
+    /// Sums of all `size` bytes, so that the seal need not read them back. For a writer that alone has the file. Any later change through the
+    /// draft drops them.
+    pub(crate) fn offer_sums(&self, size: u64, sums: Vec<u32>) {
+        if sums.len() as u64 == size.div_ceil(u64::from(self.chunk_size)) {
+            *self.known_sums() = Some((size, sums));
+        }
+    }
+
+    fn known_sums(&self) -> std::sync::MutexGuard<'_, Option<(u64, Vec<u32>)>> {
+        self.known_sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A byte, or the size, is about to change.
+    fn changes(&self) {
+        self.times().changed = true;
+        *self.known_sums() = None;
     }
 
     /// Its file's number.
@@ -376,7 +399,7 @@ impl Content for FileDraft {
 
 impl Draft for FileDraft {
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<usize> {
-        self.times().changed = true;
+        self.changes();
         self.charge_write(offset, data.len() as u64)?;
         self.file.write_all_at(data, offset).map_err(|error| {
             Error::io(format!("write {} bytes at {offset} of node {}", data.len(), self.node), error)
@@ -385,7 +408,7 @@ impl Draft for FileDraft {
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
-        self.times().changed = true;
+        self.changes();
         self.file
             .set_len(len)
             .map_err(|error| Error::io(format!("set the size of node {} to {len}", self.node), error))?;
@@ -393,7 +416,7 @@ impl Draft for FileDraft {
     }
 
     fn allocate(&self, offset: u64, len: u64, mode: Allocate) -> Result<()> {
-        self.times().changed = true;
+        self.changes();
         let flags = match mode {
             Allocate::Reserve { keep_size: false } => FallocateFlags::empty(),
             Allocate::Reserve { keep_size: true } => FallocateFlags::KEEP_SIZE,
@@ -453,7 +476,10 @@ impl Draft for FileDraft {
             let len = size.max(1);
             layout.replace(Extent { logical: 0, member: 0, file: self.number, offset: 0, len });
         }
-        if seal && size > 0 {
+        let known = self.known_sums().take().filter(|(len, _)| seal && *len == size);
+        if let Some((_, sums)) = known {
+            layout.set_sums(0, &sums);
+        } else if seal && size > 0 {
             match file_sums(&self.file, size, self.chunk_size, cancel) {
                 Ok(Some(sums)) => layout.set_sums(0, &sums),
                 Ok(None) => return Ok(None),

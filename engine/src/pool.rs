@@ -12,7 +12,9 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
 use std::thread::JoinHandle;
 
 use nvme::Device;
@@ -21,6 +23,7 @@ use crate::catalog::Catalog;
 use crate::catalog::store::CatalogStore;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent_io::ExtentIo;
+use crate::file_draft::StreamWriters;
 use crate::handle::Handle;
 use crate::member::directory::FileDirectory;
 use crate::namespace::Tree;
@@ -62,7 +65,12 @@ pub(crate) struct Inner {
 #[derive(Debug)]
 pub(crate) enum Storage {
     /// The only member is a directory: every region a file.
-    Files { directory: Arc<FileDirectory>, prefetcher: Prefetcher },
+    Files {
+        directory: Arc<FileDirectory>,
+        prefetcher: Prefetcher,
+        /// For whoever streams, as long as anybody does.
+        streams: Mutex<Weak<StreamWriters>>,
+    },
     /// Raw or several members: extents.
     Extents(Arc<ExtentIo>),
 }

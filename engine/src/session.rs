@@ -308,7 +308,9 @@ impl Session {
         self.writable("write")?;
         match &self.inner {
             Inner::Embedded { pool, .. } => {
-                let writer = partial::PartialWriter::open(pool, path, size_hint, &options, local::Who::me())?;
+                let mut writer =
+                    partial::PartialWriter::open(pool, path, size_hint, &options, local::Who::me())?;
+                writer.stream(size_hint)?;
                 Ok(RegionWriter::local(writer, options.resume))
             }
             Inner::Remote(client) => {

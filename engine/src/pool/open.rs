@@ -284,7 +284,11 @@ fn open_located(
         let quota = Some(superblock.data_len).filter(|quota| *quota > 0);
         let quota = quota.or(Some(superblock.members[0].bytes).filter(|quota| *quota > 0));
         let directory = FileDirectory::open(&members[0].path, quota, next_file, options.read_only)?;
-        Storage::Files { directory: Arc::new(directory), prefetcher: Prefetcher::new(1, None)? }
+        Storage::Files {
+            directory: Arc::new(directory),
+            prefetcher: Prefetcher::new(1, None)?,
+            streams: Mutex::default(),
+        }
     } else {
         Storage::Extents(open_extents(&superblock, &members, devices, options)?)
     };
