@@ -4,6 +4,7 @@
 mod bindgen;
 mod exec;
 mod external;
+mod fuzz;
 mod lint;
 mod paths;
 mod pyenv;
@@ -33,6 +34,8 @@ enum Task {
     Setup,
     /// Make the committed bindings of NVMe structures anew; `--check`: fail if they have drifted.
     Bindgen(bindgen::Args),
+    /// Search for inputs that break a parser: libFuzzer over the targets of `fuzz/`.
+    Fuzz(fuzz::FuzzArgs),
     /// Remove mounts, processes and loop devices that an interrupted test run left behind.
     Sweep,
 }
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Task::Lint => lint::run(),
         Task::Setup => suites::setup(),
         Task::Bindgen(args) => bindgen::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Sweep => sweep::abandoned().map(|()| true),
     };
     match outcome {

@@ -197,8 +197,8 @@ impl<L> Tree<L> {
         let (id, node) = decode_node(key, value)?;
         if id == 0 || id >= self.next_node {
             return Err(corrupt(format!(
-                "node {id} is beyond the last one given out, {}",
-                self.next_node - 1
+                "node {id} was never given out: the next number is {}",
+                self.next_node
             )));
         }
         self.regions += u64::from(node.kind == NodeKind::Region);
