@@ -172,7 +172,12 @@ pub fn read_catalog(file: File, read_only: bool) -> Result<(usize, usize)> {
 }
 
 /// Opens the catalog in a zone of a device and reads all of it.
-pub fn read_catalog_zone(device: Arc<dyn Device>, start: u64, len: u64, read_only: bool) -> Result<(usize, usize)> {
+pub fn read_catalog_zone(
+    device: Arc<dyn Device>,
+    start: u64,
+    len: u64,
+    read_only: bool,
+) -> Result<(usize, usize)> {
     read_all(Box::new(ZoneBackend::open(device, start, len)?), read_only)
 }
 

@@ -20,7 +20,10 @@ pub fn job_file(input: &[u8]) -> u64 {
     for word in text.split(|c: char| c.is_whitespace() || c == '=').take(16) {
         let [binary, _, time, whole] = fuzzing::numbers(word);
         if let Some(whole) = whole {
-            assert!(binary.is_none_or(|bytes| bytes == whole) && time.is_none_or(|time| time == whole), "{word}");
+            assert!(
+                binary.is_none_or(|bytes| bytes == whole) && time.is_none_or(|time| time == whole),
+                "{word}"
+            );
         }
     }
     digest(&parsed)

@@ -13,7 +13,9 @@ use std::sync::{Arc, OnceLock};
 use engine::fuzzing::{self, LoadedNode, Record, Records};
 use engine::layout::{Layout, Piece};
 use engine::tensors::Format;
-use engine::{Access, Attr, FormatOptions, NewNode, NodeId, NodeKind, OpenOptions, Pool, ROOT, Seek as Seeks, format};
+use engine::{
+    Access, Attr, FormatOptions, NewNode, NodeId, NodeKind, OpenOptions, Pool, ROOT, Seek as Seeks, format,
+};
 use nvme::{DeviceOptions, FileDevice};
 
 use crate::source::Source;
@@ -71,7 +73,10 @@ fn whole(nodes: &[LoadedNode]) {
 fn comes_back(plan: &Records, nodes: &[LoadedNode]) {
     let again = Records {
         nodes: nodes.iter().map(|node| node.record.clone()).collect(),
-        entries: nodes.iter().flat_map(|node| node.entries.iter().map(|(record, _)| record.clone())).collect(),
+        entries: nodes
+            .iter()
+            .flat_map(|node| node.entries.iter().map(|(record, _)| record.clone()))
+            .collect(),
         xattrs: nodes.iter().flat_map(|node| node.xattrs.clone()).collect(),
         ..plan.clone()
     };
@@ -93,7 +98,8 @@ pub fn layout(input: &[u8]) -> u64 {
     let mut stored: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
     if source.u8().is_multiple_of(4) {
         while !source.is_empty() {
-            let (part, kind) = (u32::from(source.u8() % 4) << 28 | u32::from(source.u8() % 4), source.u8() % 4);
+            let (part, kind) =
+                (u32::from(source.u8() % 4) << 28 | u32::from(source.u8() % 4), source.u8() % 4);
             stored.insert(part, seal_part(kind, source.bytes()));
         }
     } else {
@@ -223,7 +229,11 @@ pub fn pool(input: &[u8]) -> u64 {
     let mut plan = plan(&mut source);
     let scratch = scratch();
     let path = scratch.path().join("pool");
-    if flags & 1 == 0 { directory_pool(&path, &mut plan) } else { image_pool(&path, &mut plan) }
+    if flags & 1 == 0 {
+        directory_pool(&path, &mut plan)
+    } else {
+        image_pool(&path, &mut plan)
+    }
     let read_only = flags & 2 == 0;
     let options = OpenOptions { read_only, ram_bytes: 0, commit_interval_ms: 0, ..OpenOptions::default() };
     let opened = match Pool::open(&path, &options) {
@@ -296,7 +306,10 @@ fn node(pool: &Pool, attr: &Attr) -> u64 {
         let mut buffer = [0; 20_000];
         for offset in [0, 5, size / 2, size.saturating_sub(1), size, u64::MAX - 3] {
             if let Ok(n) = handle.read_at(offset, &mut buffer) {
-                assert!(n as u64 <= size.saturating_sub(offset).min(buffer.len() as u64), "{n} bytes at {offset}");
+                assert!(
+                    n as u64 <= size.saturating_sub(offset).min(buffer.len() as u64),
+                    "{n} bytes at {offset}"
+                );
                 read.push(crc32fast::hash(&buffer[..n]));
             }
         }
@@ -355,7 +368,8 @@ fn directory_pool(path: &Path, plan: &mut Records) {
     for number in 1..=REGIONS {
         let folder = path.join(format!("regions/{:02x}", number >> 8));
         fs::create_dir_all(&folder).expect("a folder");
-        fs::write(folder.join(format!("{number:016x}")), vec![number as u8; 9000 * number as usize]).expect("a region");
+        fs::write(folder.join(format!("{number:016x}")), vec![number as u8; 9000 * number as usize])
+            .expect("a region");
     }
     let file = File::options().read(true).write(true).create_new(true).open(path.join("catalog.redb"));
     fuzzing::write_catalog(file.expect("a file"), plan).expect("a catalog");
@@ -368,7 +382,8 @@ fn image_pool(path: &Path, plan: &mut Records) {
     file.set_len(IMAGE_BYTES).expect("memory");
     file.write_all_at(&template.first, 0).expect("memory");
     file.write_all_at(&template.second, IMAGE_BYTES - 4096).expect("memory");
-    let device = FileDevice::open(path, &DeviceOptions { direct: false, read_only: false }).expect("a device");
+    let device =
+        FileDevice::open(path, &DeviceOptions { direct: false, read_only: false }).expect("a device");
     let bytes = database(plan);
     fuzzing::write_catalog_zone(Arc::new(device), template.zone.0, template.zone.1, &bytes).expect("a zone");
 }
@@ -399,7 +414,9 @@ fn plan(source: &mut Source<'_>) -> Records {
                 let (key, value) = (source.bytes().to_vec(), source.bytes());
                 let value = if sealed { seal(&key, value) } else { value.to_vec() };
                 match table % 3 {
-                    0 if key.len() >= 8 => drop(nodes.insert(key[..8].to_vec(), seal_again(&key[..8], &value, sealed))),
+                    0 if key.len() >= 8 => {
+                        drop(nodes.insert(key[..8].to_vec(), seal_again(&key[..8], &value, sealed)))
+                    }
                     1 => drop(entries.insert(key, value)),
                     _ => drop(xattrs.insert(key, value)),
                 }
@@ -474,7 +491,8 @@ fn layout_records(source: &mut Source<'_>) -> Vec<(u32, Vec<u8>)> {
         let (gap, len, scale) = (source.number(), source.number(), source.u8());
         // Whole chunks mostly: only those get far.
         let whole = |value: u64| if scale & 1 == 0 { value.wrapping_mul(u64::from(chunk)) } else { value };
-        let fields = [whole(gap), whole(len), u64::from(source.u8() % 3), u64::from(source.u8() % 8), source.number()];
+        let fields =
+            [whole(gap), whole(len), u64::from(source.u8() % 3), u64::from(source.u8() % 8), source.number()];
         let offset = if scale & 2 == 0 { (17 << 20) + whole(fields[4] % 64) } else { whole(fields[4]) };
         for value in [fields[0], fields[1], fields[2], fields[3], offset] {
             varint(&mut body, value);

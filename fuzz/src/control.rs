@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use engine::control::protocol::{PAYLOAD_MAX, REQUEST_MAX, Reply, Request, VERSION};
 use engine::control::{Client, location, serve};
-use engine::{Access, ErrorKind, FormatOptions, NewNode, NodeKind, OpenOptions, Pool, WriterOptions, fuzzing};
+use engine::{
+    Access, ErrorKind, FormatOptions, NewNode, NodeKind, OpenOptions, Pool, WriterOptions, fuzzing,
+};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -52,7 +54,9 @@ pub fn frames(input: &[u8]) -> u64 {
     for (reply, ..) in &replies.0 {
         again(reply);
     }
-    for error in [&raw.0.1, &raw.1.1, &requests.1, &replies.1].into_iter().filter_map(|result| result.as_ref().err()) {
+    for error in
+        [&raw.0.1, &raw.1.1, &requests.1, &replies.1].into_iter().filter_map(|result| result.as_ref().err())
+    {
         assert!(matches!(error.kind(), ErrorKind::Protocol | ErrorKind::Stale), "{error:?}");
     }
     digest(&(raw.0.0, raw.1.0, requests.0, replies.0))
@@ -74,8 +78,20 @@ fn deliver<T>(bytes: &[u8], read: impl FnOnce(UnixStream) -> T) -> T {
 }
 
 /// Paths that a client names: some exist, some cannot.
-const PATHS: [&str; 12] =
-    ["r", "d", "d/s.safetensors", "new", "d/new", "", "/", "..", "a/../r", ".nvtier-partial", "d/\0", "nowhere/x"];
+const PATHS: [&str; 12] = [
+    "r",
+    "d",
+    "d/s.safetensors",
+    "new",
+    "d/new",
+    "",
+    "/",
+    "..",
+    "a/../r",
+    ".nvtier-partial",
+    "d/\0",
+    "nowhere/x",
+];
 
 fn path(source: &mut Source<'_>) -> String {
     match source.u8() as usize {
@@ -125,7 +141,11 @@ fn request(source: &mut Source<'_>) -> Request {
 pub fn server(input: &[u8]) -> u64 {
     let scratch = scratch();
     let root = scratch.path().join("pool");
-    Pool::format(&root, &FormatOptions { size: Some(64 << 20), ..FormatOptions::default() }).expect("a pool");
+    let mut source = Source::new(input);
+    let start = source.u8();
+    // The bytes of one kind of pool pass the owner by, those of the other pass through it.
+    let format = FormatOptions { size: Some(64 << 20), raw: start & 0x80 != 0, ..FormatOptions::default() };
+    Pool::format(&root, &format).expect("a pool");
     let options = OpenOptions { ram_bytes: 0, commit_interval_ms: 0, ..OpenOptions::default() };
     let pool = Pool::open(&root, &options).expect("a pool");
     pool.create_dirs("d", 0, 0).expect("a folder");
@@ -134,11 +154,10 @@ pub fn server(input: &[u8]) -> u64 {
     write(&pool, "d", "s.safetensors", b"\x02\0\0\0\0\0\0\0{}");
     let server = serve(pool.clone()).expect("a server");
 
-    let mut source = Source::new(input);
     let mut seen = Vec::new();
     let mut stream = UnixStream::connect(server.path()).expect("a connection");
     stream.set_read_timeout(Some(HANG)).expect("a deadline");
-    if source.u8() != 0 {
+    if start & 0x7f != 0 {
         stream.write_all(&frame(&Request::Hello { version: VERSION }, &[])).expect("a hello");
         assert!(matches!(answer(&mut stream), Some((Reply::Hello { .. }, _))), "a hello is answered");
     }
@@ -233,7 +252,8 @@ fn answer(stream: &mut UnixStream) -> Option<(Reply, Vec<u8>)> {
         assert!(!matches!(error.kind(), std::io::ErrorKind::WouldBlock), "no answer in {} s", HANG.as_secs());
     };
     stream.read_exact(&mut head).map_err(ended).ok()?;
-    let [json, payload] = [0, 4].map(|at| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]));
+    let [json, payload] =
+        [0, 4].map(|at| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]));
     assert!(json <= 16 << 20 && payload <= PAYLOAD_MAX, "a frame of {json} + {payload} bytes");
     let (mut text, mut data) = (vec![0; json as usize], vec![0; payload as usize]);
     stream.read_exact(&mut text).map_err(ended).ok()?;
@@ -250,7 +270,8 @@ struct Lie {
 fn reply(source: &mut Source<'_>) -> Lie {
     let kind = source.u8();
     let file = (kind & 0x80 != 0).then(|| {
-        let fd = rustix::fs::memfd_create("nvtier-fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("a memory file");
+        let fd =
+            rustix::fs::memfd_create("nvtier-fuzz", rustix::fs::MemfdFlags::CLOEXEC).expect("a memory file");
         let file = fs::File::from(fd);
         file.write_all_at(&vec![3; source.u16() as usize], 0).expect("memory");
         OwnedFd::from(file)
@@ -260,11 +281,18 @@ fn reply(source: &mut Source<'_>) -> Lie {
         1 => return Lie { bytes: framed(source.bytes(), source.bytes()), file },
         kind => match kind % 9 {
             0 => Reply::Done,
-            1 | 2 => Reply::Reader { size: source.number(), chunk_size: source.number() as u32, direct: source.u8() & 1 == 0 },
+            1 | 2 => Reply::Reader {
+                size: source.number(),
+                chunk_size: source.number() as u32,
+                direct: source.u8() & 1 == 0,
+            },
             3 => Reply::Writer { resume_offset: source.number(), direct: source.u8() & 1 == 0 },
             4 => Reply::Entries { entries: Vec::new(), more: source.u8() & 1 == 0 },
             5 => Reply::Working(None),
-            6 => Reply::Error { kind: ErrorKind::NoSpace, message: String::from_utf8_lossy(source.bytes()).into_owned() },
+            6 => Reply::Error {
+                kind: ErrorKind::NoSpace,
+                message: String::from_utf8_lossy(source.bytes()).into_owned(),
+            },
             _ => Reply::Data,
         },
     };

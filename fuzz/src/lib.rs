@@ -29,11 +29,11 @@ mod config;
 #[path = "../../tools/src/failure.rs"]
 mod failure;
 #[allow(dead_code)]
-#[path = "../../tools/src/names.rs"]
-mod pool_names;
-#[allow(dead_code)]
 #[path = "../../tools/src/output.rs"]
 mod output;
+#[allow(dead_code)]
+#[path = "../../tools/src/names.rs"]
+mod pool_names;
 #[allow(dead_code)]
 #[path = "../../tools/src/size.rs"]
 mod size;
@@ -69,23 +69,89 @@ const MIB: usize = 1 << 20;
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
-    Target { name: "superblock", run: superblock::run, max_len: 8600, memory: (256 * KIB, 16), mutations: 4000 },
-    Target { name: "catalog_records", run: catalog::records, max_len: 4096, memory: (256 * KIB, 256), mutations: 4000 },
+    Target {
+        name: "superblock",
+        run: superblock::run,
+        max_len: 8600,
+        memory: (256 * KIB, 16),
+        mutations: 4000,
+    },
+    Target {
+        name: "catalog_records",
+        run: catalog::records,
+        max_len: 4096,
+        memory: (256 * KIB, 256),
+        mutations: 4000,
+    },
     Target { name: "layout", run: catalog::layout, max_len: 4096, memory: (256 * KIB, 128), mutations: 4000 },
-    Target { name: "catalog_image", run: catalog::image, max_len: 4096, memory: (96 * MIB, 16), mutations: 100 },
+    Target {
+        name: "catalog_image",
+        run: catalog::image,
+        max_len: 4096,
+        memory: (96 * MIB, 16),
+        mutations: 100,
+    },
     Target { name: "pool", run: catalog::pool, max_len: 4096, memory: (96 * MIB, 256), mutations: 60 },
-    Target { name: "safetensors", run: tensor_files::safetensors, max_len: 4096, memory: (600 * KIB, 64), mutations: 4000 },
+    Target {
+        name: "safetensors",
+        run: tensor_files::safetensors,
+        max_len: 4096,
+        memory: (600 * KIB, 64),
+        mutations: 4000,
+    },
     Target { name: "gguf", run: tensor_files::gguf, max_len: 4096, memory: (600 * KIB, 64), mutations: 4000 },
     Target { name: "npy", run: tensor_files::npy, max_len: 4096, memory: (600 * KIB, 64), mutations: 4000 },
     Target { name: "names", run: names::run, max_len: 2048, memory: (128 * KIB, 64), mutations: 4000 },
-    Target { name: "control_frames", run: control::frames, max_len: 8192, memory: (6 * MIB, 64), mutations: 1500 },
-    Target { name: "control_server", run: control::server, max_len: 1024, memory: (96 * MIB, 4096), mutations: 60 },
-    Target { name: "control_client", run: control::client, max_len: 2048, memory: (32 * MIB, 4096), mutations: 150 },
-    Target { name: "job_file", run: bench_input::job_file, max_len: 2048, memory: (4 * MIB, 1024), mutations: 3000 },
-    Target { name: "bench_arguments", run: bench_input::arguments, max_len: 2048, memory: (8 * MIB, 1024), mutations: 3000 },
-    Target { name: "command_line", run: command::arguments, max_len: 1024, memory: (16 * MIB, 1024), mutations: 300 },
+    Target {
+        name: "control_frames",
+        run: control::frames,
+        max_len: 8192,
+        memory: (6 * MIB, 64),
+        mutations: 1500,
+    },
+    Target {
+        name: "control_server",
+        run: control::server,
+        max_len: 1024,
+        memory: (96 * MIB, 4096),
+        mutations: 60,
+    },
+    Target {
+        name: "control_client",
+        run: control::client,
+        max_len: 2048,
+        memory: (32 * MIB, 4096),
+        mutations: 150,
+    },
+    Target {
+        name: "job_file",
+        run: bench_input::job_file,
+        max_len: 2048,
+        memory: (4 * MIB, 1024),
+        mutations: 3000,
+    },
+    Target {
+        name: "bench_arguments",
+        run: bench_input::arguments,
+        max_len: 2048,
+        memory: (8 * MIB, 1024),
+        mutations: 3000,
+    },
+    Target {
+        name: "command_line",
+        run: command::arguments,
+        max_len: 1024,
+        memory: (16 * MIB, 1024),
+        mutations: 300,
+    },
     Target { name: "config", run: command::config, max_len: 2048, memory: (512 * KIB, 256), mutations: 3000 },
-    Target { name: "kernel_tables", run: kernel::run, max_len: 4096, memory: (128 * KIB, 64), mutations: 4000 },
+    Target {
+        name: "kernel_tables",
+        run: kernel::run,
+        max_len: 4096,
+        memory: (128 * KIB, 64),
+        mutations: 4000,
+    },
 ];
 
 /// The target of that name.
@@ -138,7 +204,12 @@ pub fn execute(target: &Target, input: &[u8]) {
     let first = (target.run)(input);
     let taken = MEMORY.peak_usage().saturating_sub(before);
     let allowed = target.memory.0 + target.memory.1 * input.len();
-    assert!(taken <= allowed, "{}: {taken} bytes of memory for an input of {} bytes", target.name, input.len());
+    assert!(
+        taken <= allowed,
+        "{}: {taken} bytes of memory for an input of {} bytes",
+        target.name,
+        input.len()
+    );
     // Every few inputs, chosen by their bytes so that a crash is found again.
     if crc32fast::hash(input).is_multiple_of(4) {
         assert_eq!((target.run)(input), first, "{}: two runs of the same input differ", target.name);

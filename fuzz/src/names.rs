@@ -64,7 +64,11 @@ fn note(input: &[u8]) -> u64 {
     assert!(kept <= size, "more is kept than there is");
     let honest = format!("{size} {key}");
     assert_eq!(fuzzing::kept(honest.as_bytes(), &key, u64::MAX), size);
-    assert_eq!(fuzzing::kept(honest.as_bytes(), &format!("{key}x"), u64::MAX), 0, "another source's note counts");
+    assert_eq!(
+        fuzzing::kept(honest.as_bytes(), &format!("{key}x"), u64::MAX),
+        0,
+        "another source's note counts"
+    );
     kept
 }
 

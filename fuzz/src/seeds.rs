@@ -11,14 +11,18 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "superblock" => superblocks(),
         "catalog_records" => vec![tree()],
         "layout" => vec![[&[2, 1][..], &layout_fields()].concat(), raw_layout()],
-        "catalog_image" => [0, 1, 2, 3].into_iter().map(|flags| image(flags, &[])).chain([damaged(0), damaged(1)]).collect(),
+        "catalog_image" => {
+            [0, 1, 2, 3].into_iter().map(|flags| image(flags, &[])).chain([damaged(0), damaged(1)]).collect()
+        }
         "pool" => (0..4).map(|flags| [&[flags][..], &tree()].concat()).collect(),
         "safetensors" => safetensors(),
         "gguf" => gguf(),
         "npy" => npy(),
         "names" => names(),
         "control_frames" => frames(),
-        "control_server" => vec![server(), [&[1, 255][..], &5u16.to_le_bytes(), b"hello"].concat()],
+        "control_server" => {
+            vec![server(1), server(0x81), [&[1, 255][..], &5u16.to_le_bytes(), b"hello"].concat()]
+        }
         "control_client" => client(),
         "job_file" => JOB_FILES.iter().map(|text| text.as_bytes().to_vec()).collect(),
         "bench_arguments" => BENCH_LINES.iter().map(|line| line.replace(' ', "\0").into_bytes()).collect(),
@@ -30,7 +34,8 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
 }
 
 fn superblocks() -> Vec<Vec<u8>> {
-    let member = |id: u8, kind, path: &str| MemberEntry { id: [id; 16], kind, bytes: 1 << 40, path: path.into() };
+    let member =
+        |id: u8, kind, path: &str| MemberEntry { id: [id; 16], kind, bytes: 1 << 40, path: path.into() };
     let raw = Superblock {
         pool: [7; 16],
         index: 1,
@@ -42,7 +47,11 @@ fn superblocks() -> Vec<Vec<u8>> {
         catalog_len: 16 << 20,
         data_offset: 17 << 20,
         data_len: 1 << 30,
-        members: vec![member(1, MemberKind::Directory, "/srv/a"), member(2, MemberKind::Block, "/dev/nvme0n1"), member(3, MemberKind::Image, "")],
+        members: vec![
+            member(1, MemberKind::Directory, "/srv/a"),
+            member(2, MemberKind::Block, "/dev/nvme0n1"),
+            member(3, MemberKind::Image, ""),
+        ],
         own_path: "/somewhere".into(),
     };
     let one = Superblock {
@@ -65,17 +74,18 @@ fn tree() -> Vec<u8> {
     number(&mut out, 20);
     number(&mut out, 9);
     number(&mut out, 5);
-    let node = |out: &mut Vec<u8>, id: u8, kind: u8, flags: u8, nlink: u8, size: u64, file: u8, target: &[u8]| {
-        out.extend([0, id, kind, flags]);
-        out.extend(0o755u16.to_le_bytes());
-        out.extend([nlink, 0]);
-        number(out, size);
-        number(out, size.next_multiple_of(4096));
-        out.extend([3, file, 0]);
-        number(out, 1_790_000_000);
-        out.extend(5u32.to_le_bytes());
-        bytes(out, target);
-    };
+    let node =
+        |out: &mut Vec<u8>, id: u8, kind: u8, flags: u8, nlink: u8, size: u64, file: u8, target: &[u8]| {
+            out.extend([0, id, kind, flags]);
+            out.extend(0o755u16.to_le_bytes());
+            out.extend([nlink, 0]);
+            number(out, size);
+            number(out, size.next_multiple_of(4096));
+            out.extend([3, file, 0]);
+            number(out, 1_790_000_000);
+            out.extend(5u32.to_le_bytes());
+            bytes(out, target);
+        };
     node(&mut out, 1, 1, 0, 3, 0, 0, b"");
     node(&mut out, 2, 1, 0, 2, 0, 0, b"");
     node(&mut out, 3, 2, 1, 1, 9000, 1, b"");
@@ -119,7 +129,14 @@ fn layout_fields() -> Vec<u8> {
 
 fn raw_layout() -> Vec<u8> {
     let mut out = vec![2, 0];
-    let head = [&100u64.to_le_bytes()[..], &1u64.to_le_bytes(), &4096u32.to_le_bytes(), &1u32.to_le_bytes(), &0u32.to_le_bytes()].concat();
+    let head = [
+        &100u64.to_le_bytes()[..],
+        &1u64.to_le_bytes(),
+        &4096u32.to_le_bytes(),
+        &1u32.to_le_bytes(),
+        &0u32.to_le_bytes(),
+    ]
+    .concat();
     for (part, index, kind, body) in [(0, 0, 0, &head[..]), (1, 0, 1, &[0, 0x80, 0x20, 0, 1, 0][..])] {
         out.extend([part, index, kind]);
         bytes(&mut out, body);
@@ -140,13 +157,18 @@ fn damaged(flags: u8) -> Vec<u8> {
 }
 
 fn safetensors() -> Vec<Vec<u8>> {
-    let file = |json: &str, data: usize| [&(json.len() as u64).to_le_bytes()[..], json.as_bytes(), &vec![1; data]].concat();
+    let file = |json: &str, data: usize| {
+        [&(json.len() as u64).to_le_bytes()[..], json.as_bytes(), &vec![1; data]].concat()
+    };
     vec![
         file(
             r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"BF16","shape":[4],"data_offsets":[16,24]}}"#,
             24,
         ),
-        file(r#"{"x/..":{"shape":[0,3],"dtype":"I64","data_offsets":[4,4],"more":[{"a":null}]},"\u0079":{"dtype":"F8_E4M3","shape":[],"data_offsets":[0,1]},"z":{"dtype":"F4","shape":[6],"data_offsets":[1,4]}}  "#, 4),
+        file(
+            r#"{"x/..":{"shape":[0,3],"dtype":"I64","data_offsets":[4,4],"more":[{"a":null}]},"\u0079":{"dtype":"F8_E4M3","shape":[],"data_offsets":[0,1]},"z":{"dtype":"F4","shape":[6],"data_offsets":[1,4]}}  "#,
+            4,
+        ),
         file("{}", 0),
     ]
 }
@@ -156,10 +178,24 @@ fn gguf() -> Vec<Vec<u8>> {
     let value = |key: &str, kind: u32, raw: &[u8]| [&text(key)[..], &kind.to_le_bytes(), raw].concat();
     let tensor = |name: &str, dimensions: &[u64], kind: u32, offset: u64| {
         let lengths: Vec<u8> = dimensions.iter().flat_map(|d| d.to_le_bytes()).collect();
-        [&text(name)[..], &(dimensions.len() as u32).to_le_bytes(), &lengths, &kind.to_le_bytes(), &offset.to_le_bytes()].concat()
+        [
+            &text(name)[..],
+            &(dimensions.len() as u32).to_le_bytes(),
+            &lengths,
+            &kind.to_le_bytes(),
+            &offset.to_le_bytes(),
+        ]
+        .concat()
     };
     let strings = [&8u32.to_le_bytes()[..], &2u64.to_le_bytes(), &text("a"), &text("bc")].concat();
-    let nested = [&9u32.to_le_bytes()[..], &1u64.to_le_bytes(), &5u32.to_le_bytes(), &1u64.to_le_bytes(), &[9, 0, 0, 0]].concat();
+    let nested = [
+        &9u32.to_le_bytes()[..],
+        &1u64.to_le_bytes(),
+        &5u32.to_le_bytes(),
+        &1u64.to_le_bytes(),
+        &[9, 0, 0, 0],
+    ]
+    .concat();
     let mut out = [&b"GGUF"[..], &3u32.to_le_bytes(), &2u64.to_le_bytes(), &6u64.to_le_bytes()].concat();
     for part in [
         value("general.architecture", 8, &text("llama")),
@@ -179,19 +215,44 @@ fn gguf() -> Vec<Vec<u8>> {
 }
 
 fn npy() -> Vec<Vec<u8>> {
-    let v1 = [&b"\x93NUMPY\x01\0\x3e\0{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }  \n"[..], &[0; 24]].concat();
-    let v2 = [&b"\x93NUMPY\x02\0\x3e\0\0\0{'shape': (3,), \"fortran_order\": True, 'descr': '|b1'}          \n"[..], &[0; 24]].concat();
+    let v1 = [
+        &b"\x93NUMPY\x01\0\x3e\0{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }  \n"[..],
+        &[0; 24],
+    ]
+    .concat();
+    let v2 = [
+        &b"\x93NUMPY\x02\0\x3e\0\0\0{'shape': (3,), \"fortran_order\": True, 'descr': '|b1'}          \n"[..],
+        &[0; 24],
+    ]
+    .concat();
     let info = TensorInfo { name: "x".into(), dtype: Dtype::BF16, shape: vec![4, 1], data_offsets: (0, 8) };
     let view = [npy_header(&info).expect("a header"), vec![0; 8]].concat();
     vec![v1, v2, view[..4000].to_vec(), view[..200].to_vec()]
 }
 
 fn names() -> Vec<Vec<u8>> {
-    ["model.layers.0.q_proj.weight", "a%2Fb", "%2E.", "%", "../../etc/passwd", "gr\u{f6}\u{df}e", "a//b/./c", ".nvtier-partial/x", ".tensors", "x.GGUF", "\u{1b}[31m"]
-        .iter()
-        .map(|name| name.as_bytes().to_vec())
-        .chain([vec![b'x'; 300], "\u{fc}".repeat(200).into_bytes(), [&1000u64.to_le_bytes()[..], &[4], b"etag", b"1000 etag"].concat(), b"a\xff\xfe".to_vec()])
-        .collect()
+    [
+        "model.layers.0.q_proj.weight",
+        "a%2Fb",
+        "%2E.",
+        "%",
+        "../../etc/passwd",
+        "gr\u{f6}\u{df}e",
+        "a//b/./c",
+        ".nvtier-partial/x",
+        ".tensors",
+        "x.GGUF",
+        "\u{1b}[31m",
+    ]
+    .iter()
+    .map(|name| name.as_bytes().to_vec())
+    .chain([
+        vec![b'x'; 300],
+        "\u{fc}".repeat(200).into_bytes(),
+        [&1000u64.to_le_bytes()[..], &[4], b"etag", b"1000 etag"].concat(),
+        b"a\xff\xfe".to_vec(),
+    ])
+    .collect()
 }
 
 fn frame(message: &impl serde::Serialize, payload: &[u8]) -> Vec<u8> {
@@ -231,8 +292,8 @@ fn frames() -> Vec<Vec<u8>> {
 }
 
 /// Hello, stat of `r`, a reader with reads and sums, a writer with a write and a commit, a listing.
-fn server() -> Vec<u8> {
-    let mut out = vec![1];
+fn server(start: u8) -> Vec<u8> {
+    let mut out = vec![start];
     out.extend([0, 4, 0, 0, 10, 0, 0, 11]);
     number(&mut out, 16);
     number(&mut out, 1000);

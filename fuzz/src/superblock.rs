@@ -49,7 +49,8 @@ fn check(superblock: &Superblock) {
         let block = SUPERBLOCK_BYTES as u64;
         assert!(catalog.is_empty() || catalog.start >= block, "the catalog lies over the superblock");
         assert!(data.is_empty() || data.start >= block, "the data lies over the superblock");
-        let apart = catalog.is_empty() || data.is_empty() || catalog.end <= data.start || data.end <= catalog.start;
+        let apart =
+            catalog.is_empty() || data.is_empty() || catalog.end <= data.start || data.end <= catalog.start;
         assert!(apart, "catalog {catalog:?} and data {data:?} overlap");
     }
     let again = superblock.encode().expect("what was read can be written");

@@ -175,14 +175,17 @@ impl Fuzzed<'_> {
         let mut command = self.command();
         command.arg(&self.found);
         command.args([&self.committed, &self.regressions].into_iter().filter(|folder| folder.is_dir()));
-        let mut log = File::create(&self.log).with_context(|| format!("cannot write {}", self.log.display()))?;
+        let mut log =
+            File::create(&self.log).with_context(|| format!("cannot write {}", self.log.display()))?;
         writeln!(log, "$ {command:?}")?;
         command.stderr(log);
-        let mut child = command.spawn().with_context(|| format!("cannot start {}", self.program.display()))?;
+        let mut child =
+            command.spawn().with_context(|| format!("cannot start {}", self.program.display()))?;
         let (status, cpu) = wait(&mut child, seconds)?;
         let text = String::from_utf8_lossy(&fs::read(&self.log)?).into_owned();
         let summary = Summary::read(&text);
-        let crashes: Vec<PathBuf> = self.crashes()?.into_iter().filter(|path| !before.contains(path)).collect();
+        let crashes: Vec<PathBuf> =
+            self.crashes()?.into_iter().filter(|path| !before.contains(path)).collect();
         let bad = crashes.len().max(usize::from(!status.success()));
         println!("{}: {} in {cpu} CPU s, {bad} crashes", self.name, summary.describe());
         if bad > 0 {
@@ -221,8 +224,13 @@ impl Fuzzed<'_> {
         }
         let _ = fs::remove_dir_all(&self.committed);
         fs::rename(&next, &self.committed)?;
-        let bytes: u64 = fs::read_dir(&self.committed)?.flatten().filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum();
-        println!("  {}: {} inputs, {bytes} bytes", self.committed.display(), fs::read_dir(&self.committed)?.count());
+        let bytes: u64 =
+            fs::read_dir(&self.committed)?.flatten().filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum();
+        println!(
+            "  {}: {} inputs, {bytes} bytes",
+            self.committed.display(),
+            fs::read_dir(&self.committed)?.count()
+        );
         Ok(())
     }
 }
@@ -280,7 +288,9 @@ impl Summary {
                     _ => {}
                 }
             }
-            if summary.runs == 0 && let Some(run) = words.first().and_then(|word| word.strip_prefix('#')) {
+            if summary.runs == 0
+                && let Some(run) = words.first().and_then(|word| word.strip_prefix('#'))
+            {
                 summary.runs = run.parse().unwrap_or(0);
             }
         }

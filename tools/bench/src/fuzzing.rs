@@ -42,7 +42,9 @@ const VERIFIES: [Verify; 3] = [Verify::Crc32, Verify::Crc32c, Verify::XxHash];
 /// Checks a block that was read, with each kind of sum.
 pub fn check_block(block: &[u8], offset: u64) -> [bool; 3] {
     // The worker calls a shorter block bad before it looks into it.
-    VERIFIES.map(|kind| block.len() >= crate::data::HEADER_BYTES && crate::data::check(kind, block, offset).is_ok())
+    VERIFIES.map(|kind| {
+        block.len() >= crate::data::HEADER_BYTES && crate::data::check(kind, block, offset).is_ok()
+    })
 }
 
 /// Seals a block with a kind of sum.
