@@ -63,7 +63,7 @@ pub(crate) struct Meta {
 }
 
 impl Meta {
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut value = Vec::with_capacity(META_LEN + 4);
         value.push(META_VERSION);
         value.extend_from_slice(&self.pool);
@@ -75,7 +75,7 @@ impl Meta {
         value
     }
 
-    fn decode(value: &[u8]) -> Result<Meta> {
+    pub(crate) fn decode(value: &[u8]) -> Result<Meta> {
         let (body, sum) =
             value.split_last_chunk::<4>().ok_or_else(|| corrupt("the catalog's meta record is too short"))?;
         if crc32fast::hash(body).to_le_bytes() != *sum {

@@ -262,6 +262,14 @@ impl Superblock {
         if zones.iter().any(|(offset, len)| offset.checked_add(*len).is_none()) {
             return Err("its zones run over 2^64".into());
         }
+        let raw = self.members.get(self.index as usize).is_some_and(|member| member.kind.is_raw());
+        let mut zones = zones.map(|(offset, len)| offset..offset + len).to_vec();
+        zones.retain(|zone| raw && !zone.is_empty());
+        zones.sort_by_key(|zone| zone.start);
+        let first = zones.first().map_or(u64::MAX, |zone| zone.start);
+        if first < SUPERBLOCK_BYTES as u64 || zones.windows(2).any(|pair| pair[0].end > pair[1].start) {
+            return Err(format!("its superblock, catalog and data lie over each other: {zones:?}"));
+        }
         Ok(())
     }
 }
@@ -357,6 +365,11 @@ pub fn erase_device(device: &dyn Device) -> Result<()> {
         .try_for_each(|offset| device.write_at(offset, &zeros))
         .and_then(|()| device.flush());
     erased.map_err(|error| Error::from(error).context(format!("erase the superblock of {}", device.name())))
+}
+
+/// What the bytes of both copies yield.
+pub(crate) fn from_copies(path: &Path, copies: &[&[u8]]) -> Result<Found> {
+    choose(path, copies.iter().map(|block| Superblock::decode(block)).collect())
 }
 
 fn choose(path: &Path, copies: Vec<Copy>) -> Result<Found> {

@@ -10,6 +10,8 @@ pub mod extent_draft;
 pub mod extent_io;
 mod file_draft;
 pub mod format;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod handle;
 pub mod layout;
 pub mod lease;

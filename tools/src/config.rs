@@ -71,7 +71,7 @@ impl Config {
         }
     }
 
-    fn parse(text: &str, path: &Path) -> Outcome<Self> {
+    pub(crate) fn parse(text: &str, path: &Path) -> Outcome<Self> {
         let config: Self = toml::from_str(text).map_err(|error| {
             let message = error.to_string();
             Failure::usage(format!("the configuration {} is wrong: {}", path.display(), message.trim_end()))

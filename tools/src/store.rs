@@ -228,5 +228,4 @@ pub fn staging_path(name: &str) -> String {
     names::join(PARTIAL, name)
 }
 
-/// Where the engine keeps regions that are being imported.
-pub const PARTIAL: &str = ".nvtier-partial";
+pub use names::PARTIAL;

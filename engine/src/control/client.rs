@@ -14,7 +14,7 @@ use super::location;
 use super::protocol::{PAYLOAD_MAX, REPLY_MAX, Reply, Request, VERSION};
 use super::remote_reader::RemoteReader;
 use crate::error::{Error, ErrorKind, Result};
-use crate::pool::{Pool, PoolInfo, PoolStat};
+use crate::pool::{MAX_CHUNK_SIZE, MIN_CHUNK_SIZE, Pool, PoolInfo, PoolStat};
 use crate::session::{Entry, WriterOptions};
 use crate::verify::{VerifyProgress, VerifyReport};
 
@@ -156,11 +156,15 @@ impl Client {
         match frame.message {
             Reply::Reader { size, chunk_size, direct } => {
                 let file = file_of(frame.fd, direct)?;
-                if file.is_some() && chunk_size == 0 {
-                    return Err(Error::new(
-                        ErrorKind::Protocol,
-                        "the pool's owner leased a region of chunks without length",
-                    ));
+                // Both are used in arithmetic here, and memory is taken by them.
+                let sane = chunk_size.is_power_of_two()
+                    && (MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&chunk_size)
+                    || file.is_none();
+                if !sane || size > i64::MAX as u64 {
+                    let context = format!(
+                        "the pool's owner leased a region of {size} bytes in chunks of {chunk_size}, which cannot be"
+                    );
+                    return Err(Error::new(ErrorKind::Protocol, context));
                 }
                 Ok(RemoteReader::new(size, chunk_size, file, connection))
             }

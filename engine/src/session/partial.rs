@@ -448,12 +448,22 @@ fn create(pool: &Pool, name: &OsStr, options: &WriterOptions, who: Who) -> Resul
 
 /// What the note of an earlier writer promises, if it wrote the same.
 fn kept(pool: &Pool, attr: &Attr, key: &str) -> u64 {
-    let note = pool.getxattr(attr.node, OsStr::new(XATTR)).unwrap_or_default();
-    let note = String::from_utf8(note).unwrap_or_default();
-    match note.split_once(' ') {
-        Some((bytes, same)) if same == key => bytes.parse().map_or(0, |bytes: u64| bytes.min(attr.size)),
+    kept_by(&pool.getxattr(attr.node, OsStr::new(XATTR)).unwrap_or_default(), key, attr.size)
+}
+
+/// Reads a note: the bytes it promises of a region of `size` bytes, 0 where it is of another source or none at all.
+pub(crate) fn kept_by(note: &[u8], key: &str, size: u64) -> u64 {
+    match std::str::from_utf8(note).unwrap_or_default().split_once(' ') {
+        Some((bytes, same)) if same == key => bytes.parse().map_or(0, |bytes: u64| bytes.min(size)),
         _ => 0,
     }
+}
+
+/// For tests: what [`Progress`] says after these writes.
+pub(crate) fn progress_of(writes: &[(u64, u64)]) -> (u64, u64) {
+    let mut progress = Progress::default();
+    writes.iter().for_each(|(offset, len)| progress.wrote(*offset, *len));
+    (progress.contiguous, progress.end)
 }
 
 #[cfg(test)]
