@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
@@ -34,6 +34,10 @@ impl Owner {
         options.read(true);
         if !read_only {
             options.write(true).create(kind == MemberKind::Directory).truncate(false);
+        }
+        if kind == MemberKind::Directory {
+            // It is emptied below: a link that somebody put in its place must not lead to another file.
+            options.mode(0o600).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32);
         }
         let mut file = match options.open(&path) {
             Ok(file) => file,
@@ -149,6 +153,22 @@ mod tests {
         );
         drop((one, other));
         Owner::take(dir.path(), MemberKind::Directory, false).unwrap();
+    }
+
+    #[test]
+    fn a_link_in_place_of_the_lock_file_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("victim");
+        std::fs::write(&victim, "precious").unwrap();
+        std::os::unix::fs::symlink(&victim, dir.path().join(OWNER_FILE)).unwrap();
+        for read_only in [false, true] {
+            Owner::take(dir.path(), MemberKind::Directory, read_only).unwrap_err();
+        }
+        assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+        std::fs::remove_file(dir.path().join(OWNER_FILE)).unwrap();
+        let _owner = Owner::take(dir.path(), MemberKind::Directory, false).unwrap();
+        let mode = std::fs::metadata(dir.path().join(OWNER_FILE)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]

@@ -131,11 +131,19 @@ impl Shared {
         Ok(())
     }
 
+    /// As [`sync`](Self::sync), where there may be nothing to do.
     pub(crate) fn sync_if_dirty(self: &Arc<Self>) -> Result<()> {
-        let clean = super::read(&self.tree).dirty.is_empty()
+        if self.is_clean() {
+            // What a running snapshot has taken is not dirty any more, and not durable yet. If it fails, all is dirty again.
+            drop(lock(&self.snapshots.turn));
+        }
+        if self.is_clean() { Ok(()) } else { self.sync() }
+    }
+
+    fn is_clean(&self) -> bool {
+        super::read(&self.tree).dirty.is_empty()
             && lock(&self.contents).pending.is_empty()
-            && lock(&self.graveyard).is_empty();
-        if clean { Ok(()) } else { self.sync() }
+            && lock(&self.graveyard).is_empty()
     }
 
     fn back_up_if_due(&self) {
