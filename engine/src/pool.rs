@@ -12,7 +12,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
 
 use crate::catalog::Catalog;
@@ -72,6 +72,8 @@ pub(crate) struct PoolCounters {
     pub written_bytes: AtomicU64,
     pub verified_chunks: AtomicU64,
     pub corrupt_chunks: AtomicU64,
+    pub retried_reads: AtomicU64,
+    pub repaired_reads: AtomicU64,
     pub commits: AtomicU64,
     pub seal_errors: AtomicU64,
 }
@@ -102,6 +104,8 @@ pub(crate) struct Shared {
     reserved_file: u64,
     pub counters: PoolCounters,
     commit_error: Mutex<String>,
+    /// A flush of data failed: what it was for may be lost although a later flush succeeds. No snapshot is made any more.
+    flush_failed: OnceLock<String>,
     stop: Mutex<bool>,
     wake: Condvar,
     kick: AtomicBool,
@@ -128,7 +132,22 @@ impl Shared {
                 format!("pool {} was opened read-only", self.info.path.display()),
             ));
         }
-        Ok(())
+        self.check_flushed()
+    }
+
+    /// After a failed flush the drive or the kernel may have dropped what it was for, and a second flush would succeed all the same:
+    /// nothing that hangs on it may be committed. Reads go on; the pool as of its last snapshot comes back when it is opened again.
+    pub(crate) fn check_flushed(&self) -> Result<()> {
+        match self.flush_failed.get() {
+            None => Ok(()),
+            Some(why) => Err(Error::new(
+                ErrorKind::Io,
+                format!(
+                    "pool {} takes no changes any more, since data could not be made durable: {why}; look at the drive, then close the pool and open it again: it is then as of its last commit",
+                    self.info.path.display()
+                ),
+            )),
+        }
     }
 
     /// The directory of a directory pool.
@@ -214,6 +233,8 @@ impl Pool {
             written_bytes: counters.written_bytes.load(Relaxed),
             verified_chunks: counters.verified_chunks.load(Relaxed),
             corrupt_chunks: counters.corrupt_chunks.load(Relaxed),
+            retried_reads: counters.retried_reads.load(Relaxed),
+            repaired_reads: counters.repaired_reads.load(Relaxed),
             commits: counters.commits.load(Relaxed),
             seal_errors: counters.seal_errors.load(Relaxed),
             commit_error: lock(&shared.commit_error).clone(),
@@ -258,6 +279,8 @@ impl Pool {
                 let reads = io.reader().stats();
                 stat.verified_chunks += reads.verified_chunks;
                 stat.corrupt_chunks += reads.corrupt_chunks;
+                stat.retried_reads += reads.retried_reads;
+                stat.repaired_reads += reads.repaired_reads;
             }
         }
         stat

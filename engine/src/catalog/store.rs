@@ -140,11 +140,19 @@ impl CatalogStore {
     /// Opens the catalog; falls back to the copy where it is damaged.
     pub(crate) fn open<L>(&self, pool: &[u8; 16], read_only: bool) -> Result<Loaded<L>> {
         let name = self.name(false);
-        let error =
-            match self.backend(false, read_only).and_then(|backend| load(backend, &name, pool, read_only)) {
-                Ok(loaded) => return Ok(loaded),
-                Err(error) => error,
-            };
+        let attempt = || self.backend(false, read_only).and_then(|backend| load(backend, &name, pool, read_only));
+        let error = match attempt() {
+            Ok(loaded) => return Ok(loaded),
+            // The copy is older: before it takes the catalog's place, a bit that flipped on its way gets a second chance.
+            Err(error) if error.kind() == ErrorKind::Corrupt => match attempt() {
+                Ok(loaded) => {
+                    tracing::warn!(error = %error.chain(), "the catalog was right when it was read again");
+                    return Ok(loaded);
+                }
+                Err(_) => error,
+            },
+            Err(error) => error,
+        };
         if !matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::WrongMember) {
             return Err(error);
         }
@@ -172,6 +180,11 @@ impl CatalogStore {
 
     /// Opens the catalog's backend again, after a write failed.
     pub(crate) fn again(&self) -> Result<Box<dyn StorageBackend>> {
+        if let CatalogStore::Directory(directory) = self {
+            // After a failed write the page cache may hold, as clean, what the drive never got: what is there is to be seen.
+            let file = open_file(&directory.join(CATALOG_FILE), true)?;
+            let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+        }
         self.backend(false, false)
     }
 

@@ -105,7 +105,7 @@ impl Shared {
         if turn.done > before {
             return Ok(());
         }
-        let result = self.snapshot(&mut turn);
+        let result = self.check_flushed().and_then(|()| self.snapshot(&mut turn));
         *lock(&self.commit_error) = result.as_ref().err().map(Error::chain).unwrap_or_default();
         result
     }
@@ -163,6 +163,13 @@ impl Shared {
         synced.and(closed)
     }
 
+    /// Notes that data was not made durable; see [`check_flushed`](Self::check_flushed).
+    fn not_flushed(&self, error: Error) -> Error {
+        tracing::error!(error = %error.chain(), "a flush failed; no more changes until the pool is opened again");
+        let _ = self.flush_failed.set(error.chain());
+        error
+    }
+
     fn make_durable(&self, taken: &Taken) -> Result<()> {
         match &self.storage {
             Storage::Files { directory, .. } => {
@@ -172,7 +179,8 @@ impl Shared {
                     .filter_map(|pending| pending.layout.single_file())
                     .map(|(_, file)| file)
                     .collect();
-                directory.sync(&files)?;
+                let open = directory.open_to_sync(&files)?;
+                directory.sync_open(open).map_err(|error| self.not_flushed(error))?;
             }
             Storage::Extents(io) => {
                 let mut of_member: Vec<Vec<Extent>> = vec![Vec::new(); io.stripes().members().len()];
@@ -189,7 +197,7 @@ impl Shared {
                 }
                 for (member, extents) in io.stripes().members().iter().zip(&of_member) {
                     if !extents.is_empty() {
-                        member.sync(extents)?;
+                        member.sync(extents).map_err(|error| self.not_flushed(error))?;
                     }
                 }
             }

@@ -5,14 +5,14 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 
 use nvme::{Device, DeviceOptions};
 
 use super::commit::FILE_RESERVE;
 use super::live::Live;
 use super::{
-    Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage, Verify,
+    DeviceHook, Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage, Verify,
     commit, lock,
 };
 use crate::catalog::Batch;
@@ -53,9 +53,9 @@ fn kind_at(path: &Path) -> Result<MemberKind> {
 }
 
 /// Finds all members from the path of one of them, or of the directory that points to them.
-fn locate(path: &Path) -> Result<(Superblock, Vec<Located>)> {
+fn locate(path: &Path, hook: Option<&DeviceHook>) -> Result<(Superblock, Vec<Located>)> {
     let kind = kind_at(path)?;
-    let first = format::read(path, kind)?;
+    let first = format::read_through(path, kind, hook)?;
     let here =
         fs::canonicalize(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
     let superblock = first.superblock.clone();
@@ -79,7 +79,7 @@ fn locate(path: &Path) -> Result<(Superblock, Vec<Located>)> {
         candidates.push(entry.path.clone());
         let mut result = Err(missing(&superblock, index, "it is not there"));
         for candidate in candidates {
-            result = member_at(&superblock, index, candidate);
+            result = member_at(&superblock, index, candidate, hook);
             if result.is_ok() {
                 break;
             }
@@ -107,13 +107,13 @@ fn missing(pool: &Superblock, index: usize, why: &str) -> Error {
     )
 }
 
-fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> {
+fn member_at(pool: &Superblock, index: usize, path: PathBuf, hook: Option<&DeviceHook>) -> Result<Located> {
     let entry = &pool.members[index];
     let kind = match kind_at(&path) {
         Ok(kind) => kind,
         Err(error) => return Err(missing(pool, index, &error.chain())),
     };
-    let found = match format::read(&path, kind) {
+    let found = match format::read_through(&path, kind, hook) {
         Ok(found) => found,
         Err(error) if matches!(error.kind(), ErrorKind::NotAPool | ErrorKind::NotFound) => {
             return Err(missing(pool, index, &error.chain()));
@@ -173,7 +173,7 @@ fn info_of(path: &Path, superblock: &Superblock, members: &[Located]) -> PoolInf
 }
 
 pub(super) fn probe(path: &Path) -> Result<PoolInfo> {
-    let (superblock, members) = locate(path)?;
+    let (superblock, members) = locate(path, None)?;
     Ok(info_of(path, &superblock, &members))
 }
 
@@ -187,11 +187,11 @@ fn geometry_of(superblock: &Superblock) -> RawGeometry {
 }
 
 /// Writes damaged or stale superblock copies again from the good one.
-fn repair_superblocks(members: &[Located]) {
+fn repair_superblocks(members: &[Located], hook: Option<&DeviceHook>) {
     for member in members {
         let Some(why) = &member.found.damaged else { continue };
         tracing::warn!(member = %member.path.display(), "{why}; written again from the good copy");
-        if let Err(error) = format::write(&member.path, member.kind, &member.found.superblock) {
+        if let Err(error) = format::write_through(&member.path, member.kind, &member.found.superblock, hook) {
             tracing::warn!(member = %member.path.display(), error = %error.chain(), "the superblock could not be repaired");
         }
     }
@@ -209,10 +209,11 @@ fn check_options(options: &OpenOptions) -> Result<()> {
 
 pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
     check_options(options)?;
-    let (superblock, members) = locate(path)?;
+    let hook = options.device_hook.as_ref();
+    let (superblock, members) = locate(path, hook)?;
     let owner = Owner::take(&members[0].path, members[0].kind, options.read_only)?;
     if !options.read_only {
-        repair_superblocks(&members);
+        repair_superblocks(&members, hook);
     }
     let devices = open_devices(&members, options)?;
     let store =
@@ -304,6 +305,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         reserved_file,
         counters: PoolCounters::default(),
         commit_error: Mutex::default(),
+        flush_failed: OnceLock::new(),
         stop: Mutex::new(false),
         wake: Condvar::new(),
         kick: AtomicBool::new(false),
@@ -376,6 +378,10 @@ fn open_devices(members: &[Located], options: &OpenOptions) -> Result<Vec<Option
     let open = |member: &Located| match member.kind {
         MemberKind::Directory => Ok(None),
         _ => nvme::open(&member.path, &DeviceOptions { direct: true, read_only: options.read_only })
+            .map(|device| match &options.device_hook {
+                Some(hook) => hook.wrap(&member.path, device),
+                None => device,
+            })
             .map(Some)
             .map_err(|error| Error::from(error).context(format!("open member {}", member.path.display()))),
     };
