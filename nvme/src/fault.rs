@@ -210,7 +210,8 @@ impl FaultDevice {
     ) -> InlineOutcome {
         let fault = self.plan.next(verb, offset, len);
         let mut latency = Duration::ZERO;
-        let whole = |done: Result<()>, latency| InlineOutcome { result: done.map(|()| len as usize), latency };
+        let whole =
+            |done: Result<()>, latency| InlineOutcome { result: done.map(|()| len as usize), latency };
         match fault {
             Some(Fault::Errno(errno)) => whole(Err(self.failed(verb, offset, len, errno)), latency),
             Some(Fault::Vanish) => whole(Err(self.failed(verb, offset, len, libc::ENODEV)), latency),
@@ -236,7 +237,13 @@ impl FaultDevice {
     }
 
     /// For the blocking helpers: continues short transfers, as a system call's caller would.
-    fn blocking(&self, verb: Verb, offset: u64, len: u64, mut step: impl FnMut(u64) -> InlineOutcome) -> Result<()> {
+    fn blocking(
+        &self,
+        verb: Verb,
+        offset: u64,
+        len: u64,
+        mut step: impl FnMut(u64) -> InlineOutcome,
+    ) -> Result<()> {
         let context = || format!("{} {len} bytes at {offset} of {}", verb.name(), self.below.name());
         let mut done = 0;
         let mut latency = Duration::ZERO;
@@ -330,7 +337,9 @@ impl Device for FaultDevice {
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let len = buf.len() as u64;
-        self.blocking(Verb::Read, offset, len, |done| self.inline_read(offset + done, &mut buf[done as usize..]))
+        self.blocking(Verb::Read, offset, len, |done| {
+            self.inline_read(offset + done, &mut buf[done as usize..])
+        })
     }
     fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
         let step = |done: u64| self.inline_write(offset + done, &buf[done as usize..]);
@@ -420,13 +429,17 @@ mod tests {
         plan.at(4, Fault::Hang);
         let ops = [0, 4096, 8192, 12288].map(|at| Op::write(device.clone(), at, page()));
         let done = queue.run(ops.into()).unwrap();
-        let kinds: Vec<_> = done.iter().map(|done| done.result.as_ref().map_err(|error| error.kind())).collect();
+        let kinds: Vec<_> =
+            done.iter().map(|done| done.result.as_ref().map_err(|error| error.kind())).collect();
         assert_eq!(kinds, [Ok(&4096), Ok(&4096), Ok(&4096), Err(ErrorKind::Timeout)]);
         for (at, byte) in [(0, 7), (4096, 0), (8192, 7), (12287, 7), (12288, 0)] {
             assert_eq!(read(&*below, at, 1), [byte], "at {at}");
         }
         // 8192 came in two operations.
         let log = plan.log();
-        assert_eq!(log.iter().map(|io| (io.offset, io.len)).collect::<Vec<_>>()[2..4], [(8192, 4096), (8704, 3584)]);
+        assert_eq!(
+            log.iter().map(|io| (io.offset, io.len)).collect::<Vec<_>>()[2..4],
+            [(8192, 4096), (8704, 3584)]
+        );
     }
 }

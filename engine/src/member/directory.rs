@@ -272,8 +272,9 @@ impl FileDirectory {
         }
         for folder in folders {
             // One that is gone took its files along: that is no success.
-            let file = File::open(&folder)
-                .map_err(|error| Error::io(format!("open directory {} to sync it", folder.display()), error))?;
+            let file = File::open(&folder).map_err(|error| {
+                Error::io(format!("open directory {} to sync it", folder.display()), error)
+            })?;
             found.folders.push((folder, file));
         }
         Ok(found)

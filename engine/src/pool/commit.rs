@@ -213,8 +213,11 @@ impl Shared {
                 "the file system under the pool is full; the catalog goes on with the space set aside"
             );
         }
-        self.catalog.reopen(self.store.again()?).map_err(|again| again.context(error.chain()))?;
-        self.catalog.apply(&taken.batch)
+        let named = |error: Error| error.context(self.store.name(false));
+        self.catalog
+            .reopen(|read_only| self.store.again(read_only))
+            .map_err(|again| named(again.context(error.chain())))?;
+        self.catalog.apply(&taken.batch).map_err(named)
     }
 
     /// Takes everything dirty, under one lock of the tree.
@@ -340,8 +343,23 @@ impl Shared {
         };
         match waiting {
             Some(layout) => Ok(layout),
-            None => Ok(Arc::new(self.catalog.layout(node)?.unwrap_or_else(|| Layout::new(self.chunk_size)))),
+            None => Ok(Arc::new(self.stored_layout(node)?.unwrap_or_else(|| Layout::new(self.chunk_size)))),
         }
+    }
+
+    /// The catalog's layout of a node. After a failed read the database refuses all others until it is opened anew: a fault that
+    /// passed must not be one for good.
+    fn stored_layout(&self, node: NodeId) -> Result<Option<Layout>> {
+        let error = match self.catalog.layout(node) {
+            Err(error) if error.kind() == ErrorKind::Io && !self.read_only => error,
+            done => return done,
+        };
+        tracing::warn!(node, error = %error.chain(), "opening the catalog again");
+        // Where it can be opened for reading only, that is enough here.
+        let again = self.catalog.reopen(|read_only| self.store.again(read_only));
+        self.catalog.layout(node).map_err(|still| {
+            again.err().unwrap_or(still).context(error.chain()).context(self.store.name(false))
+        })
     }
 
     /// Frees space as soon as no durable catalog names it (at once where none ever did) and nobody reads it.

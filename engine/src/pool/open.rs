@@ -12,8 +12,8 @@ use nvme::{Device, DeviceOptions};
 use super::commit::FILE_RESERVE;
 use super::live::Live;
 use super::{
-    DeviceHook, Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage, Verify,
-    commit, lock,
+    DeviceHook, Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage,
+    Verify, commit, lock,
 };
 use crate::catalog::Batch;
 use crate::catalog::store::{CatalogStore, Loaded};
@@ -223,6 +223,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         tracing::error!(pool = %path.display(), "{restored}: what was made after it is lost; run verify");
     }
     let Loaded { catalog, mut meta, mut tree, restored } = loaded;
+    let in_catalog = |error: Error| error.context(store.name(false));
     let next_file = meta.next_file;
     let files = members.len() == 1 && members[0].kind == MemberKind::Directory;
     let storage = if files {
@@ -258,9 +259,9 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
             directory.charge_fact(used);
         }
         Storage::Extents(io) => {
-            let stored = catalog.layout_nodes()?;
+            let stored = catalog.layout_nodes().map_err(in_catalog)?;
             for node in stored {
-                if let Some(layout) = catalog.layout(node)? {
+                if let Some(layout) = catalog.layout(node).map_err(in_catalog)? {
                     take_extents(io, layout.extents().copied())
                         .map_err(|error| error.context(format!("the layout of node {node}")))?;
                 }
@@ -279,7 +280,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         meta.next_file = reserved_file;
         meta.generation += 1;
         meta.saved = Timestamp::now().secs;
-        catalog.apply(&Batch::new(meta.clone()))?;
+        catalog.apply(&Batch::new(meta.clone())).map_err(in_catalog)?;
         store.keep_reserve();
     }
     let mut info = info_of(path, &superblock, &members);

@@ -91,7 +91,9 @@ type Wrap = dyn Fn(&Path, Arc<dyn Device>) -> Arc<dyn Device> + Send + Sync;
 
 impl DeviceHook {
     /// `wrap` is called whenever a member is opened, for its superblock and for its data.
-    pub fn new(wrap: impl Fn(&Path, Arc<dyn Device>) -> Arc<dyn Device> + Send + Sync + 'static) -> DeviceHook {
+    pub fn new(
+        wrap: impl Fn(&Path, Arc<dyn Device>) -> Arc<dyn Device> + Send + Sync + 'static,
+    ) -> DeviceHook {
         DeviceHook(Arc::new(wrap))
     }
 

@@ -137,14 +137,16 @@ pub fn options() -> OpenOptions {
 /// The pool's device is `below`, and goes wrong as `plan` says.
 pub fn faulty(below: &Arc<dyn Device>, plan: &Arc<FaultPlan>) -> OpenOptions {
     let (below, plan) = (below.clone(), plan.clone());
-    let hook = move |_: &Path, _| -> Arc<dyn Device> { Arc::new(FaultDevice::new(below.clone(), plan.clone())) };
+    let hook =
+        move |_: &Path, _| -> Arc<dyn Device> { Arc::new(FaultDevice::new(below.clone(), plan.clone())) };
     OpenOptions { device_hook: Some(DeviceHook::new(hook)), ..options() }
 }
 
 /// The same over the image file itself.
 pub fn faulty_file(plan: &Arc<FaultPlan>) -> OpenOptions {
     let plan = plan.clone();
-    let hook = move |_: &Path, device| -> Arc<dyn Device> { Arc::new(FaultDevice::new(device, plan.clone())) };
+    let hook =
+        move |_: &Path, device| -> Arc<dyn Device> { Arc::new(FaultDevice::new(device, plan.clone())) };
     OpenOptions { device_hook: Some(DeviceHook::new(hook)), ..options() }
 }
 

@@ -8,6 +8,7 @@
 //! - nothing hangs.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -244,6 +245,9 @@ fn one_fault_at_every_operation() {
         run.work(&faulty(&lab.device(), &plan), &lab.path);
         plan.operations()
     };
+    if std::env::var_os("NVTIER_FAULT_LOG").is_some() {
+        log.iter().take(operations as usize).for_each(|io| println!("{io:?}"));
+    }
     let of = |verb, data: bool| {
         let chosen = log.iter().take(operations as usize);
         chosen.filter(|io| io.verb == verb && (io.offset >= DATA) == data).count()
@@ -273,6 +277,7 @@ fn one_fault_at_every_operation() {
         faults.push(("bit flipped", Fault::FlipBit(SimRng::new(seed).next_u64())));
     }
     let (mut runs, mut errors, mut damaged) = (0, 0, 0);
+    let mut failures = Vec::new();
     for (what, fault) in faults {
         let before = (runs, errors, damaged);
         for at in 0..operations {
@@ -280,10 +285,14 @@ fn one_fault_at_every_operation() {
             watchdog.begins(&case);
             let plan = Arc::new(FaultPlan::new());
             plan.at(at, fault);
-            let (e, d) = run(&case, &lab, &plan, &lab.device());
             runs += 1;
-            errors += u64::from(e > 0);
-            damaged += u64::from(d > 0);
+            match attempt(|| run(&case, &lab, &plan, &lab.device())) {
+                Ok((e, d)) => {
+                    errors += u64::from(e > 0);
+                    damaged += u64::from(d > 0);
+                }
+                Err(text) => failures.push(text),
+            }
         }
         println!(
             "{what}: {} runs, {} with an error, {} with damage that was found",
@@ -292,7 +301,16 @@ fn one_fault_at_every_operation() {
             damaged - before.2
         );
     }
+    assert!(failures.is_empty(), "{} of {runs} runs failed:\n{}", failures.len(), failures.join("\n"));
     assert!(errors > 0 && damaged > 0, "no fault was ever noticed");
+}
+
+/// What a run yields, or what its failed assertion says: one test shows all that is wrong.
+fn attempt<T>(run: impl FnOnce() -> T) -> std::result::Result<T, String> {
+    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| match panic.downcast::<String>() {
+        Ok(text) => *text,
+        Err(_) => "a panic without words".into(),
+    })
 }
 
 fn some_fault(rng: &mut SimRng) -> Fault {
@@ -315,6 +333,7 @@ fn many_faults_at_random() {
     let lab = lab();
     let rounds = std::env::var("NVTIER_FAULT_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(300);
     let mut fired = 0;
+    let mut failures = Vec::new();
     for seed in 1..=rounds {
         let case = format!("seed {seed}");
         watchdog.begins(&case);
@@ -322,8 +341,11 @@ fn many_faults_at_random() {
         let mut rng = SimRng::new(seed);
         let one_in = [3, 10, 30, 100][(seed % 4) as usize];
         plan.choose(move |_| (rng.in_range(0..one_in) == 0).then(|| some_fault(&mut rng)));
-        run(&case, &lab, &plan, &lab.device());
+        if let Err(text) = attempt(|| run(&case, &lab, &plan, &lab.device())) {
+            failures.push(text);
+        }
         fired += plan.fired().len();
     }
+    assert!(failures.is_empty(), "{} of {rounds} seeds failed:\n{}", failures.len(), failures.join("\n"));
     println!("seeds 1 to {rounds}: {fired} faults");
 }
