@@ -26,6 +26,8 @@ use crate::member::directory::FileDirectory;
 use crate::namespace::Tree;
 use crate::owner::Owner;
 use crate::prefetch::Prefetcher;
+use crate::repair::RepairReport;
+use crate::scrub::ScrubOptions;
 use crate::types::{Access, NodeId};
 use crate::verify::{VerifyProgress, VerifyReport};
 
@@ -78,6 +80,8 @@ pub(crate) struct PoolCounters {
     pub repaired_reads: AtomicU64,
     pub commits: AtomicU64,
     pub seal_errors: AtomicU64,
+    /// Files without an owner that were removed.
+    pub orphans: AtomicU64,
 }
 
 /// All of a pool but its end.
@@ -98,7 +102,7 @@ pub(crate) struct Shared {
     /// Regions that had to stay unsealed because somebody still maps their file.
     mapped: Mutex<HashSet<NodeId>>,
     /// Regions that are open, as the tree has them too.
-    open: Mutex<HashMap<NodeId, Arc<Live>>>,
+    pub(crate) open: Mutex<HashMap<NodeId, Arc<Live>>>,
     /// Source of generations, of contents and snapshots alike.
     generation: AtomicU64,
     durable_generation: AtomicU64,
@@ -106,10 +110,13 @@ pub(crate) struct Shared {
     reserved_file: u64,
     pub counters: PoolCounters,
     commit_error: Mutex<String>,
+    /// What opening had to mend, for [`Pool::repair`].
+    pub(crate) mended: Mutex<Vec<String>>,
+    pub(crate) scrub: Mutex<crate::scrub::Noted>,
     /// A flush of data failed: what it was for may be lost although a later flush succeeds. No snapshot is made any more.
     flush_failed: OnceLock<String>,
-    stop: Mutex<bool>,
-    wake: Condvar,
+    pub(crate) stop: Mutex<bool>,
+    pub(crate) wake: Condvar,
     kick: AtomicBool,
     _owner: Owner,
 }
@@ -240,6 +247,7 @@ impl Pool {
             commits: counters.commits.load(Relaxed),
             seal_errors: counters.seal_errors.load(Relaxed),
             commit_error: lock(&shared.commit_error).clone(),
+            scrub: lock(&shared.scrub).stat(),
             ..PoolStat::default()
         };
         {
@@ -330,6 +338,41 @@ impl Pool {
         progress: &mut dyn FnMut(VerifyProgress),
     ) -> Result<VerifyReport> {
         crate::verify::verify(&self.inner.shared, node, progress)
+    }
+
+    /// Reads everything in the background and compares its sums, until the pool is closed; see [`crate::scrub`]. Once a pool.
+    pub fn start_scrub(&self, options: &ScrubOptions) -> Result<()> {
+        crate::scrub::check(options)?;
+        let mut threads = lock(&self.inner.threads);
+        if !crate::scrub::begin(&mut lock(&self.inner.shared.scrub), options) {
+            return Err(Error::new(ErrorKind::Busy, "the pool is being scrubbed already"));
+        }
+        let (shared, options) = (self.inner.shared.clone(), options.clone());
+        let thread = std::thread::Builder::new()
+            .name("nvtier-scrub".into())
+            .spawn(move || crate::scrub::run(&shared, &options))
+            .map_err(|error| Error::io("start the thread nvtier-scrub", error))?;
+        threads.push(thread);
+        Ok(())
+    }
+
+    /// Mends superblocks, the catalog's copy, and space that nobody owns.
+    pub fn repair_structures(&self) -> Result<RepairReport> {
+        crate::repair::repair_structures(&self.inner.shared)
+    }
+
+    /// Verifies a region, or all, and mends damaged chunks from what the pool itself still has of them; see [`crate::repair`].
+    pub fn repair(
+        &self,
+        node: Option<NodeId>,
+        progress: &mut dyn FnMut(VerifyProgress),
+    ) -> Result<RepairReport> {
+        crate::repair::repair_region(&self.inner.shared, node, progress)
+    }
+
+    /// Puts `bytes` in the place of a damaged chunk; they must be the committed ones, by their sum. `false`: the chunk is right as it is.
+    pub fn replace_chunk(&self, node: NodeId, chunk: u64, bytes: &[u8]) -> Result<bool> {
+        crate::repair::replace_chunk(&self.inner.shared, node, chunk, bytes)
     }
 
     /// Makes everything that is committed durable, in one snapshot.

@@ -192,6 +192,25 @@ impl RegionReader {
         Ok(bytes)
     }
 
+    /// Fills `buf` with a chunk if the RAM tier has it; reads nothing.
+    pub(crate) fn cached(&self, source: Source<'_>, chunk: u64, buf: &mut [u8]) -> bool {
+        let start = chunk * source.layout.chunk_size() as u64;
+        let mut parts = Vec::new();
+        let mut found = false;
+        self.for_frames(source, &(start..start + buf.len() as u64), |key, chunks, _| {
+            self.tier.claim(key, chunks, &mut parts);
+            // What it hands out to be filled goes back unfilled.
+            for part in parts.drain(..) {
+                if let Part::Hit { chunks, page } = part {
+                    let from = (start - self.logical_range(source, key, page.chunks()).start) as usize;
+                    buf.copy_from_slice(&page.bytes()[from..from + buf.len()]);
+                    found = chunks.len() == 1;
+                }
+            }
+        });
+        found
+    }
+
     /// Reads chunks past the RAM tier, verified: for content that has no generation yet. `sink` gets them in any order.
     pub(crate) fn read_uncached(
         &self,

@@ -71,6 +71,18 @@ pub struct VerifyReport {
 }
 
 impl VerifyReport {
+    /// Adds what a verification of other regions found.
+    pub(crate) fn merge(&mut self, other: VerifyReport) {
+        self.regions += other.regions;
+        self.chunks += other.chunks;
+        self.bytes += other.bytes;
+        self.skipped += other.skipped;
+        self.resealed += other.resealed;
+        self.bad_chunks += other.bad_chunks;
+        self.bad.extend(other.bad);
+        self.bad.truncate(LISTED);
+    }
+
     /// Whether nothing is wrong.
     pub fn is_clean(&self) -> bool {
         self.bad_chunks == 0

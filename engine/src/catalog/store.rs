@@ -181,6 +181,13 @@ impl CatalogStore {
         Ok(Loaded { restored: Some(restored), ..loaded })
     }
 
+    /// Reads the whole copy. No transaction may run.
+    pub(crate) fn check_copy(&self, pool: &[u8; 16]) -> Result<()> {
+        let copy: Loaded<()> =
+            self.backend(true, true).and_then(|backend| load(backend, &self.name(true), pool, true))?;
+        copy.catalog.layout_nodes().map(drop)
+    }
+
     /// Opens the catalog's backend again, after a write failed.
     pub(crate) fn again(&self, read_only: bool) -> Result<Box<dyn StorageBackend>> {
         if let CatalogStore::Directory(directory) = self {

@@ -376,6 +376,41 @@ impl Shared {
         }
     }
 
+    /// Files made since this process opened the pool have this number or a higher one.
+    pub(crate) fn first_new_file(&self) -> u64 {
+        self.reserved_file - FILE_RESERVE
+    }
+
+    /// Files of old content that wait to be removed.
+    pub(crate) fn doomed_files(&self) -> Vec<u64> {
+        lock(&self.graveyard).iter().map(|doomed| doomed.file).filter(|file| *file != 0).collect()
+    }
+
+    /// Extents of old content that wait to be freed, and those that its readers may still use.
+    pub(crate) fn doomed_extents(&self) -> Vec<Extent> {
+        let graveyard = lock(&self.graveyard);
+        let mut extents: Vec<Extent> =
+            graveyard.iter().flat_map(|doomed| doomed.extents.iter().copied()).collect();
+        for doomed in graveyard.iter() {
+            if let Stored::Extents(content) = &*doomed.guard {
+                extents.extend(content.layout().extents().copied());
+            }
+        }
+        extents
+    }
+
+    /// Makes the catalog's copy anew where it cannot be read. What was done, in a sentence.
+    pub(crate) fn mend_catalog_copy(self: &Arc<Self>) -> Result<Option<String>> {
+        self.sync()?;
+        let mut turn = lock(&self.snapshots.turn);
+        let Err(error) = self.store.check_copy(&self.pool_id) else { return Ok(None) };
+        self.store.back_up()?;
+        turn.backed_up = Some(Instant::now());
+        turn.backed_up_generation = self.durable_generation.load(Relaxed);
+        self.store.check_copy(&self.pool_id)?;
+        Ok(Some(format!("the catalog's copy was damaged ({}); made again from the catalog", error.chain())))
+    }
+
     fn free_doomed(&self, done: u64) {
         let mut ready = Vec::new();
         {

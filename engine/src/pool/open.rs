@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 
 use nvme::{Device, DeviceOptions};
@@ -28,7 +28,7 @@ use crate::member::raw::{RawGeometry, RawMember};
 use crate::namespace::Tree;
 use crate::owner::Owner;
 use crate::prefetch::Prefetcher;
-use crate::types::Timestamp;
+use crate::types::{ROOT, Timestamp};
 
 /// A member that was found.
 #[derive(Debug)]
@@ -187,14 +187,18 @@ fn geometry_of(superblock: &Superblock) -> RawGeometry {
 }
 
 /// Writes damaged or stale superblock copies again from the good one.
-fn repair_superblocks(members: &[Located], hook: Option<&DeviceHook>) {
+fn repair_superblocks(members: &[Located], hook: Option<&DeviceHook>) -> Vec<String> {
+    let mut mended = Vec::new();
     for member in members {
         let Some(why) = &member.found.damaged else { continue };
         tracing::warn!(member = %member.path.display(), "{why}; written again from the good copy");
         if let Err(error) = format::write_through(&member.path, member.kind, &member.found.superblock, hook) {
             tracing::warn!(member = %member.path.display(), error = %error.chain(), "the superblock could not be repaired");
+            continue;
         }
+        mended.push(format!("{}: {why}; written again from the good copy", member.path.display()));
     }
+    mended
 }
 
 fn check_options(options: &OpenOptions) -> Result<()> {
@@ -212,8 +216,9 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
     let hook = options.device_hook.as_ref();
     let (superblock, members) = locate(path, hook)?;
     let owner = Owner::take(&members[0].path, members[0].kind, options.read_only)?;
+    let mut mended = Vec::new();
     if !options.read_only {
-        repair_superblocks(&members, hook);
+        mended = repair_superblocks(&members, hook);
     }
     let devices = open_devices(&members, options)?;
     let store =
@@ -221,6 +226,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
     let loaded: Loaded<Live> = store.open(&superblock.pool, options.read_only)?;
     if let Some(restored) = &loaded.restored {
         tracing::error!(pool = %path.display(), "{restored}: what was made after it is lost; run verify");
+        mended.push(format!("{restored}: what was made after it is lost"));
     }
     let Loaded { catalog, mut meta, mut tree, restored } = loaded;
     let in_catalog = |error: Error| error.context(store.name(false));
@@ -283,6 +289,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         catalog.apply(&Batch::new(meta.clone())).map_err(in_catalog)?;
         store.keep_reserve();
     }
+    let scrub = crate::scrub::load(tree.getxattr(ROOT, crate::scrub::attribute()).ok());
     let mut info = info_of(path, &superblock, &members);
     info.read_only = options.read_only;
     info.owner_pid = (!options.read_only).then(std::process::id);
@@ -306,6 +313,8 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         reserved_file,
         counters: PoolCounters::default(),
         commit_error: Mutex::default(),
+        mended: Mutex::new(mended),
+        scrub: Mutex::new(scrub),
         flush_failed: OnceLock::new(),
         stop: Mutex::new(false),
         wake: Condvar::new(),
@@ -337,7 +346,10 @@ fn sweep(shared: &Arc<Shared>, named: &HashSet<u64>, limit: u64) {
     if let Storage::Files { directory, .. } = &shared.storage {
         match directory.remove_orphans(named, limit, false, &stop) {
             Ok(0) => {}
-            Ok(count) => tracing::info!(count, "removed files of regions whose writing a crash ended"),
+            Ok(count) => {
+                shared.counters.orphans.fetch_add(count, Relaxed);
+                tracing::info!(count, "removed files of regions whose writing a crash ended");
+            }
             Err(error) => {
                 tracing::warn!(error = %error.chain(), "cannot look for files that a crash left behind")
             }

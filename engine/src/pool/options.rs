@@ -7,6 +7,8 @@ use std::sync::Arc;
 use nvme::Device;
 use serde::{Deserialize, Serialize};
 
+use crate::scrub::ScrubStat;
+
 /// Smallest chunk: 4 KiB.
 pub const MIN_CHUNK_SIZE: u32 = 4 << 10;
 /// Largest chunk: 4 MiB.
@@ -228,6 +230,9 @@ pub struct PoolStat {
     pub unsealed_regions: u64,
     /// Why the last background snapshot failed; empty: it did not.
     pub commit_error: String,
+    /// The background scrub.
+    #[serde(default)]
+    pub scrub: ScrubStat,
 }
 
 /// The RAM tier's budget and hits.
