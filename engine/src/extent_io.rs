@@ -162,7 +162,7 @@ impl ExtentContent {
         self.io.tier().forget(self.node, self.layout.generation(), frames);
     }
 
-    fn source(&self) -> Source<'_> {
+    pub(crate) fn source(&self) -> Source<'_> {
         Source { node: self.node, layout: &self.layout }
     }
 

@@ -22,6 +22,8 @@ pub mod pool;
 pub mod prefetch;
 pub mod ram_tier;
 pub mod region_read;
+pub mod repair;
+pub mod scrub;
 pub mod session;
 pub mod tensors;
 pub mod types;
@@ -34,6 +36,8 @@ pub use lease::{Lease, LeasedExtent, Source};
 pub use pool::{
     FormatOptions, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
 };
+pub use repair::{RepairReport, RepairedChunk};
+pub use scrub::{ScrubOptions, ScrubStat};
 pub use session::{Entry, RegionReader, RegionWriter, Session, SessionOptions, WriterOptions};
 pub use types::{
     Access, Allocate, Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Seek, SetAttr, Timestamp,

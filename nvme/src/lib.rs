@@ -36,6 +36,7 @@
 pub mod buffer;
 pub mod device;
 pub mod error;
+pub mod fault;
 pub mod mapped;
 pub mod queue;
 mod sharing;
@@ -46,6 +47,7 @@ pub use device::{
     BlockDevice, Device, DeviceKind, DeviceOptions, FileDevice, InlineIo, InlineOutcome, Target, open,
 };
 pub use error::{Error, ErrorKind, Result};
+pub use fault::{Fault, FaultDevice, FaultIo, FaultPlan};
 pub use mapped::MappedFile;
 pub use queue::{Backend, Completion, Op, Queue, QueueBuilder, Refused, Verb, with_thread_queue};
 pub use sharing::is_open_elsewhere;

@@ -4,16 +4,16 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 
 use nvme::{Device, DeviceOptions};
 
 use super::commit::FILE_RESERVE;
 use super::live::Live;
 use super::{
-    Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage, Verify,
-    commit, lock,
+    DeviceHook, Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage,
+    Verify, commit, lock,
 };
 use crate::catalog::Batch;
 use crate::catalog::store::{CatalogStore, Loaded};
@@ -28,7 +28,7 @@ use crate::member::raw::{RawGeometry, RawMember};
 use crate::namespace::Tree;
 use crate::owner::Owner;
 use crate::prefetch::Prefetcher;
-use crate::types::Timestamp;
+use crate::types::{ROOT, Timestamp};
 
 /// A member that was found.
 #[derive(Debug)]
@@ -53,9 +53,9 @@ fn kind_at(path: &Path) -> Result<MemberKind> {
 }
 
 /// Finds all members from the path of one of them, or of the directory that points to them.
-fn locate(path: &Path) -> Result<(Superblock, Vec<Located>)> {
+fn locate(path: &Path, hook: Option<&DeviceHook>) -> Result<(Superblock, Vec<Located>)> {
     let kind = kind_at(path)?;
-    let first = format::read(path, kind)?;
+    let first = format::read_through(path, kind, hook)?;
     let here =
         fs::canonicalize(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
     let superblock = first.superblock.clone();
@@ -79,7 +79,7 @@ fn locate(path: &Path) -> Result<(Superblock, Vec<Located>)> {
         candidates.push(entry.path.clone());
         let mut result = Err(missing(&superblock, index, "it is not there"));
         for candidate in candidates {
-            result = member_at(&superblock, index, candidate);
+            result = member_at(&superblock, index, candidate, hook);
             if result.is_ok() {
                 break;
             }
@@ -107,12 +107,12 @@ fn missing(pool: &Superblock, index: usize, why: &str) -> Error {
     )
 }
 
-fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> {
+fn member_at(pool: &Superblock, index: usize, path: PathBuf, hook: Option<&DeviceHook>) -> Result<Located> {
     let kind = match kind_at(&path) {
         Ok(kind) => kind,
         Err(error) => return Err(missing(pool, index, &error.chain())),
     };
-    let found = match format::read(&path, kind) {
+    let found = match format::read_through(&path, kind, hook) {
         Ok(found) => found,
         Err(error) if matches!(error.kind(), ErrorKind::NotAPool | ErrorKind::NotFound) => {
             return Err(missing(pool, index, &error.chain()));
@@ -178,7 +178,7 @@ fn info_of(path: &Path, superblock: &Superblock, members: &[Located]) -> PoolInf
 }
 
 pub(super) fn probe(path: &Path) -> Result<PoolInfo> {
-    let (superblock, members) = locate(path)?;
+    let (superblock, members) = locate(path, None)?;
     Ok(info_of(path, &superblock, &members))
 }
 
@@ -192,14 +192,18 @@ fn geometry_of(superblock: &Superblock) -> RawGeometry {
 }
 
 /// Writes damaged or stale superblock copies again from the good one.
-fn repair_superblocks(members: &[Located], write: &dyn Fn(usize, &Superblock) -> Result<()>) {
+fn repair_superblocks(members: &[Located], write: &dyn Fn(usize, &Superblock) -> Result<()>) -> Vec<String> {
+    let mut mended = Vec::new();
     for (index, member) in members.iter().enumerate() {
         let Some(why) = &member.found.damaged else { continue };
         tracing::warn!(member = %member.path.display(), "{why}; written again from the good copy");
         if let Err(error) = write(index, &member.found.superblock) {
             tracing::warn!(member = %member.path.display(), error = %error.chain(), "the superblock could not be repaired");
+            continue;
         }
+        mended.push(format!("{}: {why}; written again from the good copy", member.path.display()));
     }
+    mended
 }
 
 fn check_options(options: &OpenOptions) -> Result<()> {
@@ -214,16 +218,18 @@ fn check_options(options: &OpenOptions) -> Result<()> {
 
 pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
     check_options(options)?;
-    let (superblock, members) = locate(path)?;
+    let hook = options.device_hook.as_ref();
+    let (superblock, members) = locate(path, hook)?;
     let owner = Owner::take(&members[0].path, members[0].kind, options.read_only)?;
+    let mut mended = Vec::new();
     if !options.read_only {
         let write = |index: usize, superblock: &Superblock| {
-            format::write(&members[index].path, members[index].kind, superblock)
+            format::write_through(&members[index].path, members[index].kind, superblock, hook)
         };
-        repair_superblocks(&members, &write);
+        mended = repair_superblocks(&members, &write);
     }
     let devices = devices_of(&members, options)?;
-    open_located(path, superblock, members, devices, owner, options)
+    open_located(path, superblock, Opened { members, devices, mended }, owner, options)
 }
 
 /// The members that these devices say they are, and the superblock of the first.
@@ -255,29 +261,42 @@ pub(super) fn probe_devices(devices: &[Arc<dyn Device>]) -> Result<PoolInfo> {
 pub(super) fn open_devices(devices: &[Arc<dyn Device>], options: &OpenOptions) -> Result<Pool> {
     check_options(options)?;
     let (superblock, members) = locate_devices(devices)?;
+    let mut mended = Vec::new();
     if !options.read_only {
-        repair_superblocks(&members, &|index, superblock| format::write_device(&*devices[index], superblock));
+        let write =
+            |index: usize, superblock: &Superblock| format::write_device(&*devices[index], superblock);
+        mended = repair_superblocks(&members, &write);
     }
     let path = members[0].path.clone();
     let devices = devices.iter().cloned().map(Some).collect();
-    open_located(&path, superblock, members, devices, Owner::of_devices(), options)
+    open_located(&path, superblock, Opened { members, devices, mended }, Owner::of_devices(), options)
+}
+
+/// Members that were found, and what was mended on the way.
+struct Opened {
+    members: Vec<Located>,
+    /// Of raw members.
+    devices: Vec<Option<Arc<dyn Device>>>,
+    mended: Vec<String>,
 }
 
 fn open_located(
     path: &Path,
     superblock: Superblock,
-    members: Vec<Located>,
-    devices: Vec<Option<Arc<dyn Device>>>,
+    opened: Opened,
     owner: Owner,
     options: &OpenOptions,
 ) -> Result<Pool> {
+    let Opened { members, devices, mut mended } = opened;
     let store =
         CatalogStore::new(&members[0].path, devices[0].clone(), &geometry_of(&members[0].found.superblock));
     let loaded: Loaded<Live> = store.open(&superblock.pool, options.read_only)?;
     if let Some(restored) = &loaded.restored {
         tracing::error!(pool = %path.display(), "{restored}: what was made after it is lost; run verify");
+        mended.push(format!("{restored}: what was made after it is lost"));
     }
     let Loaded { catalog, mut meta, mut tree, restored } = loaded;
+    let in_catalog = |error: Error| error.context(store.name(false));
     let next_file = meta.next_file;
     let files = members.len() == 1 && members[0].kind == MemberKind::Directory;
     let storage = if files {
@@ -317,9 +336,9 @@ fn open_located(
             directory.charge_fact(used);
         }
         Storage::Extents(io) => {
-            let stored = catalog.layout_nodes()?;
+            let stored = catalog.layout_nodes().map_err(in_catalog)?;
             for node in stored {
-                if let Some(layout) = catalog.layout(node)? {
+                if let Some(layout) = catalog.layout(node).map_err(in_catalog)? {
                     take_extents(io, layout.extents().copied())
                         .map_err(|error| error.context(format!("the layout of node {node}")))?;
                 }
@@ -338,9 +357,10 @@ fn open_located(
         meta.next_file = reserved_file;
         meta.generation += 1;
         meta.saved = Timestamp::now().secs;
-        catalog.apply(&Batch::new(meta.clone()))?;
+        catalog.apply(&Batch::new(meta.clone())).map_err(in_catalog)?;
         store.keep_reserve();
     }
+    let scrub = crate::scrub::load(tree.getxattr(ROOT, crate::scrub::attribute()).ok());
     let mut info = info_of(path, &superblock, &members);
     info.read_only = options.read_only;
     info.owner_pid = (!options.read_only).then(std::process::id);
@@ -364,6 +384,9 @@ fn open_located(
         reserved_file,
         counters: PoolCounters::default(),
         commit_error: Mutex::default(),
+        mended: Mutex::new(mended),
+        scrub: Mutex::new(scrub),
+        flush_failed: OnceLock::new(),
         stop: Mutex::new(false),
         wake: Condvar::new(),
         kick: AtomicBool::new(false),
@@ -394,7 +417,10 @@ fn sweep(shared: &Arc<Shared>, named: &HashSet<u64>, limit: u64) {
     if let Storage::Files { directory, .. } = &shared.storage {
         match directory.remove_orphans(named, limit, false, &stop) {
             Ok(0) => {}
-            Ok(count) => tracing::info!(count, "removed files of regions whose writing a crash ended"),
+            Ok(count) => {
+                shared.counters.orphans.fetch_add(count, Relaxed);
+                tracing::info!(count, "removed files of regions whose writing a crash ended");
+            }
             Err(error) => {
                 tracing::warn!(error = %error.chain(), "cannot look for files that a crash left behind")
             }
@@ -436,6 +462,10 @@ fn devices_of(members: &[Located], options: &OpenOptions) -> Result<Vec<Option<A
     let open = |member: &Located| match member.kind {
         MemberKind::Directory => Ok(None),
         _ => nvme::open(&member.path, &DeviceOptions { direct: true, read_only: options.read_only })
+            .map(|device| match &options.device_hook {
+                Some(hook) => hook.wrap(&member.path, device),
+                None => device,
+            })
             .map(Some)
             .map_err(|error| Error::from(error).context(format!("open member {}", member.path.display()))),
     };
