@@ -32,10 +32,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nvme::{Device, DeviceOptions};
-
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{DeviceHook, MAX_CHUNK_SIZE, MAX_MEMBERS, MIN_CHUNK_SIZE, MemberKind};
+use nvme::{Device, DeviceOptions};
 
 pub mod foreign;
 
