@@ -45,7 +45,8 @@ fn all_lengths_and_pieces_arrive_with_right_sums() {
     {
         let session = open(&pool);
         for len in lens {
-            for (hint, piece) in [(Some(len as u64), 1 << 20), (None, 100_000), (Some(len as u64 / 2), 4097)] {
+            for (hint, piece) in [(Some(len as u64), 1 << 20), (None, 100_000), (Some(len as u64 / 2), 4097)]
+            {
                 let name = format!("r/{len}-{piece}");
                 let data = bytes(len);
                 let mut writer = session.writer(&name, hint, WriterOptions::default()).unwrap();

@@ -39,7 +39,8 @@ pub(crate) struct StreamWriters {
 impl StreamWriters {
     pub fn new() -> Result<StreamWriters> {
         // Huge pages: a run is one segment then, not 256, and neighbours merge on their way to the drive.
-        let arena = Arena::new(RUNS * RUN_BYTES, ArenaOptions { prefault: false, ..ArenaOptions::default() })?;
+        let arena =
+            Arena::new(RUNS * RUN_BYTES, ArenaOptions { prefault: false, ..ArenaOptions::default() })?;
         let writes = WriteBehind::new(THREADS, RUNS * RUN_BYTES, Some(&arena))?;
         Ok(StreamWriters { writes, arena })
     }
