@@ -482,7 +482,7 @@ impl RegionReader {
             let Some(miss) = &misses[index] else { break };
             let pushed = self
                 .op(source, batch | index as u64, &miss.extent)
-                .and_then(|op| Ok(queue.push(op).map_err(|refused| refused.error)));
+                .map(|op| queue.push(op).map_err(|refused| refused.error));
             match pushed {
                 Ok(Ok(())) => taken += 1,
                 // Something is in flight then: it makes room.

@@ -192,9 +192,9 @@ pub(crate) fn repair_region(
 ) -> Result<RepairReport> {
     shared.check_writable()?;
     let mut verify = verify_all(shared, node, MENDED, progress)?;
-    let mut report = RepairReport::default();
     // Beyond the limit another run goes on.
-    report.left_chunks = verify.bad_chunks - verify.bad.len() as u64;
+    let left_chunks = verify.bad_chunks - verify.bad.len() as u64;
+    let mut report = RepairReport { left_chunks, ..RepairReport::default() };
     let mut of_node: BTreeMap<NodeId, Vec<BadChunk>> = BTreeMap::new();
     for bad in std::mem::take(&mut verify.bad) {
         of_node.entry(bad.node).or_default().push(bad);

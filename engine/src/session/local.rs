@@ -237,12 +237,15 @@ fn regions(pool: &Pool, path: &str) -> Result<Option<Vec<(NodeId, u64)>>> {
     Ok(Some(regions))
 }
 
+/// Checks or mends one region, or with `None` all of the pool, and tells how far it is.
+type OnRegion<'a, T> = &'a dyn Fn(Option<NodeId>, &mut dyn FnMut(VerifyProgress)) -> Result<T>;
+
 /// Runs `one` on each region at and below a path, and hands what it yields to `add`.
 fn each_region<T>(
     pool: &Pool,
     path: &str,
     progress: &mut dyn FnMut(VerifyProgress),
-    one: &dyn Fn(Option<NodeId>, &mut dyn FnMut(VerifyProgress)) -> Result<T>,
+    one: OnRegion<'_, T>,
     add: &mut dyn FnMut(T) -> u64,
 ) -> Result<()> {
     let Some(regions) = regions(pool, path)? else {
