@@ -476,7 +476,7 @@ impl Draft for FileDraft {
             let len = size.max(1);
             layout.replace(Extent { logical: 0, member: 0, file: self.number, offset: 0, len });
         }
-        let known = self.known_sums().take().filter(|(len, _)| seal && *len == size);
+        let known = if seal { self.known_sums().take().filter(|(len, _)| *len == size) } else { None };
         if let Some((_, sums)) = known {
             layout.set_sums(0, &sums);
         } else if seal && size > 0 {
@@ -498,6 +498,60 @@ impl Draft for FileDraft {
         }
         if let Err(error) = self.directory.remove_file(self.number, self.charged.swap(0, Relaxed)) {
             tracing::warn!(node = self.node, error = %error.chain(), "cannot remove the file of a draft");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draft(scratch: &std::path::Path) -> FileDraft {
+        let directory = Arc::new(FileDirectory::open(scratch, None, 1, false).unwrap());
+        FileDraft::create(1, &directory, 4096, Timestamp::default(), false).unwrap()
+    }
+
+    fn sealed(draft: &FileDraft) -> Vec<u32> {
+        let layout = draft.commit(true, &AtomicBool::new(false)).unwrap().unwrap().layout;
+        (0..layout.chunks()).map(|chunk| layout.sum(chunk)).collect()
+    }
+
+    #[test]
+    fn sums_that_the_writer_knows_are_not_made_again() {
+        let scratch = tempfile::tempdir().unwrap();
+        let draft = draft(scratch.path());
+        draft.write_at(0, &[7; 5000]).unwrap();
+        // No sums of these bytes: only so it can be told whether they were read back.
+        draft.offer_sums(5000, vec![1, 2]);
+        // A commit in between, as a sync makes one, leaves them.
+        draft.commit(false, &AtomicBool::new(false)).unwrap().unwrap();
+        assert_eq!(sealed(&draft), [1, 2]);
+    }
+
+    #[test]
+    fn any_change_makes_them_worthless() {
+        let scratch = tempfile::tempdir().unwrap();
+        // The last one is of another length.
+        let changes: [&dyn Fn(&FileDraft); 4] = [
+            &|draft| assert_eq!(draft.write_at(10, &[7]).unwrap(), 1),
+            &|draft| draft.set_len(5000).unwrap(),
+            &|draft| draft.allocate(0, 4096, Allocate::ZeroRange { keep_size: true }).unwrap(),
+            &|draft| draft.offer_sums(5000, vec![1, 2, 3]),
+        ];
+        for (index, change) in changes.iter().enumerate() {
+            let draft = draft(scratch.path());
+            draft.write_at(0, &[7; 5000]).unwrap();
+            if index < 3 {
+                draft.offer_sums(5000, vec![1, 2]);
+            }
+            change(&draft);
+            let mut bytes = vec![0; 5000];
+            draft.read_at(0, &mut bytes).unwrap();
+            assert_eq!(
+                sealed(&draft),
+                bytes.chunks(4096).map(crc32fast::hash).collect::<Vec<_>>(),
+                "{index}"
+            );
         }
     }
 }
