@@ -361,7 +361,7 @@ pub fn read_device(device: &dyn Device) -> Result<Found> {
     choose(Path::new(device.name()), copies.into())
 }
 
-/// As [`write`], to a raw member that is open already.
+/// As [`write()`], to a raw member that is open already.
 pub fn write_device(device: &dyn Device, superblock: &Superblock) -> Result<()> {
     let block = superblock.encode()?;
     for offset in offsets(MemberKind::Image, device.len()) {
