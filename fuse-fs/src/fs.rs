@@ -8,6 +8,7 @@ mod attributes;
 mod closer;
 mod content;
 mod counters;
+mod early_writeback;
 mod handles;
 mod namespace;
 mod nodes;
@@ -24,6 +25,7 @@ use engine::{Attr, Pool};
 use self::closer::Closer;
 pub use self::content::{Access, IoPath, Opened};
 pub use self::counters::{Counters, Operation};
+use self::early_writeback::EarlyWriteback;
 use self::handles::{HandleTable, OpenFile};
 pub use self::namespace::{DirectoryEntry, NewNodeRequest};
 use self::nodes::NodeTable;
@@ -91,6 +93,7 @@ pub struct Fs<B> {
     virtual_nodes: VirtualTable,
     listings: Listings,
     closer: Closer<B>,
+    early_writeback: EarlyWriteback,
     passthrough: Mutex<Passthrough>,
     counters: Counters,
     started: engine::Timestamp,
@@ -112,6 +115,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
             virtual_nodes: VirtualTable::default(),
             listings: Listings::default(),
             closer: Closer::new(),
+            early_writeback: EarlyWriteback::new(),
             passthrough: Mutex::new(Passthrough::Off("the kernel has not been asked yet".to_owned())),
             counters: Counters::default(),
             started: engine::Timestamp::now(),

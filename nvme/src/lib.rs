@@ -41,6 +41,7 @@ pub mod mapped;
 pub mod queue;
 mod sharing;
 pub mod sim;
+mod writeback;
 
 pub use buffer::{Arena, ArenaOptions, Buffer};
 pub use device::{
@@ -54,3 +55,4 @@ pub use sharing::is_open_elsewhere;
 pub use sim::{
     SimChange, SimDecision, SimDevice, SimHook, SimImage, SimIo, SimOptions, SimPower, SimRng, Survivors,
 };
+pub use writeback::start_writeback;

@@ -136,6 +136,9 @@ impl<B: Send + Sync + 'static> Fs<B> {
         state.opens += 1;
         if access.write {
             node.writers.fetch_add(1, Ordering::Relaxed);
+            if let Some(file) = &passed {
+                self.early_writeback.watch(file);
+            }
         }
         drop(state);
         // The kernel reports errors of passed-through writes by itself.
