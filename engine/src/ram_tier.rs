@@ -2,7 +2,7 @@
 //!
 //! - The budget is the arena: what does not fit is evicted first, and when everything left is lent out the caller
 //!   gets a *bounce* buffer from the heap that is never kept. A budget of 0 means bounce buffers only.
-//! - A *frame* is an aligned 128 KiB of one generation of one node (one chunk, where chunks are larger). It holds
+//! - A *frame* is an aligned MiB of one generation of one node (one chunk, where chunks are larger). It holds
 //!   *pages*: runs of chunks that were read together. A random 4 KiB read therefore costs one chunk of RAM,
 //!   not a frame. Pages are immutable once published, so lending one is a reference count.
 //! - Eviction is S3-FIFO (Yang et al., SOSP 2023): new frames enter a small queue (a tenth of the budget) and reach
@@ -20,8 +20,9 @@ use nvme::{Arena, ArenaOptions, Buffer};
 
 use crate::error::{Error, Result};
 
-/// Bytes of a frame where chunks are not larger.
-pub const FRAME_BYTES: usize = 128 << 10;
+/// Bytes of a frame where chunks are not larger. As much as the largest request of a mount: such a read is one operation, one page, and one slice to
+/// reply with.
+pub const FRAME_BYTES: usize = 1 << 20;
 
 /// How a [`RamTier`] is made.
 #[derive(Clone, Debug)]

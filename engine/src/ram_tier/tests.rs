@@ -4,6 +4,9 @@ use std::time::Duration;
 use super::*;
 
 const CHUNK: u32 = 16 << 10;
+/// Chunks of a frame.
+const WHOLE: u32 = FRAME_BYTES as u32 / CHUNK;
+const FRAME: u64 = FRAME_BYTES as u64;
 
 fn tier(budget_bytes: u64) -> Arc<RamTier> {
     RamTier::new(&RamTierOptions { budget_bytes, chunk_bytes: CHUNK, huge: false }).unwrap()
@@ -20,7 +23,7 @@ fn soon() -> Instant {
 /// Reads a frame as a caller would: returns whether it was there.
 fn touch(tier: &Arc<RamTier>, key: FrameKey) -> bool {
     let mut parts = Vec::new();
-    tier.claim(key, 0..8, &mut parts);
+    tier.claim(key, 0..WHOLE, &mut parts);
     let hit = matches!(parts[..], [Part::Hit { .. }]);
     for part in parts {
         if let Part::Fill(ticket) = part {
@@ -64,13 +67,13 @@ fn pages_of_a_frame_fill_one_by_one() {
 
 #[test]
 fn budget_is_never_exceeded_and_lent_pages_stay() {
-    let tier = tier(1 << 20);
+    let tier = tier(8 * FRAME);
     assert!(!touch(&tier, key(0)));
     let mut lent = Vec::new();
-    tier.claim(key(0), 0..8, &mut lent);
+    tier.claim(key(0), 0..WHOLE, &mut lent);
     for frame in 1..100 {
         assert!(!touch(&tier, key(frame)));
-        assert!(tier.stats().used_bytes <= 1 << 20);
+        assert!(tier.stats().used_bytes <= 8 * FRAME);
     }
     assert!(touch(&tier, key(0)), "a lent frame is not evicted");
     let stats = tier.stats();
@@ -82,11 +85,11 @@ fn budget_is_never_exceeded_and_lent_pages_stay() {
 
 #[test]
 fn everything_lent_gives_bounce_buffers_that_are_not_kept() {
-    let tier = tier(1 << 20);
+    let tier = tier(8 * FRAME);
     let mut held = Vec::new();
     for frame in 0..8 {
         touch(&tier, key(frame));
-        tier.claim(key(frame), 0..8, &mut held);
+        tier.claim(key(frame), 0..WHOLE, &mut held);
     }
     assert!(!touch(&tier, key(100)));
     assert!(!touch(&tier, key(100)), "not kept");
@@ -109,7 +112,7 @@ fn no_budget_means_bounce_only() {
 
 #[test]
 fn a_stream_does_not_wash_out_what_is_used_again() {
-    let tier = tier(8 << 20); // 64 frames
+    let tier = tier(64 * FRAME);
     for _ in 0..4 {
         for frame in 0..16 {
             touch(&tier, key(frame));
@@ -124,16 +127,16 @@ fn a_stream_does_not_wash_out_what_is_used_again() {
 
 #[test]
 fn a_dropped_ticket_wakes_waiters_to_try_themselves() {
-    let tier = tier(4 << 20);
+    let tier = tier(32 * FRAME);
     let mut parts = Vec::new();
-    tier.claim(key(0), 0..8, &mut parts);
+    tier.claim(key(0), 0..WHOLE, &mut parts);
     let mut waiting = Vec::new();
-    tier.claim(key(0), 0..8, &mut waiting);
+    tier.claim(key(0), 0..WHOLE, &mut waiting);
     let Part::Wait { fill, .. } = &waiting[0] else { panic!("under way") };
     drop(parts);
     assert!(fill.wait(soon()).is_none());
     let mut again = Vec::new();
-    tier.claim(key(0), 0..8, &mut again);
+    tier.claim(key(0), 0..WHOLE, &mut again);
     assert!(matches!(again[..], [Part::Fill(_)]));
     let Part::Wait { fill, .. } = &waiting[0] else { unreachable!() };
     assert!(fill.wait(Instant::now()).is_none());
@@ -141,21 +144,21 @@ fn a_dropped_ticket_wakes_waiters_to_try_themselves() {
 
 #[test]
 fn one_of_many_reads() {
-    let tier = tier(16 << 20);
+    let tier = tier(128 * FRAME);
     let reads = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
                 for frame in 0..64 {
                     let mut parts = Vec::new();
-                    tier.claim(key(frame), 0..8, &mut parts);
+                    tier.claim(key(frame), 0..WHOLE, &mut parts);
                     for part in parts {
                         let page = match part {
                             Part::Hit { page, .. } => page,
                             Part::Wait { fill, .. } => fill.wait(soon()).unwrap(),
                             Part::Fill(ticket) => {
                                 reads.fetch_add(1, Relaxed);
-                                let mut buffer = tier.buffer(8 * CHUNK as usize, &key(frame)).unwrap();
+                                let mut buffer = tier.buffer(FRAME_BYTES, &key(frame)).unwrap();
                                 buffer.fill(frame as u8);
                                 ticket.publish(buffer)
                             }
@@ -171,20 +174,20 @@ fn one_of_many_reads() {
 
 #[test]
 fn forgotten_generations_give_their_memory_back() {
-    let tier = tier(4 << 20);
+    let tier = tier(32 * FRAME);
     for frame in 0..16 {
         touch(&tier, key(frame));
     }
     let other = FrameKey { node: 8, generation: 1, frame: 0 };
     touch(&tier, other);
     let mut parts = Vec::new();
-    tier.claim(key(100), 0..8, &mut parts);
+    tier.claim(key(100), 0..WHOLE, &mut parts);
     tier.forget(7, 1, 5);
     assert_eq!(tier.stats().used_bytes, 12 * FRAME_BYTES as u64);
     tier.forget(7, 1, u64::MAX);
     assert_eq!(tier.stats().used_bytes, FRAME_BYTES as u64);
     let Some(Part::Fill(ticket)) = parts.pop() else { panic!("a miss") };
-    ticket.publish(tier.buffer(8 * CHUNK as usize, &key(100)).unwrap());
+    ticket.publish(tier.buffer(FRAME_BYTES, &key(100)).unwrap());
     assert_eq!(tier.stats().used_bytes, FRAME_BYTES as u64, "a fill that was under way is not kept either");
     assert!(touch(&tier, other));
 }
