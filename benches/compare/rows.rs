@@ -123,6 +123,8 @@ impl<'a> Context<'a> {
             for (side, figures) in sides.iter().zip(&mut figures) {
                 if cold {
                     machine::drop_caches();
+                    // Both caches of a copy, and a RAM tier.
+                    machine::take_memory(2 * self.bytes() + (self.options.ram_mib << 20));
                 }
                 figures.push((side.run)()?);
             }
@@ -469,6 +471,31 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
             Some(0.9),
             true,
             [a, native()],
+        )?);
+        let plain = format!("cp {0} {1} && sync {1}", data.display(), target.display());
+        let plain_line = CommandLine::new(&["sh", "-c", &plain]);
+        let a = Side {
+            name: "cp into the mount, sync",
+            command: copy.clone(),
+            run: Box::new(|| {
+                let _ = fs::remove_file(&into);
+                timed(&line)
+            }),
+        };
+        let b = Side {
+            name: "cp to ext4, sync",
+            command: plain,
+            run: Box::new(|| {
+                let _ = fs::remove_file(&target);
+                timed(&plain_line)
+            }),
+        };
+        rows.push(context.row(
+            &format!("cp into a mounted {kind} pool, vs cp"),
+            "MB/s",
+            None,
+            true,
+            [a, b],
         )?);
         drop(mount);
         let _ = fs::remove_file(&target);
