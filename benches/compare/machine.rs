@@ -50,20 +50,6 @@ pub fn drop_caches() {
     }
 }
 
-/// Has the machine hold `bytes` of free memory (at most three quarters of what is available). A virtual machine gives free memory back to its host, and
-/// whoever fills the page cache next pays for getting it again, ten times the price of the copy: without this, a row tells who came first.
-pub fn take_memory(bytes: u64) {
-    const PART: usize = 64 << 20;
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available = info
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())
-        .unwrap_or(0);
-    let bytes = bytes.min(available * 1024 / 4 * 3) as usize;
-    let parts: Vec<Vec<u8>> = (0..bytes / PART).map(|part| vec![part as u8 | 1; PART]).collect();
-    std::hint::black_box(&parts);
-}
-
 /// CPU time of a process, seconds; 0 when it is gone.
 pub fn cpu_seconds(pid: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();

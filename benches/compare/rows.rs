@@ -123,8 +123,6 @@ impl<'a> Context<'a> {
             for (side, figures) in sides.iter().zip(&mut figures) {
                 if cold {
                     machine::drop_caches();
-                    // Both caches of a copy, and a RAM tier.
-                    machine::take_memory(2 * self.bytes() + (self.options.ram_mib << 20));
                 }
                 figures.push((side.run)()?);
             }
