@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::Device;
+use super::{Device, DeviceKind};
 use crate::buffer::{Buffer, PAGE};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -70,6 +70,15 @@ pub(crate) fn read_fd(device: &dyn Device, fd: BorrowedFd<'_>, offset: u64, buf:
     let len = buf.len();
     let err = |error| failed(device, "read", offset, len, error);
     let short = |got: usize| {
+        if device.kind() == DeviceKind::Block {
+            return Error::new(
+                ErrorKind::Gone,
+                format!(
+                    "read {len} bytes at {offset} of {}: the drive was removed, or became shorter, while it was in use",
+                    device.name()
+                ),
+            );
+        }
         Error::new(
             ErrorKind::ShortTransfer,
             format!("read {len} bytes at {offset} of {}: got {got}", device.name()),
