@@ -42,7 +42,8 @@ fn pool(folder: &Path, members: u16, size: u64, ram: u64) -> Pool {
                 as Arc<dyn Member>
         })
         .collect();
-    let options = ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 1 << 20, ram_bytes: ram, verify: true };
+    let options =
+        ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 1 << 20, ram_bytes: ram, verify: true, writers: 4 };
     let io = ExtentIo::new(list, &options).expect("memory");
     let draft = ExtentDraft::new(&io, 1, Arc::new(Layout::new(CHUNK)));
     let block: Vec<u8> = (0..1 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();

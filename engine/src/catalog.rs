@@ -16,6 +16,7 @@
 //! its back. So: small catalogs are checked whole at open, every record has a sum of its own, and each call is [`guard`]ed.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError};
@@ -28,6 +29,7 @@ use crate::namespace::record::{node_key, split_key};
 use crate::types::NodeId;
 
 pub(crate) mod backend;
+mod checked;
 pub(crate) mod store;
 pub(crate) mod zone;
 
@@ -63,7 +65,7 @@ pub(crate) struct Meta {
 }
 
 impl Meta {
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut value = Vec::with_capacity(META_LEN + 4);
         value.push(META_VERSION);
         value.extend_from_slice(&self.pool);
@@ -75,7 +77,7 @@ impl Meta {
         value
     }
 
-    fn decode(value: &[u8]) -> Result<Meta> {
+    pub(crate) fn decode(value: &[u8]) -> Result<Meta> {
         let (body, sum) =
             value.split_last_chunk::<4>().ok_or_else(|| corrupt("the catalog's meta record is too short"))?;
         if crc32fast::hash(body).to_le_bytes() != *sum {
@@ -156,8 +158,11 @@ impl Batch {
 /// An open catalog.
 #[derive(Debug)]
 pub(crate) struct Catalog {
-    /// `None` once closed.
+    /// `None` once closed, and where it could not be opened again after a failure.
     db: RwLock<Option<Database>>,
+    closed: AtomicBool,
+    /// It could be opened again for reading only: what is written to it stays in memory.
+    reads_only: AtomicBool,
 }
 
 fn corrupt(context: impl Into<String>) -> Error {
@@ -212,7 +217,7 @@ impl Catalog {
             txn.commit()?;
             Ok(db)
         })?;
-        let catalog = Catalog { db: RwLock::new(Some(db)) };
+        let catalog = Catalog::over(db);
         catalog.apply(first)?;
         Ok(catalog)
     }
@@ -233,26 +238,60 @@ impl Catalog {
                 .set_check_integrity_on_open(len <= CHECK_BYTES)
                 .create_with_backend(backend::Boxed(backend))?)
         })?;
-        Ok(Catalog { db: RwLock::new(Some(db)) })
+        Ok(Catalog::over(db))
+    }
+
+    fn over(db: Database) -> Catalog {
+        Catalog {
+            db: RwLock::new(Some(db)),
+            closed: AtomicBool::new(false),
+            reads_only: AtomicBool::new(false),
+        }
     }
 
     fn db(&self) -> Result<Open<'_>> {
         let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
         if db.is_none() {
-            return Err(Error::new(ErrorKind::Stale, "the catalog is closed"));
+            return Err(match self.closed.load(Relaxed) {
+                true => Error::new(ErrorKind::Stale, "the catalog is closed"),
+                false => Error::new(ErrorKind::Io, "the catalog could not be opened again after a failure"),
+            });
         }
         Ok(Open(db))
     }
 
-    /// Opens the database anew: after a failed write redb refuses all others. What that write left is rolled back.
-    pub(crate) fn reopen(&self, backend: Box<dyn StorageBackend>) -> Result<()> {
+    /// Opens the database anew: after a failed write redb refuses all others. What that write left is rolled back. `again` gives the
+    /// backend, for writing or, where that fails too, for reading only: what is committed can be read all the same.
+    pub(crate) fn reopen(&self, again: impl Fn(bool) -> Result<Box<dyn StorageBackend>>) -> Result<()> {
         let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        if self.closed.load(Relaxed) {
+            return Err(Error::new(ErrorKind::Stale, "the catalog is closed"));
+        }
         drop(db.take()); // the old one ends before the new one begins
-        *db = Some(guard("open the catalog again", || {
-            Ok(Database::builder()
-                .set_cache_size(CACHE_BYTES)
-                .create_with_backend(backend::Boxed(backend))?)
-        })?);
+        let open = |read_only| {
+            let backend = again(read_only)?;
+            let backend: Box<dyn StorageBackend> = match read_only {
+                true => {
+                    let overlay = backend::Overlay::new(backend);
+                    Box::new(overlay.map_err(|error| Error::io("open the catalog again", error))?)
+                }
+                false => backend,
+            };
+            guard("open the catalog again", || {
+                Ok(Database::builder()
+                    .set_cache_size(CACHE_BYTES)
+                    .create_with_backend(backend::Boxed(backend))?)
+            })
+        };
+        let opened = open(false);
+        self.reads_only.store(opened.is_err(), Relaxed);
+        match opened {
+            Ok(opened) => *db = Some(opened),
+            Err(error) => {
+                *db = open(true).ok();
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
@@ -344,6 +383,12 @@ impl Catalog {
     /// Applies a batch: durable when this returns, or not there at all.
     pub(crate) fn apply(&self, batch: &Batch) -> Result<()> {
         let db = self.db()?;
+        if self.reads_only.load(Relaxed) {
+            return Err(Error::new(
+                ErrorKind::Io,
+                "the catalog cannot be written since a write of it failed",
+            ));
+        }
         guard("write the catalog", || {
             let txn = db.begin_write()?;
             {
@@ -391,7 +436,9 @@ impl Catalog {
 
     /// Closes it, so that the next open has nothing to repair.
     pub(crate) fn close(&self) -> Result<()> {
-        match self.db.write().unwrap_or_else(PoisonError::into_inner).take() {
+        let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        self.closed.store(true, Relaxed);
+        match db.take() {
             Some(db) => guard("close the catalog", || Ok(db.close()?)),
             None => Ok(()),
         }

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use crate::content::{Committed, Content, Draft};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent_io::{ExtentIo, seek};
-use crate::layout::{Extent, Layout, Piece};
+use crate::layout::{Extent, Layout, MAX_CHUNKS, Piece};
 use crate::region_read::Source;
 use crate::types::{Allocate, NodeId, Seek, Timestamp};
 use crate::write_behind::RunOwner;
@@ -259,28 +259,31 @@ impl Content for ExtentDraft {
     }
 }
 
+impl ExtentDraft {
+    /// The end of a range that a region can have: the list of its sums is as long as its chunks are many, holes included.
+    fn check_end(&self, offset: u64, len: u64) -> Result<u64> {
+        let most = MAX_CHUNKS * self.shared.chunk;
+        offset.checked_add(len).filter(|end| *end <= most).ok_or_else(|| {
+            let context =
+                format!("{len} bytes at {offset} end beyond the largest region of this pool, {most} bytes");
+            Error::new(ErrorKind::TooLarge, context)
+        })
+    }
+}
+
 impl Draft for ExtentDraft {
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<usize> {
-        if offset.checked_add(data.len() as u64).is_none_or(|end| end > i64::MAX as u64) {
-            return Err(Error::new(
-                ErrorKind::TooLarge,
-                format!("{} bytes at {offset} end beyond 2^63", data.len()),
-            ));
-        }
+        self.check_end(offset, data.len() as u64)?;
         self.shared.write(offset, data)
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
-        if len > i64::MAX as u64 {
-            return Err(Error::new(ErrorKind::TooLarge, format!("a size of {len} bytes is beyond 2^63")));
-        }
+        self.check_end(0, len)?;
         self.shared.set_len(len)
     }
 
     fn allocate(&self, offset: u64, len: u64, mode: Allocate) -> Result<()> {
-        let Some(end) = offset.checked_add(len).filter(|end| *end <= i64::MAX as u64) else {
-            return Err(Error::new(ErrorKind::TooLarge, format!("{len} bytes at {offset} end beyond 2^63")));
-        };
+        let end = self.check_end(offset, len)?;
         if len == 0 {
             return Err(Error::new(ErrorKind::InvalidArgument, "fallocate of no bytes"));
         }

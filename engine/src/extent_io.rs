@@ -26,6 +26,8 @@ pub struct ExtentIoOptions {
     pub ram_bytes: u64,
     /// Verify sums on every read.
     pub verify: bool,
+    /// Threads that write; 0: in step, see [`WriteBehind::new`].
+    pub writers: usize,
 }
 
 /// Members, RAM tier, writers and read-ahead of a pool with extents.
@@ -60,7 +62,7 @@ impl ExtentIo {
         })?;
         // A quarter of the tier may be dirty; without a tier, a little heap.
         let dirty = (tier.budget_bytes() / 4).clamp(8 << 20, 256 << 20).max(2 * options.chunk_size as usize);
-        let writes = WriteBehind::new(threads, dirty, tier.arena())?;
+        let writes = WriteBehind::new(options.writers, dirty, tier.arena())?;
         let reader = Arc::new(RegionReader::new(stripes.clone(), tier, options.verify));
         let prefetcher = Prefetcher::new(threads, Some(reader.clone()))?;
         Ok(Arc::new(ExtentIo { stripes, reader, prefetcher, writes, reclaim: OnceLock::new() }))
@@ -160,7 +162,7 @@ impl ExtentContent {
         self.io.tier().forget(self.node, self.layout.generation(), frames);
     }
 
-    fn source(&self) -> Source<'_> {
+    pub(crate) fn source(&self) -> Source<'_> {
         Source { node: self.node, layout: &self.layout }
     }
 

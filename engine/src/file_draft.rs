@@ -18,8 +18,10 @@ use crate::layout::{Extent, Layout};
 use crate::member::directory::{FileDirectory, allocated};
 use crate::types::{Allocate, NodeId, Seek, Timestamp};
 
+mod stream;
 mod sums;
 
+pub(crate) use stream::{FileStream, StreamWriters};
 pub(crate) use sums::file_sums;
 
 /// A file being written.
@@ -35,6 +37,8 @@ pub struct FileDraft {
     times: Mutex<Times>,
     /// The catalog names this file, or is about to: it is no longer the draft's to remove.
     adopted: AtomicBool,
+    /// Size and sums of all of it, from whoever wrote it, until anybody changes a byte.
+    known_sums: Mutex<Option<(u64, Vec<u32>)>>,
 }
 
 #[derive(Debug, Default)]
@@ -228,7 +232,26 @@ impl FileDraft {
             charged: AtomicU64::new(charged),
             times: Mutex::default(),
             adopted: AtomicBool::new(false),
+            known_sums: Mutex::default(),
         }
+    }
+
+    /// Sums of all `size` bytes, so that the seal need not read them back. For a writer that alone has the file. Any later change through the
+    /// draft drops them.
+    pub(crate) fn offer_sums(&self, size: u64, sums: Vec<u32>) {
+        if sums.len() as u64 == size.div_ceil(u64::from(self.chunk_size)) {
+            *self.known_sums() = Some((size, sums));
+        }
+    }
+
+    fn known_sums(&self) -> std::sync::MutexGuard<'_, Option<(u64, Vec<u32>)>> {
+        self.known_sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A byte, or the size, is about to change.
+    fn changes(&self) {
+        self.times().changed = true;
+        *self.known_sums() = None;
     }
 
     /// Its file's number.
@@ -376,7 +399,7 @@ impl Content for FileDraft {
 
 impl Draft for FileDraft {
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<usize> {
-        self.times().changed = true;
+        self.changes();
         self.charge_write(offset, data.len() as u64)?;
         self.file.write_all_at(data, offset).map_err(|error| {
             Error::io(format!("write {} bytes at {offset} of node {}", data.len(), self.node), error)
@@ -385,7 +408,7 @@ impl Draft for FileDraft {
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
-        self.times().changed = true;
+        self.changes();
         self.file
             .set_len(len)
             .map_err(|error| Error::io(format!("set the size of node {} to {len}", self.node), error))?;
@@ -393,7 +416,7 @@ impl Draft for FileDraft {
     }
 
     fn allocate(&self, offset: u64, len: u64, mode: Allocate) -> Result<()> {
-        self.times().changed = true;
+        self.changes();
         let flags = match mode {
             Allocate::Reserve { keep_size: false } => FallocateFlags::empty(),
             Allocate::Reserve { keep_size: true } => FallocateFlags::KEEP_SIZE,
@@ -453,7 +476,10 @@ impl Draft for FileDraft {
             let len = size.max(1);
             layout.replace(Extent { logical: 0, member: 0, file: self.number, offset: 0, len });
         }
-        if seal && size > 0 {
+        let known = if seal { self.known_sums().take().filter(|(len, _)| *len == size) } else { None };
+        if let Some((_, sums)) = known {
+            layout.set_sums(0, &sums);
+        } else if seal && size > 0 {
             match file_sums(&self.file, size, self.chunk_size, cancel) {
                 Ok(Some(sums)) => layout.set_sums(0, &sums),
                 Ok(None) => return Ok(None),
@@ -472,6 +498,60 @@ impl Draft for FileDraft {
         }
         if let Err(error) = self.directory.remove_file(self.number, self.charged.swap(0, Relaxed)) {
             tracing::warn!(node = self.node, error = %error.chain(), "cannot remove the file of a draft");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draft(scratch: &std::path::Path) -> FileDraft {
+        let directory = Arc::new(FileDirectory::open(scratch, None, 1, false).unwrap());
+        FileDraft::create(1, &directory, 4096, Timestamp::default(), false).unwrap()
+    }
+
+    fn sealed(draft: &FileDraft) -> Vec<u32> {
+        let layout = draft.commit(true, &AtomicBool::new(false)).unwrap().unwrap().layout;
+        (0..layout.chunks()).map(|chunk| layout.sum(chunk)).collect()
+    }
+
+    #[test]
+    fn sums_that_the_writer_knows_are_not_made_again() {
+        let scratch = tempfile::tempdir().unwrap();
+        let draft = draft(scratch.path());
+        draft.write_at(0, &[7; 5000]).unwrap();
+        // No sums of these bytes: only so it can be told whether they were read back.
+        draft.offer_sums(5000, vec![1, 2]);
+        // A commit in between, as a sync makes one, leaves them.
+        draft.commit(false, &AtomicBool::new(false)).unwrap().unwrap();
+        assert_eq!(sealed(&draft), [1, 2]);
+    }
+
+    #[test]
+    fn any_change_makes_them_worthless() {
+        let scratch = tempfile::tempdir().unwrap();
+        // The last one is of another length.
+        let changes: [&dyn Fn(&FileDraft); 4] = [
+            &|draft| assert_eq!(draft.write_at(10, &[7]).unwrap(), 1),
+            &|draft| draft.set_len(5000).unwrap(),
+            &|draft| draft.allocate(0, 4096, Allocate::ZeroRange { keep_size: true }).unwrap(),
+            &|draft| draft.offer_sums(5000, vec![1, 2, 3]),
+        ];
+        for (index, change) in changes.iter().enumerate() {
+            let draft = draft(scratch.path());
+            draft.write_at(0, &[7; 5000]).unwrap();
+            if index < 3 {
+                draft.offer_sums(5000, vec![1, 2]);
+            }
+            change(&draft);
+            let mut bytes = vec![0; 5000];
+            draft.read_at(0, &mut bytes).unwrap();
+            assert_eq!(
+                sealed(&draft),
+                bytes.chunks(4096).map(crc32fast::hash).collect::<Vec<_>>(),
+                "{index}"
+            );
         }
     }
 }

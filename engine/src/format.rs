@@ -30,9 +30,11 @@ use std::io::{Seek, SeekFrom};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::pool::{MAX_CHUNK_SIZE, MAX_MEMBERS, MIN_CHUNK_SIZE, MemberKind};
+use crate::pool::{DeviceHook, MAX_CHUNK_SIZE, MAX_MEMBERS, MIN_CHUNK_SIZE, MemberKind};
+use nvme::{Device, DeviceOptions};
 
 pub mod foreign;
 
@@ -260,6 +262,14 @@ impl Superblock {
         if zones.iter().any(|(offset, len)| offset.checked_add(*len).is_none()) {
             return Err("its zones run over 2^64".into());
         }
+        let raw = self.members.get(self.index as usize).is_some_and(|member| member.kind.is_raw());
+        let mut zones = zones.map(|(offset, len)| offset..offset + len).to_vec();
+        zones.retain(|zone| raw && !zone.is_empty());
+        zones.sort_by_key(|zone| zone.start);
+        let first = zones.first().map_or(u64::MAX, |zone| zone.start);
+        if first < SUPERBLOCK_BYTES as u64 || zones.windows(2).any(|pair| pair[0].end > pair[1].start) {
+            return Err(format!("its superblock, catalog and data lie over each other: {zones:?}"));
+        }
         Ok(())
     }
 }
@@ -303,6 +313,21 @@ fn read_copy(file: &File, offset: u64) -> std::io::Result<Vec<u8>> {
 
 /// Reads a member's superblock: the newer of the good copies.
 pub fn read(path: &Path, kind: MemberKind) -> Result<Found> {
+    read_through(path, kind, None)
+}
+
+/// The same; a raw member's bytes come through `hook` where there is one.
+pub(crate) fn read_through(path: &Path, kind: MemberKind, hook: Option<&DeviceHook>) -> Result<Found> {
+    if let Some(device) = hooked(path, kind, true, hook)? {
+        let copies = offsets(kind, device.len()).map(|offset| {
+            let mut block = vec![0; SUPERBLOCK_BYTES];
+            match device.read_at(offset, &mut block) {
+                Ok(()) => Superblock::decode(&block),
+                Err(error) => Copy::Damaged(format!("it cannot be read: {error}")),
+            }
+        });
+        return choose(path, copies.into());
+    }
     let at = file_of(path, kind);
     let what = format!("read the superblock of {}", path.display());
     let mut file = File::open(&at).map_err(|error| match error.kind() {
@@ -322,6 +347,44 @@ pub fn read(path: &Path, kind: MemberKind) -> Result<Found> {
         });
     }
     choose(path, copies)
+}
+
+/// As [`read`], of a raw member that is open already.
+pub fn read_device(device: &dyn Device) -> Result<Found> {
+    let copies = offsets(MemberKind::Image, device.len()).map(|offset| {
+        let mut block = vec![0; SUPERBLOCK_BYTES];
+        match device.read_at(offset, &mut block) {
+            Ok(()) => Superblock::decode(&block),
+            Err(error) => Copy::Damaged(format!("it cannot be read: {}", Error::from(error).chain())),
+        }
+    });
+    choose(Path::new(device.name()), copies.into())
+}
+
+/// As [`write`], to a raw member that is open already.
+pub fn write_device(device: &dyn Device, superblock: &Superblock) -> Result<()> {
+    let block = superblock.encode()?;
+    for offset in offsets(MemberKind::Image, device.len()) {
+        device.write_at(offset, &block).and_then(|()| device.flush()).map_err(|error| {
+            Error::from(error).context(format!("write the superblock of {}", device.name()))
+        })?;
+    }
+    Ok(())
+}
+
+/// Takes both copies away from a raw member, durably.
+pub fn erase_device(device: &dyn Device) -> Result<()> {
+    let zeros = [0; SUPERBLOCK_BYTES];
+    let erased = offsets(MemberKind::Image, device.len())
+        .into_iter()
+        .try_for_each(|offset| device.write_at(offset, &zeros))
+        .and_then(|()| device.flush());
+    erased.map_err(|error| Error::from(error).context(format!("erase the superblock of {}", device.name())))
+}
+
+/// What the bytes of both copies yield.
+pub(crate) fn from_copies(path: &Path, copies: &[&[u8]]) -> Result<Found> {
+    choose(path, copies.iter().map(|block| Superblock::decode(block)).collect())
 }
 
 fn choose(path: &Path, copies: Vec<Copy>) -> Result<Found> {
@@ -375,10 +438,39 @@ fn choose(path: &Path, copies: Vec<Copy>) -> Result<Found> {
     Ok(Found { superblock, damaged: (!wrong.is_empty()).then(|| wrong.join("; ")) })
 }
 
+/// The member's device as `hook` wants it; `None` where it has no say.
+fn hooked(
+    path: &Path,
+    kind: MemberKind,
+    read_only: bool,
+    hook: Option<&DeviceHook>,
+) -> Result<Option<Arc<dyn Device>>> {
+    let Some(hook) = hook.filter(|_| kind.is_raw()) else { return Ok(None) };
+    let device = nvme::open(path, &DeviceOptions { direct: true, read_only })?;
+    Ok(Some(hook.wrap(path, device)))
+}
+
 /// Writes both copies, one after the other, each durable before the next: one of them is good at any time.
 pub fn write(path: &Path, kind: MemberKind, superblock: &Superblock) -> Result<()> {
+    write_through(path, kind, superblock, None)
+}
+
+/// The same; a raw member's bytes go through `hook` where there is one.
+pub(crate) fn write_through(
+    path: &Path,
+    kind: MemberKind,
+    superblock: &Superblock,
+    hook: Option<&DeviceHook>,
+) -> Result<()> {
     let block = superblock.encode()?;
     let what = || format!("write the superblock of {}", path.display());
+    if let Some(device) = hooked(path, kind, false, hook)? {
+        for offset in offsets(kind, device.len()) {
+            let written = device.write_at(offset, &block).and_then(|()| device.flush());
+            written.map_err(|error| Error::from(error).context(what()))?;
+        }
+        return Ok(());
+    }
     let at = file_of(path, kind);
     let mut file = OpenOptions::new()
         .read(true)

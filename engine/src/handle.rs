@@ -6,10 +6,11 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use crate::content::Content;
 use crate::error::{Error, ErrorKind, Result};
+use crate::file_draft::{FileStream, StreamWriters};
 use crate::layout::Layout;
 use crate::pool::live::{AnyDraft, Current, Live};
 use crate::pool::stored::Stored;
-use crate::pool::{Inner as PoolInner, Storage, Verify};
+use crate::pool::{Inner as PoolInner, Storage, Verify, lock};
 use crate::prefetch::{PrefetchTicket, Prefetcher, Priority};
 use crate::types::{Access, Allocate, NodeId, Seek};
 
@@ -126,6 +127,61 @@ impl Handle {
         self.inner.live.note_write();
         self.inner.pool.shared.counters.written_bytes.fetch_add(written as u64, Relaxed);
         Ok(written)
+    }
+
+    /// A stream of all bytes of a region from its start, past the page cache; `None` where the pool or the file system has no use for one, or
+    /// where others may have the region's file. `size_hint`: how many bytes will come.
+    pub(crate) fn stream(&self, size_hint: Option<u64>) -> Result<Option<FileStream>> {
+        let Storage::Files { streams, .. } = &self.inner.pool.shared.storage else { return Ok(None) };
+        let draft = self.draft("stream to")?;
+        let AnyDraft::File(file) = &*draft else { return Ok(None) };
+        // From here on nobody is given the file.
+        if self.inner.live.backing(|_| false).is_some() {
+            return Ok(None);
+        }
+        let writers = {
+            let mut streams = lock(streams);
+            match streams.upgrade() {
+                Some(writers) => writers,
+                None => {
+                    let writers = Arc::new(StreamWriters::new()?);
+                    *streams = Arc::downgrade(&writers);
+                    writers
+                }
+            }
+        };
+        FileStream::new(file, writers, size_hint)
+    }
+
+    /// The next bytes of a stream of this handle's.
+    pub(crate) fn push(&self, stream: &mut FileStream, data: &[u8]) -> Result<()> {
+        let draft = self.draft("stream to")?;
+        let AnyDraft::File(file) = &*draft else {
+            return Err(Error::new(ErrorKind::Stale, "the region is no file any more"));
+        };
+        self.with_space(|| stream.reserve(file, data.len() as u64))?;
+        stream.push(file, data)?;
+        self.inner.live.note_write();
+        self.inner.pool.shared.counters.written_bytes.fetch_add(data.len() as u64, Relaxed);
+        Ok(())
+    }
+
+    /// Waits until all bytes of a stream are in the file; returns their sums.
+    pub(crate) fn finish(&self, stream: FileStream) -> Result<Vec<u32>> {
+        let draft = self.draft("stream to")?;
+        match &*draft {
+            AnyDraft::File(file) => stream.finish(file),
+            AnyDraft::Extents(_) => Err(Error::new(ErrorKind::Stale, "the region is no file any more")),
+        }
+    }
+
+    /// Sums of all `size` bytes, by whoever wrote them; any later change drops them.
+    pub(crate) fn offer_sums(&self, size: u64, sums: Vec<u32>) {
+        if let Some(draft) = self.inner.live.draft()
+            && let AnyDraft::File(file) = &*draft
+        {
+            file.offer_sums(size, sums);
+        }
     }
 
     /// Sets the size; new bytes are zeros.

@@ -20,6 +20,9 @@ pub mod record;
 /// Chunks whose sums share a segment (and a catalog record of 64 KiB).
 pub const SEGMENT_CHUNKS: u64 = 16 << 10;
 
+/// Most chunks of a region that lies in extents: with chunks of 16 KiB, 64 TiB.
+pub const MAX_CHUNKS: u64 = 1 << 32;
+
 /// `len` bytes of a region from `logical`, at `offset` of a file of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Extent {

@@ -10,6 +10,8 @@ pub mod extent_draft;
 pub mod extent_io;
 mod file_draft;
 pub mod format;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod handle;
 pub mod layout;
 pub mod lease;
@@ -20,6 +22,8 @@ pub mod pool;
 pub mod prefetch;
 pub mod ram_tier;
 pub mod region_read;
+pub mod repair;
+pub mod scrub;
 pub mod session;
 pub mod tensors;
 pub mod types;
@@ -32,6 +36,8 @@ pub use lease::{Lease, LeasedExtent, Source};
 pub use pool::{
     FormatOptions, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
 };
+pub use repair::{RepairReport, RepairedChunk};
+pub use scrub::{ScrubOptions, ScrubStat};
 pub use session::{Entry, RegionReader, RegionWriter, Session, SessionOptions, WriterOptions};
 pub use types::{
     Access, Allocate, Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Seek, SetAttr, Timestamp,

@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
@@ -20,7 +20,8 @@ pub const OWNER_FILE: &str = "owner";
 /// Ownership; dropping it gives it up.
 #[derive(Debug)]
 pub struct Owner {
-    /// Held for its lock. `None`: a read-only open of a pool that never had a lock file, on a file system that takes none.
+    /// Held for its lock. `None`: a read-only open of a pool that never had a lock file, on a file system that takes none; or there
+    /// is no file, see [`of_devices`](Owner::of_devices).
     _file: Option<File>,
 }
 
@@ -33,6 +34,10 @@ impl Owner {
         options.read(true);
         if !read_only {
             options.write(true).create(kind == MemberKind::Directory).truncate(false);
+        }
+        if kind == MemberKind::Directory {
+            // It is emptied below: a link that somebody put in its place must not lead to another file.
+            options.mode(0o600).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32);
         }
         let mut file = match options.open(&path) {
             Ok(file) => file,
@@ -73,6 +78,11 @@ impl Owner {
             wrote.map_err(|error| Error::io(what(), error))?;
         }
         Ok(Owner { _file: Some(file) })
+    }
+
+    /// For members that the caller brought as open devices: who holds those owns the pool.
+    pub fn of_devices() -> Owner {
+        Owner { _file: None }
     }
 
     /// The process that owns a pool now, if one does.
@@ -143,6 +153,22 @@ mod tests {
         );
         drop((one, other));
         Owner::take(dir.path(), MemberKind::Directory, false).unwrap();
+    }
+
+    #[test]
+    fn a_link_in_place_of_the_lock_file_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("victim");
+        std::fs::write(&victim, "precious").unwrap();
+        std::os::unix::fs::symlink(&victim, dir.path().join(OWNER_FILE)).unwrap();
+        for read_only in [false, true] {
+            Owner::take(dir.path(), MemberKind::Directory, read_only).unwrap_err();
+        }
+        assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+        std::fs::remove_file(dir.path().join(OWNER_FILE)).unwrap();
+        let _owner = Owner::take(dir.path(), MemberKind::Directory, false).unwrap();
+        let mode = std::fs::metadata(dir.path().join(OWNER_FILE)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]

@@ -12,18 +12,25 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
 use std::thread::JoinHandle;
+
+use nvme::Device;
 
 use crate::catalog::Catalog;
 use crate::catalog::store::CatalogStore;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent_io::ExtentIo;
+use crate::file_draft::StreamWriters;
 use crate::handle::Handle;
 use crate::member::directory::FileDirectory;
 use crate::namespace::Tree;
 use crate::owner::Owner;
 use crate::prefetch::Prefetcher;
+use crate::repair::RepairReport;
+use crate::scrub::ScrubOptions;
 use crate::types::{Access, NodeId};
 use crate::verify::{VerifyProgress, VerifyReport};
 
@@ -60,7 +67,12 @@ pub(crate) struct Inner {
 #[derive(Debug)]
 pub(crate) enum Storage {
     /// The only member is a directory: every region a file.
-    Files { directory: Arc<FileDirectory>, prefetcher: Prefetcher },
+    Files {
+        directory: Arc<FileDirectory>,
+        prefetcher: Prefetcher,
+        /// For whoever streams, as long as anybody does.
+        streams: Mutex<Weak<StreamWriters>>,
+    },
     /// Raw or several members: extents.
     Extents(Arc<ExtentIo>),
 }
@@ -72,8 +84,12 @@ pub(crate) struct PoolCounters {
     pub written_bytes: AtomicU64,
     pub verified_chunks: AtomicU64,
     pub corrupt_chunks: AtomicU64,
+    pub retried_reads: AtomicU64,
+    pub repaired_reads: AtomicU64,
     pub commits: AtomicU64,
     pub seal_errors: AtomicU64,
+    /// Files without an owner that were removed.
+    pub orphans: AtomicU64,
 }
 
 /// All of a pool but its end.
@@ -94,7 +110,7 @@ pub(crate) struct Shared {
     /// Regions that had to stay unsealed because somebody still maps their file.
     mapped: Mutex<HashSet<NodeId>>,
     /// Regions that are open, as the tree has them too.
-    open: Mutex<HashMap<NodeId, Arc<Live>>>,
+    pub(crate) open: Mutex<HashMap<NodeId, Arc<Live>>>,
     /// Source of generations, of contents and snapshots alike.
     generation: AtomicU64,
     durable_generation: AtomicU64,
@@ -102,8 +118,13 @@ pub(crate) struct Shared {
     reserved_file: u64,
     pub counters: PoolCounters,
     commit_error: Mutex<String>,
-    stop: Mutex<bool>,
-    wake: Condvar,
+    /// What opening had to mend, for [`Pool::repair`].
+    pub(crate) mended: Mutex<Vec<String>>,
+    pub(crate) scrub: Mutex<crate::scrub::Noted>,
+    /// A flush of data failed: what it was for may be lost although a later flush succeeds. No snapshot is made any more.
+    flush_failed: OnceLock<String>,
+    pub(crate) stop: Mutex<bool>,
+    pub(crate) wake: Condvar,
     kick: AtomicBool,
     _owner: Owner,
 }
@@ -128,7 +149,22 @@ impl Shared {
                 format!("pool {} was opened read-only", self.info.path.display()),
             ));
         }
-        Ok(())
+        self.check_flushed()
+    }
+
+    /// After a failed flush the drive or the kernel may have dropped what it was for, and a second flush would succeed all the same:
+    /// nothing that hangs on it may be committed. Reads go on; the pool as of its last snapshot comes back when it is opened again.
+    pub(crate) fn check_flushed(&self) -> Result<()> {
+        match self.flush_failed.get() {
+            None => Ok(()),
+            Some(why) => Err(Error::new(
+                ErrorKind::Io,
+                format!(
+                    "pool {} takes no changes any more, since data could not be made durable: {why}; look at the drive, then close the pool and open it again: it is then as of its last commit",
+                    self.info.path.display()
+                ),
+            )),
+        }
     }
 
     /// The directory of a directory pool.
@@ -194,6 +230,18 @@ impl Pool {
         open::open(path, options)
     }
 
+    /// Makes a pool of raw members that are open already, where they have no path: simulated devices. Of the options only the chunk
+    /// size and the stripe unit count. Nothing is asked about what they hold.
+    pub fn format_devices(devices: &[Arc<dyn Device>], options: &FormatOptions) -> Result<PoolInfo> {
+        format::format_devices(devices, options)
+    }
+
+    /// Opens a pool of raw members that are open already, all of them in order of their index. Their holder is the owner; no lock
+    /// keeps others out.
+    pub fn open_devices(devices: &[Arc<dyn Device>], options: &OpenOptions) -> Result<Pool> {
+        open::open_devices(devices, options)
+    }
+
     /// Reads the superblocks only; needs no ownership.
     pub fn probe(path: &Path) -> Result<PoolInfo> {
         open::probe(path)
@@ -214,9 +262,12 @@ impl Pool {
             written_bytes: counters.written_bytes.load(Relaxed),
             verified_chunks: counters.verified_chunks.load(Relaxed),
             corrupt_chunks: counters.corrupt_chunks.load(Relaxed),
+            retried_reads: counters.retried_reads.load(Relaxed),
+            repaired_reads: counters.repaired_reads.load(Relaxed),
             commits: counters.commits.load(Relaxed),
             seal_errors: counters.seal_errors.load(Relaxed),
             commit_error: lock(&shared.commit_error).clone(),
+            scrub: lock(&shared.scrub).stat(),
             ..PoolStat::default()
         };
         {
@@ -258,6 +309,8 @@ impl Pool {
                 let reads = io.reader().stats();
                 stat.verified_chunks += reads.verified_chunks;
                 stat.corrupt_chunks += reads.corrupt_chunks;
+                stat.retried_reads += reads.retried_reads;
+                stat.repaired_reads += reads.repaired_reads;
             }
         }
         stat
@@ -305,6 +358,41 @@ impl Pool {
         progress: &mut dyn FnMut(VerifyProgress),
     ) -> Result<VerifyReport> {
         crate::verify::verify(&self.inner.shared, node, progress)
+    }
+
+    /// Reads everything in the background and compares its sums, until the pool is closed; see [`crate::scrub`]. Once a pool.
+    pub fn start_scrub(&self, options: &ScrubOptions) -> Result<()> {
+        crate::scrub::check(options)?;
+        let mut threads = lock(&self.inner.threads);
+        if !crate::scrub::begin(&mut lock(&self.inner.shared.scrub), options) {
+            return Err(Error::new(ErrorKind::Busy, "the pool is being scrubbed already"));
+        }
+        let (shared, options) = (self.inner.shared.clone(), options.clone());
+        let thread = std::thread::Builder::new()
+            .name("nvtier-scrub".into())
+            .spawn(move || crate::scrub::run(&shared, &options))
+            .map_err(|error| Error::io("start the thread nvtier-scrub", error))?;
+        threads.push(thread);
+        Ok(())
+    }
+
+    /// Mends superblocks, the catalog's copy, and space that nobody owns.
+    pub fn repair_structures(&self) -> Result<RepairReport> {
+        crate::repair::repair_structures(&self.inner.shared)
+    }
+
+    /// Verifies a region, or all, and mends damaged chunks from what the pool itself still has of them; see [`crate::repair`].
+    pub fn repair(
+        &self,
+        node: Option<NodeId>,
+        progress: &mut dyn FnMut(VerifyProgress),
+    ) -> Result<RepairReport> {
+        crate::repair::repair_region(&self.inner.shared, node, progress)
+    }
+
+    /// Puts `bytes` in the place of a damaged chunk; they must be the committed ones, by their sum. `false`: the chunk is right as it is.
+    pub fn replace_chunk(&self, node: NodeId, chunk: u64, bytes: &[u8]) -> Result<bool> {
+        crate::repair::replace_chunk(&self.inner.shared, node, chunk, bytes)
     }
 
     /// Makes everything that is committed durable, in one snapshot.

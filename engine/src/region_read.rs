@@ -48,8 +48,12 @@ pub struct ReadStats {
     pub read_bytes: u64,
     /// Chunks whose sum was checked.
     pub verified_chunks: u64,
-    /// Chunks whose sum was wrong.
+    /// Chunks whose sum was wrong, twice.
     pub corrupt_chunks: u64,
+    /// Reads that failed or did not fit their sums, and were made again.
+    pub retried_reads: u64,
+    /// Of those, the ones that were right the second time.
+    pub repaired_reads: u64,
 }
 
 /// Reads extents through the RAM tier; see the module documentation.
@@ -61,6 +65,8 @@ pub struct RegionReader {
     read_bytes: AtomicU64,
     verified_chunks: AtomicU64,
     corrupt_chunks: AtomicU64,
+    retried_reads: AtomicU64,
+    repaired_reads: AtomicU64,
 }
 
 /// Distinguishes the completions of one batch from those that an earlier batch on this thread left behind when it timed out.
@@ -70,6 +76,8 @@ static BATCHES: AtomicU64 = AtomicU64::new(1);
 struct Miss {
     ticket: Option<FillTicket>,
     extent: Extent,
+    /// It was read once, in vain.
+    again: bool,
 }
 
 /// Bytes of a region, held.
@@ -88,6 +96,8 @@ impl RegionReader {
             read_bytes: AtomicU64::new(0),
             verified_chunks: AtomicU64::new(0),
             corrupt_chunks: AtomicU64::new(0),
+            retried_reads: AtomicU64::new(0),
+            repaired_reads: AtomicU64::new(0),
         }
     }
 
@@ -107,6 +117,8 @@ impl RegionReader {
             read_bytes: self.read_bytes.load(Relaxed),
             verified_chunks: self.verified_chunks.load(Relaxed),
             corrupt_chunks: self.corrupt_chunks.load(Relaxed),
+            retried_reads: self.retried_reads.load(Relaxed),
+            repaired_reads: self.repaired_reads.load(Relaxed),
         }
     }
 
@@ -180,6 +192,25 @@ impl RegionReader {
         Ok(bytes)
     }
 
+    /// Fills `buf` with a chunk if the RAM tier has it; reads nothing.
+    pub(crate) fn cached(&self, source: Source<'_>, chunk: u64, buf: &mut [u8]) -> bool {
+        let start = chunk * source.layout.chunk_size() as u64;
+        let mut parts = Vec::new();
+        let mut found = false;
+        self.for_frames(source, &(start..start + buf.len() as u64), |key, chunks, _| {
+            self.tier.claim(key, chunks, &mut parts);
+            // What it hands out to be filled goes back unfilled.
+            for part in parts.drain(..) {
+                if let Part::Hit { chunks, page } = part {
+                    let from = (start - self.logical_range(source, key, page.chunks()).start) as usize;
+                    buf.copy_from_slice(&page.bytes()[from..from + buf.len()]);
+                    found = chunks.len() == 1;
+                }
+            }
+        });
+        found
+    }
+
     /// Reads chunks past the RAM tier, verified: for content that has no generation yet. `sink` gets them in any order.
     pub(crate) fn read_uncached(
         &self,
@@ -196,7 +227,7 @@ impl RegionReader {
             let mut at = extent.logical;
             while at < extent.logical_end() {
                 let end = extent.logical_end().min(at + step);
-                misses.extend(extent.cut(at..end).map(|extent| Miss { ticket: None, extent }));
+                misses.extend(extent.cut(at..end).map(|extent| Miss { ticket: None, extent, again: false }));
                 at = end;
             }
         }
@@ -241,7 +272,7 @@ impl RegionReader {
     fn miss(&self, source: Source<'_>, ticket: FillTicket, extent: &Extent) -> Option<Miss> {
         let range = self.logical_range(source, ticket.key(), ticket.chunks());
         let extent = extent.cut(range)?;
-        Some(Miss { ticket: Some(ticket), extent })
+        Some(Miss { ticket: Some(ticket), extent, again: false })
     }
 
     fn logical_range(&self, source: Source<'_>, key: FrameKey, chunks: Range<u32>) -> Range<u64> {
@@ -359,8 +390,10 @@ impl RegionReader {
     ) -> Result<()> {
         let mut next = 0;
         let mut open = 0usize;
+        let mut again = Vec::new();
         loop {
             let mut full = false;
+            open += self.read_again(queue, source, batch, misses, &mut again, failed);
             while next < misses.len() && failed.is_none() && !full {
                 let Some(miss) = &misses[next] else { break };
                 let op = match self.op(source, batch | next as u64, &miss.extent) {
@@ -383,7 +416,7 @@ impl RegionReader {
                     }
                 }
             }
-            if open == 0 {
+            if open == 0 && again.is_empty() {
                 return Ok(());
             }
             // Submits what was pushed, and waits, in one system call.
@@ -394,7 +427,7 @@ impl RegionReader {
                 }
                 open -= 1;
                 let index = (completion.tag & 0xf_ffff) as usize;
-                let Some(miss) = misses.get_mut(index).and_then(Option::take) else { return };
+                let Some(mut miss) = misses.get_mut(index).and_then(Option::take) else { return };
                 let read = match (completion.result, completion.op.buffer) {
                     (Ok(_), Some(buffer)) => self.check(source, &miss.extent, &buffer).map(|()| buffer),
                     (Err(error), _) => Err(Error::from(error).context(format!(
@@ -408,16 +441,71 @@ impl RegionReader {
                     (Ok(_), None) => Err(Error::new(ErrorKind::Io, "a read came back without its buffer")),
                 };
                 match read {
-                    Ok(buffer) => match miss.ticket {
-                        Some(ticket) => done(&miss.extent, Done::Page(ticket.publish(buffer))),
-                        None => done(&miss.extent, Done::Loose(buffer)),
-                    },
+                    Ok(buffer) => {
+                        if miss.again {
+                            self.repaired(source, &miss.extent);
+                        }
+                        match miss.ticket {
+                            Some(ticket) => done(&miss.extent, Done::Page(ticket.publish(buffer))),
+                            None => done(&miss.extent, Done::Loose(buffer)),
+                        }
+                    }
+                    Err(error) if !miss.again && is_worth_another_read(&error) => {
+                        tracing::warn!(node = source.node, error = %error.chain(), "reading it again");
+                        miss.again = true;
+                        misses[index] = Some(miss);
+                        again.push(index);
+                    }
                     Err(error) => {
+                        if error.kind() == ErrorKind::Corrupt {
+                            self.corrupt_chunks.fetch_add(1, Relaxed);
+                        }
                         failed.get_or_insert(error);
                     }
                 }
             });
         }
+    }
+
+    /// Gives the queue the reads of `again` once more, as far as it takes them. Returns how many it took.
+    fn read_again(
+        &self,
+        queue: &mut Queue,
+        source: Source<'_>,
+        batch: u64,
+        misses: &[Option<Miss>],
+        again: &mut Vec<usize>,
+        failed: &mut Option<Error>,
+    ) -> usize {
+        let mut taken = 0;
+        while let Some(&index) = again.last() {
+            let Some(miss) = &misses[index] else { break };
+            let pushed = self
+                .op(source, batch | index as u64, &miss.extent)
+                .map(|op| queue.push(op).map_err(|refused| refused.error));
+            match pushed {
+                Ok(Ok(())) => taken += 1,
+                // Something is in flight then: it makes room.
+                Ok(Err(error)) if error.kind() == nvme::ErrorKind::QueueFull => break,
+                Ok(Err(error)) => drop(failed.get_or_insert(error.into())),
+                Err(error) => drop(failed.get_or_insert(error)),
+            }
+            self.retried_reads.fetch_add(1, Relaxed);
+            again.pop();
+        }
+        taken
+    }
+
+    /// A read was right the second time.
+    #[cold]
+    fn repaired(&self, source: Source<'_>, extent: &Extent) {
+        self.repaired_reads.fetch_add(1, Relaxed);
+        tracing::warn!(
+            node = source.node,
+            member = self.stripes.member_name(extent.member),
+            offset = extent.offset,
+            "a second read was right"
+        );
     }
 
     fn op(&self, source: Source<'_>, tag: u64, extent: &Extent) -> Result<Op> {
@@ -449,7 +537,6 @@ impl RegionReader {
             let found = crc32fast::hash(&chunk[..valid]);
             let expected = source.layout.sum(index);
             if found != expected {
-                self.corrupt_chunks.fetch_add(1, Relaxed);
                 self.verified_chunks.fetch_add(checked, Relaxed);
                 return Err(Error::new(
                     ErrorKind::Corrupt,
@@ -467,6 +554,20 @@ impl RegionReader {
         }
         self.verified_chunks.fetch_add(checked, Relaxed);
         Ok(())
+    }
+}
+
+/// Whether a read that failed so is made once more.
+///
+/// A sum that does not match may be a bit that flipped on its way, and an I/O error a path that hiccuped: both cost one more command to
+/// find out. A deadline is not waited for twice, and a device that is gone stays gone.
+#[cold]
+fn is_worth_another_read(error: &Error) -> bool {
+    let device = std::error::Error::source(error).and_then(|source| source.downcast_ref::<nvme::Error>());
+    match (error.kind(), device.map(nvme::Error::kind)) {
+        (ErrorKind::Corrupt, _) => true,
+        (ErrorKind::Io, Some(kind)) => matches!(kind, nvme::ErrorKind::Io | nvme::ErrorKind::Media),
+        _ => false,
     }
 }
 

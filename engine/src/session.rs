@@ -15,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use crate::control::{Client, ControlServer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{OpenOptions, Pool, PoolInfo, PoolStat};
+use crate::repair::RepairReport;
 use crate::tensors::{self, TensorIndex};
-use crate::types::NodeKind;
+use crate::types::{NodeId, NodeKind};
 use crate::verify::{VerifyProgress, VerifyReport};
 
 pub(crate) mod local;
@@ -163,6 +164,11 @@ impl Session {
         }
     }
 
+    /// A session on a pool that this process opened already. Of the options, `serve` and `read_only` count.
+    pub fn over(pool: Pool, options: &SessionOptions) -> Session {
+        Session::embedded(pool, options)
+    }
+
     fn embedded(pool: Pool, options: &SessionOptions) -> Session {
         if !options.read_only {
             partial::sweep(&pool);
@@ -281,6 +287,25 @@ impl Session {
         }
     }
 
+    /// Mends what can be mended: superblocks, the catalog's copy, space that nobody owns, and the damaged chunks at and below `path`; see
+    /// [`crate::repair`].
+    pub fn repair(&self, path: &str, progress: &mut dyn FnMut(VerifyProgress)) -> Result<RepairReport> {
+        self.writable("repair")?;
+        match &self.inner {
+            Inner::Embedded { pool, .. } => local::repair(pool, path, progress),
+            Inner::Remote(client) => client.repair(path, progress),
+        }
+    }
+
+    /// Puts `bytes` in the place of a damaged chunk; see [`Pool::replace_chunk`].
+    pub fn replace_chunk(&self, node: NodeId, chunk: u64, bytes: &[u8]) -> Result<bool> {
+        self.writable("repair")?;
+        match &self.inner {
+            Inner::Embedded { pool, .. } => pool.replace_chunk(node, chunk, bytes),
+            Inner::Remote(client) => client.replace_chunk(node, chunk, bytes),
+        }
+    }
+
     /// Makes everything that is committed durable.
     pub fn sync(&self) -> Result<()> {
         match &self.inner {
@@ -303,7 +328,9 @@ impl Session {
         self.writable("write")?;
         match &self.inner {
             Inner::Embedded { pool, .. } => {
-                let writer = partial::PartialWriter::open(pool, path, size_hint, &options, local::Who::me())?;
+                let mut writer =
+                    partial::PartialWriter::open(pool, path, size_hint, &options, local::Who::me())?;
+                writer.stream(size_hint)?;
                 Ok(RegionWriter::local(writer, options.resume))
             }
             Inner::Remote(client) => {

@@ -38,6 +38,15 @@ pub struct BadChunk {
     pub chunk: u64,
     /// Member that holds it.
     pub member: u16,
+    /// Path of that member.
+    #[serde(default)]
+    pub member_path: String,
+    /// Where the chunk begins in the region, in bytes.
+    #[serde(default)]
+    pub offset: u64,
+    /// Bytes of it that belong to the region; 0: the whole region is meant.
+    #[serde(default)]
+    pub len: u64,
     /// What is wrong.
     pub reason: String,
 }
@@ -62,6 +71,18 @@ pub struct VerifyReport {
 }
 
 impl VerifyReport {
+    /// Adds what a verification of other regions found.
+    pub(crate) fn merge(&mut self, other: VerifyReport) {
+        self.regions += other.regions;
+        self.chunks += other.chunks;
+        self.bytes += other.bytes;
+        self.skipped += other.skipped;
+        self.resealed += other.resealed;
+        self.bad_chunks += other.bad_chunks;
+        self.bad.extend(other.bad);
+        self.bad.truncate(LISTED);
+    }
+
     /// Whether nothing is wrong.
     pub fn is_clean(&self) -> bool {
         self.bad_chunks == 0
@@ -69,22 +90,22 @@ impl VerifyReport {
 }
 
 /// Bytes that a thread reads at a time: a multiple of every chunk size.
-const PIECE: u64 = 4 << 20;
+pub(crate) const PIECE: u64 = 4 << 20;
 const THREADS: usize = 4;
 /// Bad chunks that a report lists.
-const LISTED: usize = 1000;
+pub(crate) const LISTED: usize = 1000;
 
 /// A stretch of a region that lies together on a member.
 #[derive(Clone, Debug)]
-struct Piece {
-    extent: Extent,
-    device: Arc<dyn Device>,
+pub(crate) struct Piece {
+    pub extent: Extent,
+    pub device: Arc<dyn Device>,
 }
 
 /// What a piece yielded: bad chunks with the reason.
 type Outcome = (Piece, Vec<(u64, String)>);
 
-fn regions(shared: &Shared) -> Vec<(NodeId, u64)> {
+pub(crate) fn regions(shared: &Shared) -> Vec<(NodeId, u64)> {
     let tree = read(&shared.tree);
     let mut nodes: Vec<(NodeId, u64)> = tree
         .iter()
@@ -99,6 +120,16 @@ fn regions(shared: &Shared) -> Vec<(NodeId, u64)> {
 pub(crate) fn verify(
     shared: &Arc<Shared>,
     node: Option<NodeId>,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport> {
+    verify_all(shared, node, LISTED, progress)
+}
+
+/// The same, listing at most `listed` bad chunks.
+pub(crate) fn verify_all(
+    shared: &Arc<Shared>,
+    node: Option<NodeId>,
+    listed: usize,
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport> {
     let nodes = match node {
@@ -124,7 +155,7 @@ pub(crate) fn verify(
             .path_of(id)
             .map(|path| path.to_string_lossy().into_owned())
             .unwrap_or_default();
-        let checked = verify_live(shared, &live, &mut report, &mut told, progress);
+        let checked = verify_live(shared, &live, listed, &mut report, &mut told, progress);
         shared.close_live(&live, Access::Read);
         checked?;
         told.done_bytes = before + size;
@@ -137,6 +168,7 @@ pub(crate) fn verify(
 fn verify_live(
     shared: &Arc<Shared>,
     live: &Arc<Live>,
+    listed: usize,
     report: &mut VerifyReport,
     told: &mut VerifyProgress,
     progress: &mut dyn FnMut(VerifyProgress),
@@ -161,41 +193,39 @@ fn verify_live(
         }
     }
     report.regions += 1;
-    let bad = |report: &mut VerifyReport, chunk: u64, member: u16, reason: String| {
+    let bad = |report: &mut VerifyReport, bad: BadChunk| {
+        tracing::error!(
+            path = bad.path,
+            chunk = bad.chunk,
+            offset = bad.offset,
+            member = bad.member_path,
+            "verify: {}",
+            bad.reason
+        );
         report.bad_chunks += 1;
-        if report.bad.len() < LISTED {
-            report.bad.push(BadChunk {
-                node: live.node,
-                path: told_path(shared, live.node),
-                chunk,
-                member,
-                reason,
-            });
+        if report.bad.len() < listed {
+            report.bad.push(bad);
         }
     };
-    let layout = match stored.layout(shared.chunk_size) {
-        Ok(layout) => layout,
+    let layout = stored.layout(shared.chunk_size);
+    let pieces = layout.and_then(|layout| Ok((pieces_of(shared, &stored, &layout, 0..u64::MAX)?, layout)));
+    let (pieces, layout) = match pieces {
+        Ok(found) => found,
         Err(error) => {
-            bad(report, 0, 0, error.chain());
-            return Ok(());
-        }
-    };
-    let pieces = match pieces_of(shared, &stored, &layout) {
-        Ok(pieces) => pieces,
-        Err(error) => {
-            bad(report, 0, 0, error.chain());
+            bad(report, bad_chunk(shared, live.node, None, 0, error.chain()));
             return Ok(());
         }
     };
     let before = told.done_bytes;
-    each_piece(&layout, pieces, &mut |(piece, wrong)| {
+    each_piece(shared, &layout, pieces, &mut |(piece, wrong)| {
         let chunk = layout.chunk_size() as u64;
+        let wrong = confirmed(shared, live, &stored, &layout, &piece, wrong);
         report.chunks += piece.extent.len.div_ceil(chunk);
         report.bytes += piece.extent.len;
         shared.counters.verified_chunks.fetch_add(piece.extent.len.div_ceil(chunk), Relaxed);
         shared.counters.corrupt_chunks.fetch_add(wrong.len() as u64, Relaxed);
         for (chunk, reason) in wrong {
-            bad(report, chunk, piece.extent.member, reason);
+            bad(report, bad_chunk(shared, live.node, Some((&layout, chunk)), piece.extent.member, reason));
         }
         told.done_bytes += piece.extent.len;
         told.bad_chunks = report.bad_chunks;
@@ -209,11 +239,61 @@ fn told_path(shared: &Shared, node: NodeId) -> String {
     read(&shared.tree).path_of(node).map(|path| path.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Where the bytes are, past every cache where that is possible.
-fn pieces_of(shared: &Arc<Shared>, stored: &Stored, layout: &Arc<Layout>) -> Result<Vec<Piece>> {
+/// A bad chunk with all its names; `None`: the whole region.
+pub(crate) fn bad_chunk(
+    shared: &Shared,
+    node: NodeId,
+    chunk: Option<(&Layout, u64)>,
+    member: u16,
+    reason: String,
+) -> BadChunk {
+    let (index, offset, len) = match chunk {
+        Some((layout, index)) => {
+            let offset = index * layout.chunk_size() as u64;
+            (index, offset, layout.size().saturating_sub(offset).min(layout.chunk_size() as u64))
+        }
+        None => (0, 0, 0),
+    };
+    let member_path = shared.info.members.get(member as usize);
+    BadChunk {
+        node,
+        path: told_path(shared, node),
+        chunk: index,
+        member,
+        member_path: member_path.map(|member| member.path.display().to_string()).unwrap_or_default(),
+        offset,
+        len,
+        reason,
+    }
+}
+
+/// What is still wrong while nobody can begin to write: a file that is rewritten in place differs from sums that no longer count.
+pub(crate) fn confirmed(
+    shared: &Arc<Shared>,
+    live: &Arc<Live>,
+    stored: &Arc<Stored>,
+    layout: &Layout,
+    piece: &Piece,
+    wrong: Vec<(u64, String)>,
+) -> Vec<(u64, String)> {
+    if wrong.is_empty() || !matches!(**stored, Stored::File(_)) {
+        return wrong;
+    }
+    let again = shared.with_committed(live, stored, || check_piece(shared, layout, piece, &mut None));
+    again.unwrap_or_default()
+}
+
+/// Where the bytes of `range` are, past every cache where that is possible.
+pub(crate) fn pieces_of(
+    shared: &Arc<Shared>,
+    stored: &Stored,
+    layout: &Arc<Layout>,
+    range: Range<u64>,
+) -> Result<Vec<Piece>> {
     let size = layout.size();
     let mut pieces = Vec::new();
     let mut cut = |extent: Extent, device: Arc<dyn Device>| {
+        let Some(extent) = extent.cut(range.clone()) else { return };
         let mut at = extent.logical;
         let end = extent.logical_end().min(size);
         while at < end {
@@ -250,13 +330,13 @@ fn pieces_of(shared: &Arc<Shared>, stored: &Stored, layout: &Arc<Layout>) -> Res
 }
 
 /// Checks pieces by several threads where there are many; `done` runs on this one.
-fn each_piece(layout: &Arc<Layout>, pieces: Vec<Piece>, done: &mut dyn FnMut(Outcome)) {
+fn each_piece(shared: &Shared, layout: &Arc<Layout>, pieces: Vec<Piece>, done: &mut dyn FnMut(Outcome)) {
     let threads =
         std::thread::available_parallelism().map_or(1, |count| count.get()).min(THREADS).min(pieces.len());
     if threads < 2 {
         let mut buffer = None;
         for piece in pieces {
-            let wrong = check_piece(layout, &piece, &mut buffer);
+            let wrong = check_piece(shared, layout, &piece, &mut buffer);
             done((piece, wrong));
         }
         return;
@@ -270,7 +350,7 @@ fn each_piece(layout: &Arc<Layout>, pieces: Vec<Piece>, done: &mut dyn FnMut(Out
             scope.spawn(move || {
                 let mut buffer = None;
                 while let Some(piece) = pieces.get(next.fetch_add(1, Relaxed) as usize) {
-                    let wrong = check_piece(layout, piece, &mut buffer);
+                    let wrong = check_piece(shared, layout, piece, &mut buffer);
                     if send.send((piece.clone(), wrong)).is_err() {
                         return;
                     }
@@ -284,7 +364,13 @@ fn each_piece(layout: &Arc<Layout>, pieces: Vec<Piece>, done: &mut dyn FnMut(Out
     });
 }
 
-fn check_piece(layout: &Layout, piece: &Piece, buffer: &mut Option<Buffer>) -> Vec<(u64, String)> {
+/// The chunks of a piece that fail their sums or cannot be read, each of them twice.
+pub(crate) fn check_piece(
+    shared: &Shared,
+    layout: &Layout,
+    piece: &Piece,
+    buffer: &mut Option<Buffer>,
+) -> Vec<(u64, String)> {
     let chunk_size = layout.chunk_size() as u64;
     let extent = &piece.extent;
     let first = extent.logical / chunk_size;
@@ -296,19 +382,19 @@ fn check_piece(layout: &Layout, piece: &Piece, buffer: &mut Option<Buffer>) -> V
     }
     let Some(buffer) = buffer else { return Vec::new() };
     let bytes = &mut buffer[..extent.len as usize];
-    if piece.device.read_at(extent.offset, bytes).is_ok() {
-        return (first..)
-            .zip(bytes.chunks(chunk_size as usize))
-            .filter(|(chunk, data)| crc32fast::hash(data) != layout.sum(*chunk))
-            .map(|(chunk, _)| (chunk, "its checksum does not match".to_string()))
-            .collect();
-    }
-    // One by one, to tell which of them cannot be read.
+    let read = piece.device.read_at(extent.offset, bytes).is_ok();
     let mut wrong = Vec::new();
     for (chunk, data) in (first..).zip(bytes.chunks_mut(chunk_size as usize)) {
+        if read && crc32fast::hash(data) == layout.sum(chunk) {
+            continue;
+        }
+        // By itself: to tell which chunk cannot be read, and because a bit may have flipped on its way.
+        shared.counters.retried_reads.fetch_add(1, Relaxed);
         let offset = extent.offset + (chunk - first) * chunk_size;
         match piece.device.read_at(offset, data) {
-            Ok(()) if crc32fast::hash(data) == layout.sum(chunk) => {}
+            Ok(()) if crc32fast::hash(data) == layout.sum(chunk) => {
+                shared.counters.repaired_reads.fetch_add(1, Relaxed);
+            }
             Ok(()) => wrong.push((chunk, "its checksum does not match".into())),
             Err(error) => wrong.push((chunk, Error::from(error).chain())),
         }

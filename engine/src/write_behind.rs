@@ -67,11 +67,15 @@ struct Shared {
     room: Condvar,
     limit: usize,
     arena: Option<Arena>,
+    /// See [`WriteBehind::new`].
+    in_step: bool,
 }
 
 #[derive(Debug, Default)]
 struct State {
     queue: VecDeque<RunWrite>,
+    /// In step: what was written already, and its owner not told yet.
+    written: VecDeque<(Written, Result<()>)>,
     dirty: usize,
     stop: bool,
     owners: VecDeque<Weak<dyn RunOwner>>,
@@ -92,6 +96,9 @@ pub struct WriteBehind {
 
 impl WriteBehind {
     /// `threads` writers and at most `limit` dirty bytes. Buffers of `arena` are registered with their queues.
+    ///
+    /// Without threads it writes *in step*: who hands a run over has it written when the call returns, and one thread only tells the
+    /// owners. Simulated devices want that: the same acts then make the same writes in the same order.
     pub fn new(threads: usize, limit: usize, arena: Option<&Arena>) -> Result<WriteBehind> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
@@ -99,13 +106,14 @@ impl WriteBehind {
             room: Condvar::new(),
             limit,
             arena: arena.cloned(),
+            in_step: threads == 0,
         });
         let mut writers = WriteBehind { shared: shared.clone(), threads: Vec::new() };
         for index in 0..threads.max(1) {
             let shared = shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("nvtier-write-{index}"))
-                .spawn(move || writer(&shared))
+                .spawn(move || if shared.in_step { teller(&shared) } else { writer(&shared) })
                 .map_err(|e| Error::io("starting a writer thread", e))?;
             writers.threads.push(thread);
         }
@@ -171,7 +179,13 @@ impl WriteBehind {
     }
 
     pub(crate) fn submit(&self, run: RunWrite) {
-        self.shared.lock().queue.push_back(run);
+        if self.shared.in_step {
+            // The caller holds its own lock, so that somebody else has to tell it.
+            let written = write_now(&self.shared, run);
+            self.shared.lock().written.push_back(written);
+        } else {
+            self.shared.lock().queue.push_back(run);
+        }
         self.shared.work.notify_one();
     }
 }
@@ -190,6 +204,7 @@ impl Drop for WriteBehind {
 }
 
 /// What a run needs after its write.
+#[derive(Debug)]
 struct Written {
     owner: Arc<dyn RunOwner>,
     first_chunk: u64,
@@ -201,6 +216,38 @@ impl Written {
     fn finish(self, result: Result<()>) {
         drop(self.permit);
         self.owner.written(self.first_chunk, self.sums, result);
+    }
+}
+
+/// Writes a run by this thread's own queue.
+fn write_now(shared: &Shared, run: RunWrite) -> (Written, Result<()>) {
+    let sums = sums(&run);
+    let RunWrite { owner, first_chunk, device, offset, buffer, len, permit, .. } = run;
+    let op = Op::write(device, offset, buffer).range(0..len);
+    let done =
+        nvme::with_thread_queue(shared.arena.as_ref(), |queue| queue.run(vec![op])).and_then(|done| done);
+    let result = done.and_then(|completions| {
+        completions.into_iter().try_for_each(|completion| completion.result.map(drop))
+    });
+    (Written { owner, first_chunk, sums, permit }, result.map_err(Error::from))
+}
+
+/// In step: tells owners that their runs are written.
+fn teller(shared: &Arc<Shared>) {
+    let mut state = shared.lock();
+    loop {
+        if let Some((written, result)) = state.written.pop_front() {
+            drop(state);
+            written.finish(result);
+            state = shared.lock();
+        } else if state.stop {
+            return;
+        } else {
+            state = match shared.work.wait(state) {
+                Ok(state) => state,
+                Err(poisoned) => poisoned.into_inner(),
+            };
+        }
     }
 }
 

@@ -8,6 +8,11 @@
 mod adapter;
 pub mod error;
 pub mod fs;
+#[doc(hidden)]
+pub mod fuzzing {
+    //! Doors for the fuzz targets (`fuzz/`); not part of the interface.
+    pub use crate::mountinfo::parse as mountinfo;
+}
 mod mount;
 mod mountinfo;
 

@@ -33,7 +33,8 @@ pub fn find_mount(mountpoint: &Path) -> io::Result<Option<MountEntry>> {
     Ok(parse(&table).into_iter().rfind(|entry| entry.mountpoint == mountpoint))
 }
 
-fn parse(table: &[u8]) -> Vec<MountEntry> {
+/// The mounts of a table; lines that are none are passed over.
+pub fn parse(table: &[u8]) -> Vec<MountEntry> {
     table.split(|&byte| byte == b'\n').filter_map(parse_line).collect()
 }
 

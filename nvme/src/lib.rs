@@ -37,6 +37,7 @@
 pub mod buffer;
 pub mod device;
 pub mod error;
+pub mod fault;
 pub mod mapped;
 pub mod passthrough;
 pub mod queue;
@@ -49,7 +50,10 @@ pub use device::{
     Target, open,
 };
 pub use error::{Error, ErrorKind, Result};
+pub use fault::{Fault, FaultDevice, FaultIo, FaultPlan};
 pub use mapped::MappedFile;
 pub use queue::{Backend, Completion, Op, Queue, QueueBuilder, Refused, Verb, with_thread_queue};
 pub use sharing::is_open_elsewhere;
-pub use sim::{SimDecision, SimDevice, SimHook, SimIo, SimOptions, SimRng};
+pub use sim::{
+    SimChange, SimDecision, SimDevice, SimHook, SimImage, SimIo, SimOptions, SimPower, SimRng, Survivors,
+};

@@ -261,11 +261,25 @@ pub struct Stat {
 
 /// `nvtier verify`
 #[derive(Debug, Args)]
+#[command(after_help = "\
+With --repair: damaged superblocks and copies of the catalog are written again from the good ones, files and space that
+nothing owns are freed, and damaged chunks get their bytes back: from memory, from another region that is a copy, or from
+--from, the file, directory or URL that NAME was imported from. Bytes are accepted only where they fit the checksum that
+was committed. What is left is listed, and the exit code is 5. It works while the pool is mounted.
+
+  nvtier verify --pool /mnt/nvme0/pool
+  nvtier verify --repair models/m --from ~/models/m")]
 pub struct Verify {
     /// Region or directory in the pool; default: everything
     pub name: Option<String>,
     #[command(flatten)]
     pub pool: PoolArg,
+    /// Mend what can be mended
+    #[arg(long)]
+    pub repair: bool,
+    /// Where NAME was imported from, to take the bytes of damaged chunks from
+    #[arg(long, value_name = "SOURCE", requires = "repair", value_hint = ValueHint::AnyPath)]
+    pub from: Option<String>,
 }
 
 /// `nvtier rm`
@@ -312,6 +326,9 @@ pub struct Mount {
     /// When checksums are compared: on every read, or by `nvtier verify` (reads may then bypass the daemon)
     #[arg(long, value_enum, value_name = "WHEN")]
     pub verify: Option<VerifyMode>,
+    /// Read everything and compare checksums in the background, at most so fast, while nobody else reads or writes
+    #[arg(long, value_name = "RATE", value_parser = size::parse_rate)]
+    pub scrub: Option<u64>,
     /// Threads that answer the kernel [default: as many as help on this machine]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
@@ -404,6 +421,8 @@ mod tests {
             "rm n --pool P",
             "verify --pool P",
             "verify n --pool P",
+            "verify n --repair --from S --pool P",
+            "mount P M --scrub 50MiB/s",
             "info --pool P",
             "info P",
             "demo",

@@ -33,6 +33,9 @@ pub struct MountConfig {
     pub verify: Option<VerifyMode>,
     /// `--threads`.
     pub threads: Option<u16>,
+    /// `--scrub`, as text: `50MiB/s`.
+    #[serde(default, deserialize_with = "optional_rate")]
+    pub scrub: Option<u64>,
     /// `--allow-other`.
     #[serde(default)]
     pub allow_other: bool,
@@ -49,6 +52,11 @@ pub struct ImportConfig {
 fn optional_size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     let text = String::deserialize(deserializer)?;
     size::parse(&text).map(Some).map_err(serde::de::Error::custom)
+}
+
+fn optional_rate<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    size::parse_rate(&text).map(Some).map_err(serde::de::Error::custom)
 }
 
 impl Config {
@@ -71,7 +79,7 @@ impl Config {
         }
     }
 
-    fn parse(text: &str, path: &Path) -> Outcome<Self> {
+    pub(crate) fn parse(text: &str, path: &Path) -> Outcome<Self> {
         let config: Self = toml::from_str(text).map_err(|error| {
             let message = error.to_string();
             Failure::usage(format!("the configuration {} is wrong: {}", path.display(), message.trim_end()))
@@ -116,7 +124,7 @@ mod tests {
     #[test]
     fn every_key_is_read() {
         let config = parse(
-            "pool = '/p'\n[mount]\nram = '8GiB'\nverify = 'always'\nthreads = 3\nallow_other = true\n[import]\nconnections = 4",
+            "pool = '/p'\n[mount]\nram = '8GiB'\nverify = 'always'\nthreads = 3\nallow_other = true\nscrub = '50MiB/s'\n[import]\nconnections = 4",
         )
         .unwrap();
         assert_eq!(config.pool(None).unwrap(), Path::new("/p"));
@@ -124,6 +132,7 @@ mod tests {
         assert_eq!(config.mount.ram, Some(8 << 30));
         assert_eq!(config.mount.verify, Some(VerifyMode::Always));
         assert_eq!((config.mount.threads, config.mount.allow_other), (Some(3), true));
+        assert_eq!(config.mount.scrub, Some(50 << 20));
         assert_eq!(config.import.connections, Some(4));
     }
 
@@ -135,6 +144,7 @@ mod tests {
             ("[mount]\nverify = 'never'", "never"),
             ("[import]\nconnections = 0", "connections"),
             ("[mount]\nthreads = 0", "threads"),
+            ("[mount]\nscrub = '0/s'", "scrub"),
             ("pool = ", "pool"),
         ] {
             let failure = parse(text).unwrap_err();

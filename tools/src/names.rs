@@ -10,7 +10,9 @@ const COMPONENT_MAX: usize = 255;
 const PATH_MAX: usize = 4095;
 /// What the mount shows at its root besides the tree (a region of that name could not be seen there), and where the engine
 /// keeps regions that are not complete.
-const RESERVED: [&str; 3] = [".nvtier", ".tensors", crate::store::PARTIAL];
+const RESERVED: [&str; 3] = [".nvtier", ".tensors", PARTIAL];
+/// Where the engine keeps regions that are being imported.
+pub const PARTIAL: &str = ".nvtier-partial";
 
 /// Checks a path in a pool and brings it into the form `a/b/c`; the root is the empty path.
 ///

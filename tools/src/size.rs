@@ -43,6 +43,11 @@ pub fn parse_nonzero(text: &str) -> Result<u64, String> {
     }
 }
 
+/// [`parse_nonzero`] for rates: a size, and `/s` where one likes.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    parse_nonzero(text.strip_suffix("/s").unwrap_or(text))
+}
+
 /// `1.5 GiB`: three or four significant digits, powers of 1024.
 pub fn human(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use engine::tensors::TensorIndex;
 use engine::{
-    ErrorKind, NodeKind, PoolInfo, PoolStat, RegionReader, RegionWriter, Session, SessionOptions,
-    VerifyProgress, VerifyReport, WriterOptions,
+    ErrorKind, NodeKind, PoolInfo, PoolStat, RegionReader, RegionWriter, RepairReport, Session,
+    SessionOptions, VerifyProgress, VerifyReport, WriterOptions,
 };
 use serde::Serialize;
 
@@ -194,6 +194,16 @@ impl Store {
         self.session.verify(name, progress).map_err(|error| self.failure("verify", name, error))
     }
 
+    /// Mends what the pool can mend by itself; see [`Session::repair`].
+    pub fn repair(&self, name: &str, progress: &mut dyn FnMut(VerifyProgress)) -> Outcome<RepairReport> {
+        self.session.repair(name, progress).map_err(|error| self.failure("repair", name, error))
+    }
+
+    /// Puts the committed bytes in the place of a damaged chunk; see [`Session::replace_chunk`].
+    pub fn replace_chunk(&self, node: u64, chunk: u64, bytes: &[u8]) -> Outcome<bool> {
+        Ok(self.session.replace_chunk(node, chunk, bytes)?)
+    }
+
     /// Opens a region for reading.
     pub fn reader(&self, name: &str) -> Outcome<RegionReader> {
         self.session.reader(name).map_err(|error| self.failure("open", name, error))
@@ -228,5 +238,4 @@ pub fn staging_path(name: &str) -> String {
     names::join(PARTIAL, name)
 }
 
-/// Where the engine keeps regions that are being imported.
-pub const PARTIAL: &str = ".nvtier-partial";
+pub use names::PARTIAL;

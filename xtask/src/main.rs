@@ -4,9 +4,11 @@
 mod bindgen;
 mod exec;
 mod external;
+mod fuzz;
 mod lint;
 mod paths;
 mod pyenv;
+mod sim;
 mod suites;
 mod sweep;
 mod tally;
@@ -33,6 +35,10 @@ enum Task {
     Setup,
     /// Make the committed bindings of NVMe structures anew; `--check`: fail if they have drifted.
     Bindgen(bindgen::Args),
+    /// Simulated power cuts against a model, bit flips at rest; see docs/reliability.md.
+    Sim(sim::Args),
+    /// Search for inputs that break a parser: libFuzzer over the targets of `fuzz/`.
+    Fuzz(fuzz::FuzzArgs),
     /// Remove mounts, processes and loop devices that an interrupted test run left behind.
     Sweep,
 }
@@ -43,6 +49,8 @@ fn main() -> ExitCode {
         Task::Lint => lint::run(),
         Task::Setup => suites::setup(),
         Task::Bindgen(args) => bindgen::run(&args),
+        Task::Sim(args) => sim::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Sweep => sweep::abandoned().map(|()| true),
     };
     match outcome {

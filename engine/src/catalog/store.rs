@@ -15,6 +15,7 @@ use nvme::Device;
 use redb::StorageBackend;
 
 use super::backend::FileStore;
+use super::checked::Checked;
 use super::zone::ZoneBackend;
 use super::{Batch, Catalog, Meta};
 use crate::error::{Error, ErrorKind, Result};
@@ -89,7 +90,7 @@ impl CatalogStore {
     }
 
     /// What messages call the catalog, or its copy.
-    fn name(&self, copy: bool) -> String {
+    pub(crate) fn name(&self, copy: bool) -> String {
         match self {
             CatalogStore::Directory(directory) => {
                 directory.join(if copy { COPY_FILE } else { CATALOG_FILE }).display().to_string()
@@ -102,7 +103,7 @@ impl CatalogStore {
     }
 
     fn backend(&self, copy: bool, read_only: bool) -> Result<Box<dyn StorageBackend>> {
-        Ok(match self {
+        let inner: Box<dyn StorageBackend> = match self {
             CatalogStore::Directory(directory) => Box::new(FileStore(open_file(
                 &directory.join(if copy { COPY_FILE } else { CATALOG_FILE }),
                 read_only,
@@ -111,7 +112,8 @@ impl CatalogStore {
                 let (start, len) = halves[usize::from(copy)];
                 Box::new(ZoneBackend::open(device.clone(), start, len)?)
             }
-        })
+        };
+        Ok(Box::new(Checked::new(inner, self.name(copy))))
     }
 
     /// Makes a new catalog.
@@ -140,11 +142,20 @@ impl CatalogStore {
     /// Opens the catalog; falls back to the copy where it is damaged.
     pub(crate) fn open<L>(&self, pool: &[u8; 16], read_only: bool) -> Result<Loaded<L>> {
         let name = self.name(false);
-        let error =
-            match self.backend(false, read_only).and_then(|backend| load(backend, &name, pool, read_only)) {
-                Ok(loaded) => return Ok(loaded),
-                Err(error) => error,
-            };
+        let attempt =
+            || self.backend(false, read_only).and_then(|backend| load(backend, &name, pool, read_only));
+        let error = match attempt() {
+            Ok(loaded) => return Ok(loaded),
+            // The copy is older: before it takes the catalog's place, a bit that flipped on its way gets a second chance.
+            Err(error) if error.kind() == ErrorKind::Corrupt => match attempt() {
+                Ok(loaded) => {
+                    tracing::warn!(error = %error.chain(), "the catalog was right when it was read again");
+                    return Ok(loaded);
+                }
+                Err(_) => error,
+            },
+            Err(error) => error,
+        };
         if !matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::WrongMember) {
             return Err(error);
         }
@@ -170,9 +181,21 @@ impl CatalogStore {
         Ok(Loaded { restored: Some(restored), ..loaded })
     }
 
+    /// Reads the whole copy. No transaction may run.
+    pub(crate) fn check_copy(&self, pool: &[u8; 16]) -> Result<()> {
+        let copy: Loaded<()> =
+            self.backend(true, true).and_then(|backend| load(backend, &self.name(true), pool, true))?;
+        copy.catalog.layout_nodes().map(drop)
+    }
+
     /// Opens the catalog's backend again, after a write failed.
-    pub(crate) fn again(&self) -> Result<Box<dyn StorageBackend>> {
-        self.backend(false, false)
+    pub(crate) fn again(&self, read_only: bool) -> Result<Box<dyn StorageBackend>> {
+        if let CatalogStore::Directory(directory) = self {
+            // After a failed write the page cache may hold, as clean, what the drive never got: what is there is to be seen.
+            let file = open_file(&directory.join(CATALOG_FILE), true)?;
+            let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+        }
+        self.backend(false, read_only)
     }
 
     /// Sets space aside for when there is none. What cannot be had now is tried again later.

@@ -127,7 +127,7 @@ fn after_a_failed_write_it_goes_on_once_it_is_opened_again() {
         assert_eq!(error.kind(), ErrorKind::NoSpace, "{}", error.chain());
         assert_eq!(state_of_old(&catalog), Some(()), "reading goes on");
         store.budget.store(u64::MAX, Relaxed);
-        catalog.reopen(Box::new(store.clone())).unwrap();
+        catalog.reopen(|_| Ok(Box::new(store.clone()))).unwrap();
         catalog.apply(&batch(2, 400)).unwrap();
         assert_eq!(state(&catalog), (2, 400));
         catalog.close().unwrap();

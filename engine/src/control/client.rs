@@ -14,7 +14,8 @@ use super::location;
 use super::protocol::{PAYLOAD_MAX, REPLY_MAX, Reply, Request, VERSION};
 use super::remote_reader::RemoteReader;
 use crate::error::{Error, ErrorKind, Result};
-use crate::pool::{Pool, PoolInfo, PoolStat};
+use crate::pool::{MAX_CHUNK_SIZE, MIN_CHUNK_SIZE, Pool, PoolInfo, PoolStat};
+use crate::repair::RepairReport;
 use crate::session::{Entry, WriterOptions};
 use crate::verify::{VerifyProgress, VerifyReport};
 
@@ -43,17 +44,22 @@ impl Client {
     }
 
     fn ask(&self, request: Request) -> Result<Reply> {
-        self.ask_and_watch(request, &mut |_| Ok(()))
+        self.ask_and_watch(request, &[], &mut |_| Ok(()))
     }
 
     /// Sends a request; `watch` sees the frames before the last.
-    fn ask_and_watch(&self, request: Request, watch: &mut dyn FnMut(Reply) -> Result<()>) -> Result<Reply> {
+    fn ask_and_watch(
+        &self,
+        request: Request,
+        payload: &[u8],
+        watch: &mut dyn FnMut(Reply) -> Result<()>,
+    ) -> Result<Reply> {
         let mut slot = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
         let connection = match slot.take() {
             Some(connection) if !hung_up(&connection) => connection,
             _ => dial(&self.path)?.0,
         };
-        match call(&connection, &request, &[], watch) {
+        match call(&connection, &request, payload, watch) {
             // The owner's answer, be it an error: the connection goes on.
             Ok(frame) => {
                 *slot = Some(connection);
@@ -90,7 +96,7 @@ impl Client {
     pub fn list(&self, path: &str, recursive: bool) -> Result<Vec<Entry>> {
         let mut all = Vec::new();
         let request = Request::List { path: path.to_owned(), recursive };
-        let last = self.ask_and_watch(request, &mut |reply| match reply {
+        let last = self.ask_and_watch(request, &[], &mut |reply| match reply {
             Reply::Entries { entries, .. } => {
                 all.extend(entries);
                 Ok(())
@@ -131,7 +137,7 @@ impl Client {
     /// See [`Session::verify`](crate::Session::verify).
     pub fn verify(&self, path: &str, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
         let request = Request::Verify { path: path.to_owned() };
-        let last = self.ask_and_watch(request, &mut |reply| match reply {
+        let last = self.ask_and_watch(request, &[], &mut |reply| match reply {
             Reply::Working(news) => {
                 news.into_iter().for_each(&mut *progress);
                 Ok(())
@@ -140,6 +146,30 @@ impl Client {
         })?;
         match last {
             Reply::Verified(report) => Ok(report),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`Session::repair`](crate::Session::repair).
+    pub fn repair(&self, path: &str, progress: &mut dyn FnMut(VerifyProgress)) -> Result<RepairReport> {
+        let request = Request::Repair { path: path.to_owned() };
+        let last = self.ask_and_watch(request, &[], &mut |reply| match reply {
+            Reply::Working(news) => {
+                news.into_iter().for_each(&mut *progress);
+                Ok(())
+            }
+            other => Err(unexpected(&other)),
+        })?;
+        match last {
+            Reply::Repaired(report) => Ok(*report),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`Session::replace_chunk`](crate::Session::replace_chunk).
+    pub fn replace_chunk(&self, node: u64, chunk: u64, bytes: &[u8]) -> Result<bool> {
+        match self.ask_and_watch(Request::ReplaceChunk { node, chunk }, bytes, &mut |_| Ok(()))? {
+            Reply::Replaced(done) => Ok(done),
             other => Err(unexpected(&other)),
         }
     }
@@ -156,11 +186,15 @@ impl Client {
         match frame.message {
             Reply::Reader { size, chunk_size, direct } => {
                 let file = file_of(frame.fd, direct)?;
-                if file.is_some() && chunk_size == 0 {
-                    return Err(Error::new(
-                        ErrorKind::Protocol,
-                        "the pool's owner leased a region of chunks without length",
-                    ));
+                // Both are used in arithmetic here, and memory is taken by them.
+                let sane = chunk_size.is_power_of_two()
+                    && (MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&chunk_size)
+                    || file.is_none();
+                if !sane || size > i64::MAX as u64 {
+                    let context = format!(
+                        "the pool's owner leased a region of {size} bytes in chunks of {chunk_size}, which cannot be"
+                    );
+                    return Err(Error::new(ErrorKind::Protocol, context));
                 }
                 Ok(RemoteReader::new(size, chunk_size, file, connection))
             }

@@ -19,16 +19,19 @@ use crate::error::{Error, ErrorKind, Result};
 /// A frame that has begun must be through by then, in either direction.
 pub(super) const FRAME_DEADLINE: Duration = Duration::from_secs(30);
 
+/// Bytes of a frame for which memory is taken at a time.
+const PIECE: usize = 256 << 10;
+
 /// One end of a connection.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(crate) struct Connection {
     stream: UnixStream,
     /// Longest JSON taken from the peer.
     json_max: u32,
 }
 
 /// What one frame carried.
-pub(super) struct Frame<T> {
+pub(crate) struct Frame<T> {
     pub message: T,
     pub payload: Vec<u8>,
     pub fd: Option<OwnedFd>,
@@ -105,8 +108,12 @@ impl Connection {
         let mut json = Vec::new();
         let mut payload = Vec::new();
         for (part, len) in [(&mut json, json_len), (&mut payload, payload_len)] {
-            part.resize(len as usize, 0);
-            self.receive_all(part, deadline, &mut fd).map_err(|e| ended(what, e))?;
+            // Memory is taken as bytes come, not as the peer says that they will.
+            while part.len() < len as usize {
+                let at = part.len();
+                part.resize((at + PIECE).min(len as usize), 0);
+                self.receive_all(&mut part[at..], deadline, &mut fd).map_err(|e| ended(what, e))?;
+            }
         }
         let message = serde_json::from_slice(&json).map_err(|e| {
             Error::with_source(

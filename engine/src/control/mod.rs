@@ -12,7 +12,7 @@
 //! - Frames have a size limit, and each side has deadlines: a peer that stalls or lies costs a thread for a while, no more.
 
 mod client;
-mod frame;
+pub(crate) mod frame;
 pub mod location;
 pub mod protocol;
 mod remote_reader;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
 use crate::pool::{PoolInfo, PoolStat};
+use crate::repair::RepairReport;
 use crate::session::{Entry, WriterOptions};
 use crate::verify::{VerifyProgress, VerifyReport};
 
@@ -54,6 +55,14 @@ pub enum Request {
     },
     Verify {
         path: String,
+    },
+    Repair {
+        path: String,
+    },
+    /// With the chunk's bytes as payload.
+    ReplaceChunk {
+        node: u64,
+        chunk: u64,
     },
     Sync,
     /// Opens this connection's region to read.
@@ -113,6 +122,9 @@ pub enum Reply {
     /// It takes long and goes on; of a verification, how far it is.
     Working(Option<VerifyProgress>),
     Verified(VerifyReport),
+    Repaired(Box<RepairReport>),
+    /// `false`: it was right as it was.
+    Replaced(bool),
     /// `direct`: the region is leased and its file rides along, bytes from offset 0; what is read there is checked with
     /// [`Request::Sums`].
     Reader {

@@ -313,6 +313,13 @@ impl Served {
                 let verify = move |latest: &Latest| local::verify(&pool, &path, &mut |p| latest.set(p));
                 Reply::Verified(self.long(verify)?)
             }
+            Request::Repair { path } => {
+                let repair = move |latest: &Latest| local::repair(&pool, &path, &mut |p| latest.set(p));
+                Reply::Repaired(Box::new(self.long(repair)?))
+            }
+            Request::ReplaceChunk { node, chunk } => {
+                Reply::Replaced(self.long(|_| pool.replace_chunk(node, chunk, payload))?)
+            }
             Request::Sync => self.long(move |_| pool.sync()).map(|()| Reply::Done)?,
             Request::OpenReader { path } => return self.open_reader(&path),
             Request::Read { offset, len } => return self.read(offset, len),

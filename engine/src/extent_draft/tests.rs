@@ -62,7 +62,7 @@ fn sims(count: u16, len: u64) -> (Devices, Members) {
 fn io_of(members: Members, ram_bytes: u64) -> Arc<ExtentIo> {
     ExtentIo::new(
         members,
-        &ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 256 << 10, ram_bytes, verify: true },
+        &ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 256 << 10, ram_bytes, verify: true, writers: 2 },
     )
     .unwrap()
 }

@@ -14,6 +14,8 @@ const PIECE: u64 = 4 << 20;
 /// Files below this are read by the caller alone.
 const PARALLEL: u64 = 16 << 20;
 const THREADS_MAX: usize = 8;
+/// Most bytes of sums for a file that is mostly holes: 1 TiB of them with chunks of 16 KiB. What is stored has more.
+const SPARSE_SUMS: u64 = 256 << 20;
 
 /// Processors for this process. Asking reads cgroup files, so it is asked once.
 fn cores() -> usize {
@@ -44,9 +46,19 @@ pub(crate) fn file_sums(
 ) -> io::Result<Option<Vec<u32>>> {
     let pieces = size.div_ceil(PIECE);
     let chunks = size.div_ceil(chunk_size as u64) as usize;
+    let allocated = crate::member::directory::allocated(&file.metadata()?);
+    // Holes have sums too. A file of nothing but holes, as large as offsets go, must not take all memory for them.
+    if chunks as u64 * 4 > SPARSE_SUMS + allocated / 1024 {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!(
+                "{size} bytes of which only {allocated} are stored would have {chunks} checksums, most of holes"
+            ),
+        ));
+    }
     let threads = if size < PARALLEL { 1 } else { cores().min(THREADS_MAX).min(pieces as usize) };
     // Looking for holes is a system call; where as much is allocated as there is, there are none.
-    let sparse = crate::member::directory::allocated(&file.metadata()?) < size;
+    let sparse = allocated < size;
     if threads < 2 {
         let mut sums = Vec::with_capacity(chunks);
         let mut buffer = Vec::new();

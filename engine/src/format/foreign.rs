@@ -56,7 +56,7 @@ const MAGICS: &[(usize, &[u8], &str)] = &[
 ];
 
 /// Says what the first bytes of a device or image are, `None` for zeros. `head` holds up to [`HEAD`] bytes, `len` is how long it all is.
-fn name_head(head: &[u8], len: u64) -> Option<&'static str> {
+pub(crate) fn name_head(head: &[u8], len: u64) -> Option<&'static str> {
     for (at, magic, name) in MAGICS {
         if head.get(*at..at + magic.len()) == Some(magic) {
             return Some(name);

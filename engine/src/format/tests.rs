@@ -63,7 +63,7 @@ fn lies_are_found() {
     assert!(matches!(lie(&|_| {}), Copy::Good(_)));
     assert_eq!(lie(&|block| block[8] = 9), Copy::Newer(9));
     type Change<'a> = &'a dyn Fn(&mut [u8]);
-    let lies: [Change<'_>; 10] = [
+    let lies: [Change<'_>; 12] = [
         &|block| block[32] = 3,                            // index beyond the members
         &|block| block[34] = 0,                            // no members
         &|block| block[34] = 17,                           // too many
@@ -72,6 +72,8 @@ fn lies_are_found() {
         &|block| block[36..40].fill(0),                    // none
         &|block| block[40] = 1,                            // stripe unit not of whole chunks
         &|block| block[80..96].fill(0xff),                 // zone beyond 2^64
+        &|block| block[83] = 0,                            // data within the catalog
+        &|block| block[66] = 0,                            // catalog over the superblock
         &|block| block[TABLE + 16] = 9,                    // member of no kind
         &|block| block[TABLE + 18..TABLE + 20].fill(0xff), // path beyond the block
     ];

@@ -56,6 +56,15 @@ pub struct Space {
     pub id: u64,
 }
 
+/// Files, and the directories that name them, open to be made durable.
+#[derive(Debug, Default)]
+pub(crate) struct ToSync {
+    /// All of it at once.
+    file_system: Option<(PathBuf, File)>,
+    files: Vec<(PathBuf, File)>,
+    folders: Vec<(PathBuf, File)>,
+}
+
 /// What `statvfs(3)` says.
 pub fn space(path: &Path) -> Result<Space> {
     let stat = statvfs(path)
@@ -235,34 +244,56 @@ impl FileDirectory {
         self.reflink.load(Relaxed) == REFLINK_YES
     }
 
-    /// Makes the content of files, and their names, durable.
-    pub fn sync(&self, files: &[u64]) -> Result<()> {
+    /// Opens what [`sync_open`](Self::sync_open) is to make durable: an error here says nothing of the data.
+    pub(crate) fn open_to_sync(&self, files: &[u64]) -> Result<ToSync> {
+        let open = |path: PathBuf| match File::open(&path) {
+            Ok(file) => Ok(Some((path, file))),
+            // A file that went meanwhile has no content to lose.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io(format!("open {} to sync it", path.display()), error)),
+        };
+        let mut found = ToSync::default();
         if files.is_empty() {
-            return Ok(());
+            return Ok(found);
         }
         if files.len() > SYNC_EACH {
             let all = File::open(&self.path)
                 .map_err(|error| Error::io(format!("open {}", self.path.display()), error))?;
+            found.file_system = Some((self.path.clone(), all));
+            return Ok(found);
+        }
+        let mut folders = HashSet::from([self.path.join(REGIONS)]);
+        for number in files {
+            // Not `open_file`: this is not an access of the region.
+            if let Some(file) = open(self.file_path(*number))? {
+                found.files.push(file);
+                folders.insert(self.folder_of(*number));
+            }
+        }
+        for folder in folders {
+            // One that is gone took its files along: that is no success.
+            let file = File::open(&folder).map_err(|error| {
+                Error::io(format!("open directory {} to sync it", folder.display()), error)
+            })?;
+            found.folders.push((folder, file));
+        }
+        Ok(found)
+    }
+
+    /// Makes the content of files, and their names, durable.
+    pub(crate) fn sync_open(&self, open: ToSync) -> Result<()> {
+        if let Some((path, all)) = open.file_system {
             return syncfs(&all).map_err(|error| {
-                Error::io(format!("sync the file system of {}", self.path.display()), error.into())
+                Error::io(format!("sync the file system of {}", path.display()), error.into())
             });
         }
-        let mut folders = HashSet::new();
-        for number in files {
-            // Not `open_file`: a file that went meanwhile has no content to lose.
-            let path = self.file_path(*number);
-            match File::open(&path) {
-                Ok(file) => {
-                    file.sync_data().map_err(|error| Error::io(format!("sync {}", path.display()), error))?
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(Error::io(format!("open {} to sync it", path.display()), error)),
-            }
-            folders.insert(self.folder_of(*number));
+        for (path, file) in open.files {
+            file.sync_data().map_err(|error| Error::io(format!("sync {}", path.display()), error))?;
         }
-        for folder in folders.iter().chain(std::iter::once(&self.path.join(REGIONS))) {
-            let synced = File::open(folder).and_then(|folder| folder.sync_all());
-            synced.map_err(|error| Error::io(format!("sync directory {}", folder.display()), error))?;
+        for (path, folder) in open.folders {
+            folder
+                .sync_all()
+                .map_err(|error| Error::io(format!("sync directory {}", path.display()), error))?;
         }
         Ok(())
     }

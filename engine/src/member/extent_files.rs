@@ -54,6 +54,8 @@ struct State {
     /// Highest number of a file that ever was.
     last: u64,
     used: u64,
+    /// `last` at open: drafts of this process write to later files only.
+    found_last: u64,
     /// A file was made or removed since the last sync.
     directory_dirty: bool,
     open: VecDeque<(u64, Arc<FileDevice>)>,
@@ -331,6 +333,7 @@ impl Member for ExtentDirectory {
                     .map_err(|e| Error::io(format!("removing {}", entry.path().display()), e))?;
             }
         }
+        state.found_last = state.last;
         match state.files.keys().find(|id| !there.contains(id)) {
             Some(id) => Err(Error::new(
                 ErrorKind::Corrupt,
@@ -338,6 +341,44 @@ impl Member for ExtentDirectory {
             )),
             None => Ok(()),
         }
+    }
+
+    fn free_unnamed(&self, named: &[Extent]) -> Result<u64> {
+        let mut state = self.lock();
+        let mut freed = 0;
+        let old: Vec<(u64, u64)> = state
+            .files
+            .iter()
+            .filter(|(file, _)| **file <= state.found_last)
+            .map(|(file, entry)| (*file, entry.end))
+            .collect();
+        for (file, end) in old {
+            let path = self.file_path(file);
+            let failed = |error| Error::io(format!("freeing unused space of {}", path.display()), error);
+            let device = self.open_file(&mut state, file)?;
+            let blocks = || device.file().metadata().map(|meta| super::directory::allocated(&meta));
+            let before = blocks().map_err(failed)?;
+            let mut ranges: Vec<(u64, u64)> = named
+                .iter()
+                .filter(|extent| extent.file == file)
+                .map(|extent| (extent.offset, extent.offset + extent.len))
+                .collect();
+            ranges.sort_unstable();
+            let mut at = 0;
+            for (start, stop) in ranges.into_iter().chain([(end, end)]) {
+                if start > at {
+                    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                    rustix::fs::fallocate(device.file(), mode, at, start - at)
+                        .map_err(|errno| failed(errno.into()))?;
+                }
+                at = at.max(stop);
+            }
+            if device.len() > end {
+                device.set_len(end)?;
+            }
+            freed += before.saturating_sub(blocks().map_err(failed)?);
+        }
+        Ok(freed)
     }
 
     fn sync(&self, extents: &[Extent]) -> Result<()> {

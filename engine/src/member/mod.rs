@@ -55,6 +55,10 @@ pub trait Member: Send + Sync + fmt::Debug {
     fn open(&self, extent: &Extent) -> Result<(Arc<dyn Device>, u64)>;
     /// Makes the bytes of `extents` durable (and the directory entries of their files).
     fn sync(&self, extents: &[Extent]) -> Result<()>;
+    /// Gives back what lies in files that were there at open and is none of `named`. Returns the bytes.
+    fn free_unnamed(&self, _named: &[Extent]) -> Result<u64> {
+        Ok(0)
+    }
     /// At open, after the last [`take`](Self::take): clears away what no layout names, which a crash left behind.
     fn taken_all(&self) -> Result<()> {
         Ok(())

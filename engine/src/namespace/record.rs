@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-use super::{Body, Directory, Name, Node, Region, Tree, check_name};
+use super::{Body, Directory, MAX_TARGET, Name, Node, Region, Tree, check_name};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{NodeId, NodeKind, ROOT, Timestamp};
 
@@ -149,6 +149,9 @@ pub(crate) fn decode_node<L>(key: &[u8], value: &[u8]) -> Result<(NodeId, Node<L
         NodeKind::Region => {
             Body::Region(Region { unborn: false, sealed: flags & SEALED != 0, file, live: None })
         }
+        NodeKind::Symlink if !(1..=MAX_TARGET).contains(&reader.bytes.len()) || reader.bytes.contains(&0) => {
+            return Err(corrupt(format!("{what} is a symbolic link to {} bytes", reader.bytes.len())));
+        }
         NodeKind::Symlink => Body::Symlink(OsString::from_vec(reader.bytes.to_vec())),
         _ => Body::Special,
     };
@@ -197,8 +200,8 @@ impl<L> Tree<L> {
         let (id, node) = decode_node(key, value)?;
         if id == 0 || id >= self.next_node {
             return Err(corrupt(format!(
-                "node {id} is beyond the last one given out, {}",
-                self.next_node - 1
+                "node {id} was never given out: the next number is {}",
+                self.next_node
             )));
         }
         self.regions += u64::from(node.kind == NodeKind::Region);
@@ -246,8 +249,12 @@ impl<L> Tree<L> {
 
     /// Loading, last: what no single record can tell.
     pub(crate) fn check(&self) -> Result<()> {
-        match self.nodes.get(&ROOT).map(|root| root.kind) {
-            Some(NodeKind::Directory) => {}
+        match self.nodes.get(&ROOT) {
+            Some(root) if root.kind == NodeKind::Directory && root.links.is_empty() => {}
+            // Else a walk of the tree would never end.
+            Some(root) if root.kind == NodeKind::Directory => {
+                return Err(corrupt("an entry leads to the root"));
+            }
             Some(_) => return Err(corrupt("the root is not a directory")),
             None => return Err(corrupt("there is no root")),
         }

@@ -105,7 +105,7 @@ impl Shared {
         if turn.done > before {
             return Ok(());
         }
-        let result = self.snapshot(&mut turn);
+        let result = self.check_flushed().and_then(|()| self.snapshot(&mut turn));
         *lock(&self.commit_error) = result.as_ref().err().map(Error::chain).unwrap_or_default();
         result
     }
@@ -131,11 +131,19 @@ impl Shared {
         Ok(())
     }
 
+    /// As [`sync`](Self::sync), where there may be nothing to do.
     pub(crate) fn sync_if_dirty(self: &Arc<Self>) -> Result<()> {
-        let clean = super::read(&self.tree).dirty.is_empty()
+        if self.is_clean() {
+            // What a running snapshot has taken is not dirty any more, and not durable yet. If it fails, all is dirty again.
+            drop(lock(&self.snapshots.turn));
+        }
+        if self.is_clean() { Ok(()) } else { self.sync() }
+    }
+
+    fn is_clean(&self) -> bool {
+        super::read(&self.tree).dirty.is_empty()
             && lock(&self.contents).pending.is_empty()
-            && lock(&self.graveyard).is_empty();
-        if clean { Ok(()) } else { self.sync() }
+            && lock(&self.graveyard).is_empty()
     }
 
     fn back_up_if_due(&self) {
@@ -163,6 +171,13 @@ impl Shared {
         synced.and(closed)
     }
 
+    /// Notes that data was not made durable; see [`check_flushed`](Self::check_flushed).
+    fn not_flushed(&self, error: Error) -> Error {
+        tracing::error!(error = %error.chain(), "a flush failed; no more changes until the pool is opened again");
+        let _ = self.flush_failed.set(error.chain());
+        error
+    }
+
     fn make_durable(&self, taken: &Taken) -> Result<()> {
         match &self.storage {
             Storage::Files { directory, .. } => {
@@ -172,7 +187,8 @@ impl Shared {
                     .filter_map(|pending| pending.layout.single_file())
                     .map(|(_, file)| file)
                     .collect();
-                directory.sync(&files)?;
+                let open = directory.open_to_sync(&files)?;
+                directory.sync_open(open).map_err(|error| self.not_flushed(error))?;
             }
             Storage::Extents(io) => {
                 let mut of_member: Vec<Vec<Extent>> = vec![Vec::new(); io.stripes().members().len()];
@@ -189,7 +205,7 @@ impl Shared {
                 }
                 for (member, extents) in io.stripes().members().iter().zip(&of_member) {
                     if !extents.is_empty() {
-                        member.sync(extents)?;
+                        member.sync(extents).map_err(|error| self.not_flushed(error))?;
                     }
                 }
             }
@@ -205,8 +221,11 @@ impl Shared {
                 "the file system under the pool is full; the catalog goes on with the space set aside"
             );
         }
-        self.catalog.reopen(self.store.again()?).map_err(|again| again.context(error.chain()))?;
-        self.catalog.apply(&taken.batch)
+        let named = |error: Error| error.context(self.store.name(false));
+        self.catalog
+            .reopen(|read_only| self.store.again(read_only))
+            .map_err(|again| named(again.context(error.chain())))?;
+        self.catalog.apply(&taken.batch).map_err(named)
     }
 
     /// Takes everything dirty, under one lock of the tree.
@@ -228,8 +247,12 @@ impl Shared {
             contents.in_flight = pending.clone();
             pending
         };
+        // In the order of their keys, as the tables are: neighbours share pages, and the same changes make the same writes.
         batch.removed = dirty.removed.iter().copied().collect();
-        for (node, pending) in &contents {
+        batch.removed.sort_unstable();
+        let mut changed: Vec<(&NodeId, &Pending)> = contents.iter().collect();
+        changed.sort_unstable_by_key(|(node, _)| **node);
+        for (node, pending) in changed {
             let Ok(held) = tree.get(*node) else { continue };
             if held.nlink == 0 {
                 continue;
@@ -251,6 +274,7 @@ impl Shared {
                 .map(|entry| encode_entry(&key, entry.node, entry.kind));
             batch.entries.push((key, value));
         }
+        batch.entries.sort_unstable();
         for node in dirty.xattrs.iter().filter(|node| in_catalog(&tree, **node)) {
             let Ok(held) = tree.get(*node) else { continue };
             let values = held.xattrs.iter().flat_map(|xattrs| xattrs.iter()).map(|(name, value)| {
@@ -260,6 +284,7 @@ impl Shared {
             });
             batch.xattrs.push((*node, values.collect()));
         }
+        batch.xattrs.sort_unstable();
         for node in &dirty.nodes {
             if !in_catalog(&tree, *node) {
                 continue;
@@ -268,6 +293,7 @@ impl Shared {
             held.stored = true;
             batch.nodes.push((*node, encode_node(*node, held)));
         }
+        batch.nodes.sort_unstable();
         Taken { batch, dirty, contents }
     }
 
@@ -332,8 +358,23 @@ impl Shared {
         };
         match waiting {
             Some(layout) => Ok(layout),
-            None => Ok(Arc::new(self.catalog.layout(node)?.unwrap_or_else(|| Layout::new(self.chunk_size)))),
+            None => Ok(Arc::new(self.stored_layout(node)?.unwrap_or_else(|| Layout::new(self.chunk_size)))),
         }
+    }
+
+    /// The catalog's layout of a node. After a failed read the database refuses all others until it is opened anew: a fault that
+    /// passed must not be one for good.
+    fn stored_layout(&self, node: NodeId) -> Result<Option<Layout>> {
+        let error = match self.catalog.layout(node) {
+            Err(error) if error.kind() == ErrorKind::Io && !self.read_only => error,
+            done => return done,
+        };
+        tracing::warn!(node, error = %error.chain(), "opening the catalog again");
+        // Where it can be opened for reading only, that is enough here.
+        let again = self.catalog.reopen(|read_only| self.store.again(read_only));
+        self.catalog.layout(node).map_err(|still| {
+            again.err().unwrap_or(still).context(error.chain()).context(self.store.name(false))
+        })
     }
 
     /// Frees space as soon as no durable catalog names it (at once where none ever did) and nobody reads it.
@@ -348,6 +389,41 @@ impl Shared {
             self.kick.store(true, Relaxed);
             self.wake.notify_all();
         }
+    }
+
+    /// Files made since this process opened the pool have this number or a higher one.
+    pub(crate) fn first_new_file(&self) -> u64 {
+        self.reserved_file - FILE_RESERVE
+    }
+
+    /// Files of old content that wait to be removed.
+    pub(crate) fn doomed_files(&self) -> Vec<u64> {
+        lock(&self.graveyard).iter().map(|doomed| doomed.file).filter(|file| *file != 0).collect()
+    }
+
+    /// Extents of old content that wait to be freed, and those that its readers may still use.
+    pub(crate) fn doomed_extents(&self) -> Vec<Extent> {
+        let graveyard = lock(&self.graveyard);
+        let mut extents: Vec<Extent> =
+            graveyard.iter().flat_map(|doomed| doomed.extents.iter().copied()).collect();
+        for doomed in graveyard.iter() {
+            if let Stored::Extents(content) = &*doomed.guard {
+                extents.extend(content.layout().extents().copied());
+            }
+        }
+        extents
+    }
+
+    /// Makes the catalog's copy anew where it cannot be read. What was done, in a sentence.
+    pub(crate) fn mend_catalog_copy(self: &Arc<Self>) -> Result<Option<String>> {
+        self.sync()?;
+        let mut turn = lock(&self.snapshots.turn);
+        let Err(error) = self.store.check_copy(&self.pool_id) else { return Ok(None) };
+        self.store.back_up()?;
+        turn.backed_up = Some(Instant::now());
+        turn.backed_up_generation = self.durable_generation.load(Relaxed);
+        self.store.check_copy(&self.pool_id)?;
+        Ok(Some(format!("the catalog's copy was damaged ({}); made again from the catalog", error.chain())))
     }
 
     fn free_doomed(&self, done: u64) {

@@ -3,8 +3,9 @@
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use nvme::DeviceOptions;
+use nvme::{Device, DeviceOptions};
 
 use super::live::Live;
 use super::{FormatOptions, MAX_CHUNK_SIZE, MAX_MEMBERS, MIN_CHUNK_SIZE, MemberKind, PoolInfo};
@@ -329,6 +330,55 @@ fn format_members(path: &Path, options: &FormatOptions, made: &mut Made) -> Resu
         format::write(path, MemberKind::Directory, &Superblock { own_path, ..superblock(POINTER, none) })?;
     }
     Ok(())
+}
+
+/// See [`Pool::format_devices`](super::Pool::format_devices).
+pub(super) fn format_devices(devices: &[Arc<dyn Device>], options: &FormatOptions) -> Result<PoolInfo> {
+    check(options)?;
+    if devices.is_empty() || devices.len() > MAX_MEMBERS {
+        return Err(invalid(format!("{} devices; a pool has 1 to {MAX_MEMBERS} members", devices.len())));
+    }
+    let now = Timestamp::now();
+    let pool = *uuid::Uuid::new_v4().as_bytes();
+    let mut geometries = Vec::new();
+    for (index, device) in devices.iter().enumerate() {
+        let geometry = RawGeometry::plan(device.len(), options.chunk_size, index == 0)
+            .map_err(|error| error.context(device.name()))?;
+        geometries.push(geometry);
+    }
+    let entry = |(device, geometry): (&Arc<dyn Device>, &RawGeometry)| MemberEntry {
+        id: *uuid::Uuid::new_v4().as_bytes(),
+        kind: MemberKind::Image,
+        bytes: geometry.data_len,
+        path: PathBuf::from(device.name()),
+    };
+    let table: Vec<MemberEntry> = devices.iter().zip(&geometries).map(entry).collect();
+    let superblock = |index: usize| Superblock {
+        pool,
+        index: index as u16,
+        chunk_size: options.chunk_size,
+        stripe_unit: options.stripe_unit,
+        created: now.secs,
+        sequence: 1,
+        catalog_offset: geometries[index].zone_offset,
+        catalog_len: geometries[index].zone_len,
+        data_offset: geometries[index].data_offset,
+        data_len: geometries[index].data_len,
+        members: table.clone(),
+        own_path: PathBuf::new(),
+    };
+    superblock(0).encode()?; // whether the names fit is known before anything is lost
+    for device in devices {
+        format::erase_device(&**device)?;
+    }
+    let store = CatalogStore::new(Path::new(devices[0].name()), Some(devices[0].clone()), &geometries[0]);
+    store.create(&first_batch(pool, now))?.close()?;
+    store.back_up()?;
+    // Member 0 last: a pool that has all its members is whole.
+    for (index, device) in devices.iter().enumerate().rev() {
+        format::write_device(&**device, &superblock(index))?;
+    }
+    super::open::probe_devices(devices)
 }
 
 /// The directory that only points to the members may hold them.

@@ -371,6 +371,20 @@ impl Shared {
         self.sync()
     }
 
+    /// Runs `f` while nobody can begin to write to the region. `None`: somebody does, or its content is another one than `stored` by now.
+    pub(crate) fn with_committed<T>(
+        &self,
+        live: &Live,
+        stored: &Arc<Stored>,
+        f: impl FnOnce() -> T,
+    ) -> Option<T> {
+        let _gate = lock(&live.gate);
+        match live.current() {
+            Some(Current::Stored(current)) if Arc::ptr_eq(&current, stored) && current.sealed() => Some(f()),
+            _ => None,
+        }
+    }
+
     /// One more use of a handle's content ends; the last one seals or gives up.
     pub(crate) fn close_live(self: &Arc<Self>, live: &Arc<Live>, access: Access) {
         // A reader has something to finish only where `finish` left it so.

@@ -11,6 +11,14 @@ use crate::types::{
     Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, SetAttr, Timestamp, XattrSet,
 };
 
+/// The engine keeps notes of its own in attributes of this start: nobody else sees them.
+fn not_ours(name: &OsStr, kind: ErrorKind) -> Result<()> {
+    match name.as_encoded_bytes().starts_with(crate::scrub::OWN_XATTRS.as_bytes()) {
+        true => Err(Error::new(kind, format!("attribute {name:?} is the pool's own"))),
+        false => Ok(()),
+    }
+}
+
 /// Attributes as they are now: what is being written knows its size and time best. Called without the tree's lock: this may
 /// be a system call.
 fn attr_now((mut attr, live): (Attr, Option<Arc<Live>>)) -> Attr {
@@ -197,6 +205,7 @@ impl Pool {
 
     /// Value of an extended attribute.
     pub fn getxattr(&self, node: NodeId, name: &OsStr) -> Result<Vec<u8>> {
+        not_ours(name, ErrorKind::NoAttribute)?;
         read(&self.shared().tree).getxattr(node, name)
     }
 
@@ -204,18 +213,22 @@ impl Pool {
     pub fn setxattr(&self, node: NodeId, name: &OsStr, value: &[u8], flags: XattrSet) -> Result<()> {
         let shared = self.shared();
         shared.check_writable()?;
+        not_ours(name, ErrorKind::PermissionDenied)?;
         write(&shared.tree).setxattr(node, name, value, flags, Timestamp::now())
     }
 
     /// Names of the extended attributes.
     pub fn listxattr(&self, node: NodeId) -> Result<Vec<OsString>> {
-        read(&self.shared().tree).listxattr(node)
+        let mut names = read(&self.shared().tree).listxattr(node)?;
+        names.retain(|name| not_ours(name, ErrorKind::NoAttribute).is_ok());
+        Ok(names)
     }
 
     /// Removes an extended attribute.
     pub fn removexattr(&self, node: NodeId, name: &OsStr) -> Result<()> {
         let shared = self.shared();
         shared.check_writable()?;
+        not_ours(name, ErrorKind::NoAttribute)?;
         write(&shared.tree).removexattr(node, name, Timestamp::now())
     }
 

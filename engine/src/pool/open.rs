@@ -4,16 +4,16 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 
 use nvme::{Device, DeviceOptions};
 
 use super::commit::FILE_RESERVE;
 use super::live::Live;
 use super::{
-    Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage, Verify,
-    commit, lock,
+    DeviceHook, Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage,
+    Verify, commit, lock,
 };
 use crate::catalog::Batch;
 use crate::catalog::store::{CatalogStore, Loaded};
@@ -28,7 +28,7 @@ use crate::member::raw::{RawGeometry, RawMember};
 use crate::namespace::Tree;
 use crate::owner::Owner;
 use crate::prefetch::Prefetcher;
-use crate::types::Timestamp;
+use crate::types::{ROOT, Timestamp};
 
 /// A member that was found.
 #[derive(Debug)]
@@ -53,9 +53,9 @@ fn kind_at(path: &Path) -> Result<MemberKind> {
 }
 
 /// Finds all members from the path of one of them, or of the directory that points to them.
-fn locate(path: &Path) -> Result<(Superblock, Vec<Located>)> {
+fn locate(path: &Path, hook: Option<&DeviceHook>) -> Result<(Superblock, Vec<Located>)> {
     let kind = kind_at(path)?;
-    let first = format::read(path, kind)?;
+    let first = format::read_through(path, kind, hook)?;
     let here =
         fs::canonicalize(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
     let superblock = first.superblock.clone();
@@ -79,7 +79,7 @@ fn locate(path: &Path) -> Result<(Superblock, Vec<Located>)> {
         candidates.push(entry.path.clone());
         let mut result = Err(missing(&superblock, index, "it is not there"));
         for candidate in candidates {
-            result = member_at(&superblock, index, candidate);
+            result = member_at(&superblock, index, candidate, hook);
             if result.is_ok() {
                 break;
             }
@@ -107,20 +107,25 @@ fn missing(pool: &Superblock, index: usize, why: &str) -> Error {
     )
 }
 
-fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> {
-    let entry = &pool.members[index];
+fn member_at(pool: &Superblock, index: usize, path: PathBuf, hook: Option<&DeviceHook>) -> Result<Located> {
     let kind = match kind_at(&path) {
         Ok(kind) => kind,
         Err(error) => return Err(missing(pool, index, &error.chain())),
     };
-    let found = match format::read(&path, kind) {
+    let found = match format::read_through(&path, kind, hook) {
         Ok(found) => found,
         Err(error) if matches!(error.kind(), ErrorKind::NotAPool | ErrorKind::NotFound) => {
             return Err(missing(pool, index, &error.chain()));
         }
         Err(error) => return Err(error),
     };
-    let other = &found.superblock;
+    check_member(pool, index, &path, &found.superblock)?;
+    Ok(Located { path, kind, found })
+}
+
+/// Refuses what is not this pool's member with this index.
+fn check_member(pool: &Superblock, index: usize, path: &Path, other: &Superblock) -> Result<()> {
+    let entry = &pool.members[index];
     let wrong = |text: String| Err(Error::new(ErrorKind::WrongMember, format!("{}: {text}", path.display())));
     if other.pool != pool.pool {
         return wrong(format!(
@@ -139,7 +144,7 @@ fn member_at(pool: &Superblock, index: usize, path: PathBuf) -> Result<Located> 
     if own != Some(entry.id) {
         return wrong(format!("it is another member {index} than the one that the pool was made with"));
     }
-    Ok(Located { path, kind, found })
+    Ok(())
 }
 
 fn info_of(path: &Path, superblock: &Superblock, members: &[Located]) -> PoolInfo {
@@ -173,7 +178,7 @@ fn info_of(path: &Path, superblock: &Superblock, members: &[Located]) -> PoolInf
 }
 
 pub(super) fn probe(path: &Path) -> Result<PoolInfo> {
-    let (superblock, members) = locate(path)?;
+    let (superblock, members) = locate(path, None)?;
     Ok(info_of(path, &superblock, &members))
 }
 
@@ -187,14 +192,18 @@ fn geometry_of(superblock: &Superblock) -> RawGeometry {
 }
 
 /// Writes damaged or stale superblock copies again from the good one.
-fn repair_superblocks(members: &[Located]) {
-    for member in members {
+fn repair_superblocks(members: &[Located], write: &dyn Fn(usize, &Superblock) -> Result<()>) -> Vec<String> {
+    let mut mended = Vec::new();
+    for (index, member) in members.iter().enumerate() {
         let Some(why) = &member.found.damaged else { continue };
         tracing::warn!(member = %member.path.display(), "{why}; written again from the good copy");
-        if let Err(error) = format::write(&member.path, member.kind, &member.found.superblock) {
+        if let Err(error) = write(index, &member.found.superblock) {
             tracing::warn!(member = %member.path.display(), error = %error.chain(), "the superblock could not be repaired");
+            continue;
         }
+        mended.push(format!("{}: {why}; written again from the good copy", member.path.display()));
     }
+    mended
 }
 
 fn check_options(options: &OpenOptions) -> Result<()> {
@@ -209,26 +218,96 @@ fn check_options(options: &OpenOptions) -> Result<()> {
 
 pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
     check_options(options)?;
-    let (superblock, members) = locate(path)?;
+    let hook = options.device_hook.as_ref();
+    let (superblock, members) = locate(path, hook)?;
     let owner = Owner::take(&members[0].path, members[0].kind, options.read_only)?;
+    let mut mended = Vec::new();
     if !options.read_only {
-        repair_superblocks(&members);
+        let write = |index: usize, superblock: &Superblock| {
+            format::write_through(&members[index].path, members[index].kind, superblock, hook)
+        };
+        mended = repair_superblocks(&members, &write);
     }
-    let devices = open_devices(&members, options)?;
+    let devices = devices_of(&members, options)?;
+    open_located(path, superblock, Opened { members, devices, mended }, owner, options)
+}
+
+/// The members that these devices say they are, and the superblock of the first.
+fn locate_devices(devices: &[Arc<dyn Device>]) -> Result<(Superblock, Vec<Located>)> {
+    let mut members: Vec<Located> = Vec::new();
+    for device in devices {
+        let found = format::read_device(&**device)?;
+        members.push(Located { path: PathBuf::from(device.name()), kind: MemberKind::Image, found });
+    }
+    let Some(superblock) = members.first().map(|member| member.found.superblock.clone()) else {
+        return Err(Error::new(ErrorKind::InvalidArgument, "a pool of no devices"));
+    };
+    if superblock.members.len() != members.len() {
+        let text = format!("the pool has {} members, {} were given", superblock.members.len(), members.len());
+        return Err(Error::new(ErrorKind::MissingMember, text));
+    }
+    for (index, member) in members.iter().enumerate() {
+        check_member(&superblock, index, &member.path, &member.found.superblock)?;
+    }
+    Ok((superblock, members))
+}
+
+pub(super) fn probe_devices(devices: &[Arc<dyn Device>]) -> Result<PoolInfo> {
+    let (superblock, members) = locate_devices(devices)?;
+    Ok(info_of(&members[0].path, &superblock, &members))
+}
+
+/// See [`Pool::open_devices`].
+pub(super) fn open_devices(devices: &[Arc<dyn Device>], options: &OpenOptions) -> Result<Pool> {
+    check_options(options)?;
+    let (superblock, members) = locate_devices(devices)?;
+    let mut mended = Vec::new();
+    if !options.read_only {
+        let write =
+            |index: usize, superblock: &Superblock| format::write_device(&*devices[index], superblock);
+        mended = repair_superblocks(&members, &write);
+    }
+    let path = members[0].path.clone();
+    let devices = devices.iter().cloned().map(Some).collect();
+    open_located(&path, superblock, Opened { members, devices, mended }, Owner::of_devices(), options)
+}
+
+/// Members that were found, and what was mended on the way.
+struct Opened {
+    members: Vec<Located>,
+    /// Of raw members.
+    devices: Vec<Option<Arc<dyn Device>>>,
+    mended: Vec<String>,
+}
+
+fn open_located(
+    path: &Path,
+    superblock: Superblock,
+    opened: Opened,
+    owner: Owner,
+    options: &OpenOptions,
+) -> Result<Pool> {
+    let Opened { members, devices, mut mended } = opened;
     let store =
         CatalogStore::new(&members[0].path, devices[0].clone(), &geometry_of(&members[0].found.superblock));
     let loaded: Loaded<Live> = store.open(&superblock.pool, options.read_only)?;
     if let Some(restored) = &loaded.restored {
         tracing::error!(pool = %path.display(), "{restored}: what was made after it is lost; run verify");
+        mended.push(format!("{restored}: what was made after it is lost"));
     }
     let Loaded { catalog, mut meta, mut tree, restored } = loaded;
+    let in_catalog = |error: Error| error.context(store.name(false));
     let next_file = meta.next_file;
     let files = members.len() == 1 && members[0].kind == MemberKind::Directory;
     let storage = if files {
         let quota = Some(superblock.data_len).filter(|quota| *quota > 0);
         let quota = quota.or(Some(superblock.members[0].bytes).filter(|quota| *quota > 0));
         let directory = FileDirectory::open(&members[0].path, quota, next_file, options.read_only)?;
-        Storage::Files { directory: Arc::new(directory), prefetcher: Prefetcher::new(1, None)? }
+        Storage::Files {
+            directory: Arc::new(directory),
+            prefetcher: Prefetcher::new(1, None)?,
+            streams: Mutex::default(),
+        }
     } else {
         Storage::Extents(open_extents(&superblock, &members, devices, options)?)
     };
@@ -257,9 +336,9 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
             directory.charge_fact(used);
         }
         Storage::Extents(io) => {
-            let stored = catalog.layout_nodes()?;
+            let stored = catalog.layout_nodes().map_err(in_catalog)?;
             for node in stored {
-                if let Some(layout) = catalog.layout(node)? {
+                if let Some(layout) = catalog.layout(node).map_err(in_catalog)? {
                     take_extents(io, layout.extents().copied())
                         .map_err(|error| error.context(format!("the layout of node {node}")))?;
                 }
@@ -278,9 +357,10 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         meta.next_file = reserved_file;
         meta.generation += 1;
         meta.saved = Timestamp::now().secs;
-        catalog.apply(&Batch::new(meta.clone()))?;
+        catalog.apply(&Batch::new(meta.clone())).map_err(in_catalog)?;
         store.keep_reserve();
     }
+    let scrub = crate::scrub::load(tree.getxattr(ROOT, crate::scrub::attribute()).ok());
     let mut info = info_of(path, &superblock, &members);
     info.read_only = options.read_only;
     info.owner_pid = (!options.read_only).then(std::process::id);
@@ -304,6 +384,9 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Pool> {
         reserved_file,
         counters: PoolCounters::default(),
         commit_error: Mutex::default(),
+        mended: Mutex::new(mended),
+        scrub: Mutex::new(scrub),
+        flush_failed: OnceLock::new(),
         stop: Mutex::new(false),
         wake: Condvar::new(),
         kick: AtomicBool::new(false),
@@ -334,7 +417,10 @@ fn sweep(shared: &Arc<Shared>, named: &HashSet<u64>, limit: u64) {
     if let Storage::Files { directory, .. } = &shared.storage {
         match directory.remove_orphans(named, limit, false, &stop) {
             Ok(0) => {}
-            Ok(count) => tracing::info!(count, "removed files of regions whose writing a crash ended"),
+            Ok(count) => {
+                shared.counters.orphans.fetch_add(count, Relaxed);
+                tracing::info!(count, "removed files of regions whose writing a crash ended");
+            }
             Err(error) => {
                 tracing::warn!(error = %error.chain(), "cannot look for files that a crash left behind")
             }
@@ -372,10 +458,14 @@ fn refresh_unsealed(tree: &mut Tree<Live>, directory: &FileDirectory) {
 }
 
 /// The devices of raw members: one descriptor each, since block devices are claimed exclusively.
-fn open_devices(members: &[Located], options: &OpenOptions) -> Result<Vec<Option<Arc<dyn Device>>>> {
+fn devices_of(members: &[Located], options: &OpenOptions) -> Result<Vec<Option<Arc<dyn Device>>>> {
     let open = |member: &Located| match member.kind {
         MemberKind::Directory => Ok(None),
         _ => nvme::open(&member.path, &DeviceOptions { direct: true, read_only: options.read_only })
+            .map(|device| match &options.device_hook {
+                Some(hook) => hook.wrap(&member.path, device),
+                None => device,
+            })
             .map(Some)
             .map_err(|error| Error::from(error).context(format!("open member {}", member.path.display()))),
     };
@@ -388,6 +478,9 @@ fn open_extents(
     devices: Vec<Option<Arc<dyn Device>>>,
     options: &OpenOptions,
 ) -> Result<Arc<ExtentIo>> {
+    // A simulated device repeats what a seed did only where its operations come in one order: written in step.
+    let simulated = devices.iter().flatten().any(|device| device.kind() == nvme::DeviceKind::Sim);
+    let writers = if simulated { 0 } else { members.len().clamp(2, 4) };
     let mut opened: Vec<Arc<dyn Member>> = Vec::new();
     for (index, (member, device)) in members.iter().zip(devices).enumerate() {
         let index = index as u16;
@@ -412,6 +505,7 @@ fn open_extents(
             stripe_unit: superblock.stripe_unit,
             ram_bytes: options.ram_bytes,
             verify: matches!(options.verify, Verify::Always | Verify::Scrub),
+            writers,
         },
     )
 }

@@ -1,8 +1,13 @@
 //! How pools are made and opened, and what they say about themselves.
 
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use nvme::Device;
 use serde::{Deserialize, Serialize};
+
+use crate::scrub::ScrubStat;
 
 /// Smallest chunk: 4 KiB.
 pub const MIN_CHUNK_SIZE: u32 = 4 << 10;
@@ -74,6 +79,43 @@ pub struct OpenOptions {
     pub copy_limit_bytes: u64,
     /// Most time between a change and the snapshot that holds it, in milliseconds. 0: snapshots only when asked for. Default: 2000.
     pub commit_interval_ms: u64,
+    /// Tests put a device that fails between the pool and its raw members. Default: none.
+    #[doc(hidden)]
+    pub device_hook: Option<DeviceHook>,
+}
+
+/// Gives the device to use for a raw member, from its path and the device found there.
+#[doc(hidden)]
+#[derive(Clone)]
+pub struct DeviceHook(Arc<Wrap>);
+
+type Wrap = dyn Fn(&Path, Arc<dyn Device>) -> Arc<dyn Device> + Send + Sync;
+
+impl DeviceHook {
+    /// `wrap` is called whenever a member is opened, for its superblock and for its data.
+    pub fn new(
+        wrap: impl Fn(&Path, Arc<dyn Device>) -> Arc<dyn Device> + Send + Sync + 'static,
+    ) -> DeviceHook {
+        DeviceHook(Arc::new(wrap))
+    }
+
+    pub(crate) fn wrap(&self, path: &Path, device: Arc<dyn Device>) -> Arc<dyn Device> {
+        (self.0)(path, device)
+    }
+}
+
+impl PartialEq for DeviceHook {
+    fn eq(&self, other: &DeviceHook) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for DeviceHook {}
+
+impl fmt::Debug for DeviceHook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("DeviceHook")
+    }
 }
 
 impl Default for OpenOptions {
@@ -85,6 +127,7 @@ impl Default for OpenOptions {
             queue_depth: 64,
             copy_limit_bytes: 64 << 20,
             commit_interval_ms: 2000,
+            device_hook: None,
         }
     }
 }
@@ -173,8 +216,12 @@ pub struct PoolStat {
     pub written_bytes: u64,
     /// Chunks whose checksum was verified.
     pub verified_chunks: u64,
-    /// Chunks whose checksum did not match.
+    /// Chunks whose checksum did not match, also not when they were read again.
     pub corrupt_chunks: u64,
+    /// Reads that failed, or whose checksum did not match, and were made again.
+    pub retried_reads: u64,
+    /// Of those, the ones that were right the second time.
+    pub repaired_reads: u64,
     /// Snapshots made durable.
     pub commits: u64,
     /// Regions whose checksums could not be made at their last close.
@@ -183,6 +230,9 @@ pub struct PoolStat {
     pub unsealed_regions: u64,
     /// Why the last background snapshot failed; empty: it did not.
     pub commit_error: String,
+    /// The background scrub.
+    #[serde(default)]
+    pub scrub: ScrubStat,
 }
 
 /// The RAM tier's budget and hits.

@@ -1,6 +1,7 @@
 //! Committed content of a region.
 
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock, Weak};
 
@@ -111,24 +112,57 @@ impl FileContent {
             around.resize((last - first) as usize, 0);
             &mut around
         };
-        let read =
-            read_file(file, first, bytes).map_err(|error| Error::io(what_of(self.node, offset), error))?;
+        // Where that fails, each chunk is read by itself below.
+        let read = read_file(file, first, bytes).unwrap_or(0);
         let pool = self.pool()?;
-        for (index, piece) in (first / chunk..).zip(bytes.chunks(chunk as usize)) {
+        let mut wrong = None;
+        for (index, piece) in (first / chunk..).zip(bytes.chunks_mut(chunk as usize)) {
             let start = (index * chunk - first) as usize;
-            let good = start + piece.len() <= read && crc32fast::hash(piece) == layout.sum(index);
             pool.counters.verified_chunks.fetch_add(1, Relaxed);
-            if !good {
-                pool.counters.corrupt_chunks.fetch_add(1, Relaxed);
-                bytes.fill(0);
-                return Err(pool.corrupt(self.node, index, 0));
+            let good = start + piece.len() <= read && crc32fast::hash(piece) == layout.sum(index);
+            if !good && let Err(error) = self.read_again(&pool, file, index, layout, piece) {
+                wrong = Some(error);
+                break;
             }
+        }
+        if let Some(error) = wrong {
+            bytes.fill(0);
+            return Err(error);
         }
         if !whole {
             let from = (offset - first) as usize;
             buf[..len].copy_from_slice(&around[from..from + len]);
         }
         Ok(len)
+    }
+}
+
+impl FileContent {
+    /// A chunk that could not be read or fails its sum, read once more and past what the page cache holds of it.
+    #[cold]
+    fn read_again(
+        &self,
+        pool: &Shared,
+        file: &File,
+        index: u64,
+        layout: &Layout,
+        piece: &mut [u8],
+    ) -> Result<()> {
+        let offset = index * layout.chunk_size() as u64;
+        let counters = &pool.counters;
+        counters.retried_reads.fetch_add(1, Relaxed);
+        // Whole pages: those at the ends of an odd chunk are shared with its neighbours.
+        let len = NonZeroU64::new((piece.len() as u64).next_multiple_of(4096));
+        let _ = rustix::fs::fadvise(file, offset, len, rustix::fs::Advice::DontNeed);
+        let read =
+            read_file(file, offset, piece).map_err(|error| Error::io(what_of(self.node, offset), error))?;
+        if read == piece.len() && crc32fast::hash(piece) == layout.sum(index) {
+            counters.repaired_reads.fetch_add(1, Relaxed);
+            tracing::warn!(node = self.node, chunk = index, "a second read was right");
+            return Ok(());
+        }
+        counters.corrupt_chunks.fetch_add(1, Relaxed);
+        Err(pool.corrupt(self.node, index, 0))
     }
 }
 

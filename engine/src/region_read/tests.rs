@@ -29,7 +29,8 @@ fn images(folder: &Path, count: u16, ram_bytes: u64) -> Arc<ExtentIo> {
             Arc::new(RawMember::new(index, &path, device, geometry, CHUNK).unwrap()) as Arc<dyn Member>
         })
         .collect();
-    let options = ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 1 << 20, ram_bytes, verify: true };
+    let options =
+        ExtentIoOptions { chunk_size: CHUNK, stripe_unit: 1 << 20, ram_bytes, verify: true, writers: 2 };
     ExtentIo::new(members, &options).unwrap()
 }
 

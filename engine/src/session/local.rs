@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use crate::error::{Error, ErrorKind, Result};
 use crate::handle::Handle;
 use crate::pool::Pool;
+use crate::repair::RepairReport;
 use crate::session::{Entry, partial};
 use crate::types::{Access, Attr, NodeId, NodeKind, ROOT, RenameFlags};
 use crate::verify::{VerifyProgress, VerifyReport};
@@ -215,17 +216,11 @@ pub(crate) fn open_read(pool: &Pool, path: &str) -> Result<Handle> {
     }
 }
 
-pub(crate) fn verify(
-    pool: &Pool,
-    path: &str,
-    progress: &mut dyn FnMut(VerifyProgress),
-) -> Result<VerifyReport> {
+/// The regions at and below a path, by node, with their sizes; `None`: the whole pool.
+fn regions(pool: &Pool, path: &str) -> Result<Option<Vec<(NodeId, u64)>>> {
     let top = resolve(pool, path)?;
     if top.node == ROOT {
-        return pool.verify(None, progress);
-    }
-    if top.kind != NodeKind::Directory {
-        return pool.verify(Some(top.node), progress);
+        return Ok(None);
     }
     let mut regions = Vec::new();
     walk(pool, path, true, &mut |entry| {
@@ -234,14 +229,34 @@ pub(crate) fn verify(
         }
         Ok(())
     })?;
+    if top.kind != NodeKind::Directory && regions.is_empty() {
+        regions.push((top.node, top.size)); // no region: let the call say so
+    }
     regions.sort_by_key(|r| r.0);
     regions.dedup_by_key(|r| r.0); // hard links
+    Ok(Some(regions))
+}
+
+/// Checks or mends one region, or with `None` all of the pool, and tells how far it is.
+type OnRegion<'a, T> = &'a dyn Fn(Option<NodeId>, &mut dyn FnMut(VerifyProgress)) -> Result<T>;
+
+/// Runs `one` on each region at and below a path, and hands what it yields to `add`.
+fn each_region<T>(
+    pool: &Pool,
+    path: &str,
+    progress: &mut dyn FnMut(VerifyProgress),
+    one: OnRegion<'_, T>,
+    add: &mut dyn FnMut(T) -> u64,
+) -> Result<()> {
+    let Some(regions) = regions(pool, path)? else {
+        add(one(None, progress)?);
+        return Ok(());
+    };
     let total: u64 = regions.iter().map(|r| r.1).sum();
-    let mut all = VerifyReport::default();
-    let mut done = 0;
+    let (mut done, mut bad) = (0, 0);
+    let single = regions.len() == 1;
     for (node, size) in regions {
-        let bad = all.bad_chunks;
-        let one = pool.verify(Some(node), &mut |p| {
+        let yielded = one(Some(node), &mut |p| {
             progress(VerifyProgress {
                 done_bytes: done + p.done_bytes,
                 total_bytes: total,
@@ -249,20 +264,39 @@ pub(crate) fn verify(
                 ..p
             });
         });
-        let one = match one {
-            Err(error) if gone(&error) => continue,
-            other => other?,
-        };
+        match yielded {
+            // Removed since the list was made.
+            Err(error) if gone(&error) && !single => continue,
+            yielded => bad = add(yielded?),
+        }
         done += size;
-        all.regions += one.regions;
-        all.chunks += one.chunks;
-        all.bytes += one.bytes;
-        all.skipped += one.skipped;
-        all.resealed += one.resealed;
-        all.bad_chunks += one.bad_chunks;
-        all.bad.extend(one.bad);
-        all.bad.truncate(1000);
     }
+    Ok(())
+}
+
+pub(crate) fn verify(
+    pool: &Pool,
+    path: &str,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport> {
+    let mut all = VerifyReport::default();
+    each_region(pool, path, progress, &|node, progress| pool.verify(node, progress), &mut |one| {
+        all.merge(one);
+        all.bad_chunks
+    })?;
+    Ok(all)
+}
+
+pub(crate) fn repair(
+    pool: &Pool,
+    path: &str,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<RepairReport> {
+    let mut all = pool.repair_structures()?;
+    each_region(pool, path, progress, &|node, progress| pool.repair(node, progress), &mut |one| {
+        all.merge(one);
+        all.verify.bad_chunks
+    })?;
     Ok(all)
 }
 

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::file_draft::FileStream;
 use crate::handle::Handle;
 use crate::pool::Pool;
 use crate::session::local::{self, Who};
@@ -123,7 +124,20 @@ pub(crate) struct PartialWriter {
     resume: Option<String>,
     resume_offset: u64,
     progress: Mutex<Progress>,
+    /// Taken before `progress`.
+    stream: Mutex<Stream>,
     _claim: Claim,
+}
+
+/// Bytes on their way past the page cache, as long as they come in order.
+#[derive(Debug, Default)]
+enum Stream {
+    /// None, or no more.
+    #[default]
+    Off,
+    Open(FileStream),
+    /// Ended after that many bytes, with their sums; nothing was written since.
+    Ended(u64, Vec<u32>),
 }
 
 impl PartialWriter {
@@ -174,6 +188,7 @@ impl PartialWriter {
                 ..Progress::default()
             }),
             handle: Some(handle),
+            stream: Mutex::default(),
             _claim: claim,
         };
         // From here on a failure drops the writer, which gives everything back.
@@ -187,6 +202,30 @@ impl PartialWriter {
             }
         }
         Ok(writer)
+    }
+
+    /// Has the bytes written past the page cache where that can be done. For a writer whose bytes nobody else writes
+    /// ([`backing`](Self::backing) is `None` from then on), before the first one.
+    pub fn stream(&mut self, size_hint: Option<u64>) -> Result<()> {
+        if self.resume_offset == 0
+            && let Some(stream) = self.handle()?.stream(size_hint)?
+        {
+            self.stream = Mutex::new(Stream::Open(stream));
+        }
+        Ok(())
+    }
+
+    fn stream_state(&self) -> MutexGuard<'_, Stream> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gets what is on its way into the file.
+    fn end_stream(&self, state: &mut Stream) -> Result<()> {
+        if let Stream::Open(stream) = std::mem::take(state) {
+            let written = stream.position();
+            *state = Stream::Ended(written, self.handle()?.finish(stream)?);
+        }
+        Ok(())
     }
 
     fn handle(&self) -> Result<&Handle> {
@@ -215,6 +254,20 @@ impl PartialWriter {
 
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         in_range(offset, data.len() as u64, &self.target)?;
+        let mut state = self.stream_state();
+        match &mut *state {
+            Stream::Open(stream) if stream.position() == offset => {
+                self.handle()?.push(stream, data)?;
+                drop(state);
+                return self.wrote(offset, data.len() as u64);
+            }
+            Stream::Off => {}
+            _ => {
+                self.end_stream(&mut state)?;
+                *state = Stream::Off;
+            }
+        }
+        drop(state);
         let mut done = 0;
         while done < data.len() {
             match self.handle()?.write_at(offset + done as u64, &data[done..])? {
@@ -251,13 +304,26 @@ impl PartialWriter {
             progress.wrote(offset, len);
             progress.contiguous - progress.checkpointed.min(progress.contiguous) >= CHECKPOINT
         };
-        if due && self.resume.is_some() { self.checkpoint() } else { Ok(()) }
+        if due && self.resume.is_some() { self.checkpoint_at(true) } else { Ok(()) }
     }
 
     /// Makes durable what is written without gaps, and notes how much that is.
     pub fn checkpoint(&self) -> Result<()> {
+        self.checkpoint_at(false)
+    }
+
+    /// `go_on`: more comes, so what is only gathered may wait.
+    fn checkpoint_at(&self, go_on: bool) -> Result<()> {
         let Some(key) = &self.resume else { return Ok(()) };
-        let contiguous = self.progress().contiguous;
+        let mut state = self.stream_state();
+        let contiguous = match &mut *state {
+            Stream::Open(stream) if go_on => stream.settle()?,
+            state => {
+                self.end_stream(state)?;
+                self.progress().contiguous
+            }
+        };
+        drop(state);
         self.handle()?.sync()?;
         let note = format!("{contiguous} {key}");
         self.pool.setxattr(self.node, OsStr::new(XATTR), note.as_bytes(), XattrSet::Any)?;
@@ -276,10 +342,17 @@ impl PartialWriter {
     }
 
     fn seal_and_rename(&mut self, end: u64) -> Result<()> {
+        let mut state = self.stream_state();
+        self.end_stream(&mut state)?;
         let handle = self.handle()?;
         if handle.size() != end {
             handle.set_len(end)?; // reserved space, or what a resumed writer found, may reach further
         }
+        match std::mem::take(&mut *state) {
+            Stream::Ended(written, sums) if written == end => handle.offer_sums(end, sums),
+            _ => {}
+        }
+        drop(state);
         // The last handle's drop makes sums but reports nothing; flush and sync do.
         handle.flush()?;
         handle.sync()?;
@@ -375,12 +448,22 @@ fn create(pool: &Pool, name: &OsStr, options: &WriterOptions, who: Who) -> Resul
 
 /// What the note of an earlier writer promises, if it wrote the same.
 fn kept(pool: &Pool, attr: &Attr, key: &str) -> u64 {
-    let note = pool.getxattr(attr.node, OsStr::new(XATTR)).unwrap_or_default();
-    let note = String::from_utf8(note).unwrap_or_default();
-    match note.split_once(' ') {
-        Some((bytes, same)) if same == key => bytes.parse().map_or(0, |bytes: u64| bytes.min(attr.size)),
+    kept_by(&pool.getxattr(attr.node, OsStr::new(XATTR)).unwrap_or_default(), key, attr.size)
+}
+
+/// Reads a note: the bytes it promises of a region of `size` bytes, 0 where it is of another source or none at all.
+pub(crate) fn kept_by(note: &[u8], key: &str, size: u64) -> u64 {
+    match std::str::from_utf8(note).unwrap_or_default().split_once(' ') {
+        Some((bytes, same)) if same == key => bytes.parse().map_or(0, |bytes: u64| bytes.min(size)),
         _ => 0,
     }
+}
+
+/// For tests: what [`Progress`] says after these writes.
+pub(crate) fn progress_of(writes: &[(u64, u64)]) -> (u64, u64) {
+    let mut progress = Progress::default();
+    writes.iter().for_each(|(offset, len)| progress.wrote(*offset, *len));
+    (progress.contiguous, progress.end)
 }
 
 #[cfg(test)]

@@ -22,13 +22,13 @@ pub struct RegionWriter {
 
 #[derive(Debug)]
 enum Sink {
-    Local(PartialWriter),
+    Local(Box<PartialWriter>),
     Remote(RemoteWriter),
 }
 
 impl RegionWriter {
     pub(crate) fn local(writer: PartialWriter, resume: bool) -> RegionWriter {
-        RegionWriter { position: writer.resume_offset(), sink: Sink::Local(writer), resume }
+        RegionWriter { position: writer.resume_offset(), sink: Sink::Local(Box::new(writer)), resume }
     }
 
     pub(crate) fn remote(writer: RemoteWriter, resume: bool) -> RegionWriter {

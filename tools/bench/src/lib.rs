@@ -9,6 +9,8 @@ mod calendar;
 mod ceiling;
 mod data;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod help;
 mod io;
 mod layout;

@@ -121,6 +121,13 @@ pub fn parse(args: &[OsString]) -> Result<Command, String> {
     parser.finish()
 }
 
+/// Parses the text of a job file alone, as `nvtier bench FILE` does after reading it.
+pub(crate) fn job_file_text(text: &str) -> Result<Command, String> {
+    let mut parser = Parser::default();
+    parser.job_text(text, Path::new("job"))?;
+    parser.finish()
+}
+
 /// As with getopt in fio: a bare `--direct` means 1 and takes nothing from the next argument.
 fn takes_separate_value(name: &str) -> bool {
     match options::find(name) {

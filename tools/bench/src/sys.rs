@@ -153,7 +153,7 @@ pub fn disk_stats() -> Vec<DiskStat> {
     parse_disk_stats(&fs::read_to_string("/proc/diskstats").unwrap_or_default())
 }
 
-fn parse_disk_stats(text: &str) -> Vec<DiskStat> {
+pub(crate) fn parse_disk_stats(text: &str) -> Vec<DiskStat> {
     let parse = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let number = |index: usize| fields.get(index).and_then(|field| field.parse::<u64>().ok());

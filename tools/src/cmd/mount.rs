@@ -45,6 +45,8 @@ struct Settings {
     allow_other: bool,
     verify: VerifyMode,
     threads: Option<u16>,
+    /// Bytes a second.
+    scrub: Option<u64>,
     log: Option<PathBuf>,
 }
 
@@ -103,6 +105,7 @@ pub fn mount_in_background(pool: &Path, mountpoint: &Path) -> Outcome {
         allow_other: false,
         verify: None,
         threads: None,
+        scrub: None,
         ready_on_stdout: false,
         log: None,
     };
@@ -129,6 +132,7 @@ impl Settings {
             allow_other: args.allow_other || config.mount.allow_other,
             verify: args.verify.or(config.mount.verify).unwrap_or(VerifyMode::Scrub),
             threads: args.threads.or(config.mount.threads),
+            scrub: args.scrub.or(config.mount.scrub),
             log: args.log.clone(),
         })
     }
@@ -218,6 +222,9 @@ fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])
         .map_err(|error| Failure::io("install signal handlers", &error))?;
     let pool = open_pool(settings)?;
+    if let Some(rate) = settings.scrub {
+        pool.start_scrub(&engine::ScrubOptions::new(rate))?;
+    }
     // Before the mount, so that whoever sees it finds the pool's owner answering.
     let server = engine::control::serve(pool.clone())
         .inspect_err(|error| {
@@ -298,6 +305,9 @@ fn start_daemon(verbose: u8, settings: &Settings) -> Outcome<(u32, PathBuf)> {
     }
     if let Some(threads) = settings.threads {
         command.arg("--threads").arg(threads.to_string());
+    }
+    if let Some(rate) = settings.scrub {
+        command.arg("--scrub").arg(rate.to_string());
     }
     for _ in 0..verbose {
         command.arg("-v");

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use nvme::{Buffer, Device, DeviceOptions, FileDevice, Op, Queue, Verb};
+use nvme::{Arena, ArenaOptions, Buffer, Device, DeviceOptions, FileDevice, Op, Queue, Verb};
 use rustix::io::ReadWriteFlags;
 
 use crate::failure::{Failure, Outcome};
@@ -66,13 +66,16 @@ impl DirectReader {
         };
         let device: Arc<dyn Device> =
             Arc::new(device.map_err(|error| Failure::from(error).while_doing(tried()))?);
+        // Huge pages where there are any: a block is one segment for the drive then, not 256.
+        let arena = Arena::new(depth * BLOCK, ArenaOptions { prefault: false, ..ArenaOptions::default() })?;
         let queue = Queue::builder()
             .depth(depth.next_power_of_two() as u32)
+            .arena(Some(&arena))
             .build()
             .map_err(|error| Failure::from(error).while_doing("set up a queue to read with"))?;
         let mut free = Vec::with_capacity(depth);
         for _ in 0..depth {
-            free.push(Buffer::heap(BLOCK)?);
+            free.push(arena.alloc(BLOCK).map_or_else(|| Buffer::heap(BLOCK), Ok)?);
         }
         let first = offset / BLOCK as u64 * BLOCK as u64;
         Ok(Self {

@@ -1,10 +1,9 @@
 //! A device in memory, seeded: the same seed gives the same latencies and the same faults.
 //!
 //! It replaces the device, not the logic: everything above runs unchanged. Storage is sparse, so a device of a
-//! terabyte costs what was written to it. Faults come from a [`SimHook`], which sees every operation before it
-//! happens and decides how it ends.
+//! terabyte costs what was written to it, and copies share what they have in common. Faults come from a [`SimHook`], which
+//! sees every operation before it happens and decides how it ends. Power cuts come from a [`SimPower`]: see `power.rs`.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,8 +13,15 @@ use crate::device::{Device, DeviceKind, InlineIo, InlineOutcome, Target, check_r
 use crate::error::{Error, ErrorKind, Result};
 use crate::queue::Verb;
 
-/// Granule of the sparse storage, bytes.
-const PAGE: u64 = 16 << 10;
+mod pages;
+mod power;
+#[cfg(test)]
+mod tests;
+
+pub use power::{SimChange, SimPower, Survivors};
+
+use pages::Pages;
+use power::{Admitted, Cache};
 
 /// SplitMix64 (Steele, Lea, Flood 2014): tiny, seeded, the same on every machine.
 #[derive(Debug, Clone)]
@@ -70,6 +76,8 @@ pub enum SimDecision {
     Hang,
     /// It works, after this much more virtual time.
     Slow(Duration),
+    /// Nothing happens, and success is reported: a lost write, a flush that lies. Reads proceed.
+    Lose,
 }
 
 /// Decides how operations end. Called once an operation, in submit order, under the device's lock: it must not
@@ -94,6 +102,12 @@ pub struct SimOptions {
     pub read_only: bool,
     /// Default: none, every operation succeeds.
     pub hook: Option<Arc<dyn SimHook>>,
+    /// Its name. Default: `sim:SEED`.
+    pub name: Option<String>,
+    /// Writes are durable only after a flush: see [`SimDevice::survivors`]. Default: false, each is at once.
+    pub volatile_cache: bool,
+    /// What it gets its power from. Default: none, it never goes off.
+    pub power: Option<Arc<SimPower>>,
 }
 
 impl Default for SimOptions {
@@ -105,14 +119,58 @@ impl Default for SimOptions {
             latency_ns: 10_000..100_000,
             read_only: false,
             hook: None,
+            name: None,
+            volatile_cache: false,
+            power: None,
         }
     }
 }
 
 struct State {
-    pages: HashMap<u64, Box<[u8]>>,
+    pages: Pages,
+    /// Where writes are not durable at once.
+    cache: Option<Cache>,
     rng: SimRng,
     sequence: u64,
+}
+
+/// What a device holds, to make others from. Copies share memory.
+#[derive(Debug, Clone)]
+pub struct SimImage {
+    len: u64,
+    pages: Pages,
+}
+
+impl SimImage {
+    /// Length of the device it is of, bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Never: a device has a length.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Reads as the device would.
+    ///
+    /// # Panics
+    /// When the range is not within it.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) {
+        assert!(offset + buf.len() as u64 <= self.len, "within the image");
+        self.pages.read(offset, buf);
+    }
+
+    /// Turns one bit over, as a drive that lost it would.
+    ///
+    /// # Panics
+    /// When the byte is not within it, or `bit` is over 7.
+    pub fn flip(&mut self, offset: u64, bit: u8) {
+        assert!(offset < self.len && bit < 8, "a bit of the image");
+        let mut byte = [0];
+        self.pages.read(offset, &mut byte);
+        self.pages.write(offset, &[byte[0] ^ (1 << bit)]);
+    }
 }
 
 /// A device in memory. Cheap to make, whatever its length.
@@ -150,13 +208,60 @@ impl SimDevice {
                 "a simulated device needs a max_transfer of whole blocks and a latency range that is not empty",
             ));
         }
-        let state = State { pages: HashMap::new(), rng: SimRng::new(options.seed), sequence: 0 };
-        Ok(SimDevice { name: format!("sim:{}", options.seed), len, options, state: Mutex::new(state) })
+        SimDevice::from_image(&SimImage { len, pages: Pages::default() }, options)
+    }
+
+    /// A device that holds what `image` does. `options.lba_size` must divide its length.
+    pub fn from_image(image: &SimImage, options: SimOptions) -> Result<SimDevice> {
+        if !image.len.is_multiple_of(u64::from(options.lba_size)) {
+            return Err(Error::new(
+                ErrorKind::Misaligned,
+                format!(
+                    "an image of {} bytes has no whole number of {}-byte blocks",
+                    image.len, options.lba_size
+                ),
+            ));
+        }
+        let cache = options.volatile_cache.then(|| Cache::new(options.lba_size));
+        let state = State { pages: image.pages.clone(), cache, rng: SimRng::new(options.seed), sequence: 0 };
+        let name = options.name.clone().unwrap_or_else(|| format!("sim:{}", options.seed));
+        Ok(SimDevice { name, len: image.len, options, state: Mutex::new(state) })
+    }
+
+    /// What reads see now.
+    pub fn image(&self) -> SimImage {
+        SimImage { len: self.len, pages: self.state().pages.clone() }
+    }
+
+    /// Turns one bit over at rest, past the cache.
+    ///
+    /// # Panics
+    /// When the byte is not within it, or `bit` is over 7.
+    pub fn flip(&self, offset: u64, bit: u8) {
+        let mut state = self.state();
+        let mut image = SimImage { len: self.len, pages: std::mem::take(&mut state.pages) };
+        image.flip(offset, bit);
+        state.pages = image.pages;
+    }
+
+    /// Writes that no flush has made durable yet.
+    pub fn unflushed(&self) -> usize {
+        self.state().cache.as_ref().map_or(0, Cache::len)
+    }
+
+    /// What is on the medium if the power goes now (or went, with [`SimPower`]).
+    pub fn survivors(&self, which: Survivors) -> SimImage {
+        let state = self.state();
+        let pages = match &state.cache {
+            Some(cache) => cache.survivors(&state.pages, which),
+            None => state.pages.clone(),
+        };
+        SimImage { len: self.len, pages }
     }
 
     /// Bytes of memory its contents take.
     pub fn resident_bytes(&self) -> u64 {
-        self.state().pages.len() as u64 * PAGE
+        self.state().pages.count() as u64 * pages::PAGE
     }
 
     /// Operations so far, submitted through a queue or by the blocking helpers.
@@ -182,8 +287,27 @@ impl SimDevice {
             Some(hook) => hook.decide(&io, &mut state.rng),
             None => SimDecision::Proceed,
         };
+        // Counted whatever the hook says, so that a fault does not move a cut.
+        let admitted = match &self.options.power {
+            None => Admitted::Yes,
+            Some(power) if verb == Verb::Read && power.is_off() => Admitted::No,
+            Some(_) if verb == Verb::Read => Admitted::Yes,
+            Some(power) => power.admit(&self.name, verb, offset, len),
+        };
+        if admitted != Admitted::Yes {
+            // The drive may have got to it; nobody is told.
+            if admitted == Admitted::Dying && verb != Verb::Flush && decision == SimDecision::Proceed {
+                act(&mut state, len);
+            }
+            let context =
+                format!("{} {len} bytes at {offset} of {}: its power is off", verb.name(), self.name);
+            return InlineOutcome { result: Err(Error::new(ErrorKind::Gone, context)), latency };
+        }
         let moved = match decision {
-            SimDecision::Proceed => len,
+            SimDecision::Lose if verb != Verb::Read => {
+                return InlineOutcome { result: Ok(len as usize), latency };
+            }
+            SimDecision::Proceed | SimDecision::Lose => len,
             SimDecision::Short(n) => n.min(len),
             SimDecision::Slow(more) => {
                 latency = latency.saturating_add(more);
@@ -227,25 +351,10 @@ impl SimDevice {
     }
 }
 
-/// Calls `each(page, range in page, range in buffer)` for every page the range touches.
-fn for_pages(offset: u64, len: u64, mut each: impl FnMut(u64, Range<usize>, Range<usize>)) {
-    let mut done = 0;
-    while done < len {
-        let at = offset + done;
-        let start = at % PAGE;
-        let part = (PAGE - start).min(len - done);
-        each(at / PAGE, start as usize..(start + part) as usize, done as usize..(done + part) as usize);
-        done += part;
-    }
-}
-
 impl InlineIo for SimDevice {
     fn inline_read(&self, offset: u64, buf: &mut [u8]) -> InlineOutcome {
         self.perform(Verb::Read, offset, buf.len() as u64, |state, moved| {
-            for_pages(offset, moved, |page, inside, outside| match state.pages.get(&page) {
-                Some(bytes) => buf[outside].copy_from_slice(&bytes[inside]),
-                None => buf[outside].fill(0),
-            });
+            state.pages.read(offset, &mut buf[..moved as usize]);
         })
     }
 
@@ -254,34 +363,29 @@ impl InlineIo for SimDevice {
             return InlineOutcome { result: Err(error), latency: Duration::ZERO };
         }
         self.perform(Verb::Write, offset, buf.len() as u64, |state, moved| {
-            for_pages(offset, moved, |page, inside, outside| {
-                let bytes =
-                    state.pages.entry(page).or_insert_with(|| vec![0; PAGE as usize].into_boxed_slice());
-                bytes[inside].copy_from_slice(&buf[outside]);
-            });
+            let buf = &buf[..moved as usize];
+            match &mut state.cache {
+                Some(cache) => cache.write(&mut state.pages, offset, buf),
+                None => state.pages.write(offset, buf),
+            }
         })
     }
 
     fn inline_flush(&self) -> InlineOutcome {
-        self.perform(Verb::Flush, 0, 0, |_, _| {})
+        self.perform(Verb::Flush, 0, 0, |state, _| {
+            if let Some(cache) = &mut state.cache {
+                cache.flush();
+            }
+        })
     }
 
     fn inline_discard(&self, offset: u64, len: u64) -> InlineOutcome {
         if let Err(error) = check_writable(self, "discard") {
             return InlineOutcome { result: Err(error), latency: Duration::ZERO };
         }
-        self.perform(Verb::Discard, offset, len, |state, moved| {
-            // By what is stored, not by what is named: a range may span petabytes of holes.
-            let end = offset + moved;
-            state.pages.retain(|&page, bytes| {
-                let start = page * PAGE;
-                let from = offset.max(start);
-                let to = end.min(start + PAGE);
-                if from < to {
-                    bytes[(from - start) as usize..(to - start) as usize].fill(0);
-                }
-                !(from == start && to == start + PAGE)
-            });
+        self.perform(Verb::Discard, offset, len, |state, moved| match &mut state.cache {
+            Some(cache) => cache.discard(&mut state.pages, offset, moved),
+            None => state.pages.zero(offset, moved),
         })
     }
 }
@@ -336,79 +440,5 @@ impl Device for SimDevice {
 impl fmt::Debug for SimDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SimDevice").field("name", &self.name).field("len", &self.len).finish()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_big_device_costs_what_was_written() {
-        let device = SimDevice::new(1 << 40, SimOptions::default()).unwrap();
-        device.write_at((1 << 40) - 3, b"end").unwrap();
-        device.write_at(PAGE - 1, b"ab").unwrap();
-        assert_eq!(device.resident_bytes(), 3 * PAGE);
-        let mut back = [9; 4];
-        device.read_at(PAGE - 2, &mut back).unwrap();
-        assert_eq!(&back, b"\0ab\0");
-        device.discard(0, 1 << 40).unwrap();
-        assert_eq!(device.resident_bytes(), 0);
-        device.read_at(PAGE - 2, &mut back).unwrap();
-        assert_eq!(back, [0; 4]);
-    }
-
-    #[test]
-    fn a_partial_discard_zeroes_exactly_its_range() {
-        let device = SimDevice::new(1 << 20, SimOptions::default()).unwrap();
-        device.write_at(0, &[1; 3 * PAGE as usize]).unwrap();
-        device.discard(100, 2 * PAGE).unwrap();
-        let mut back = vec![0; 3 * PAGE as usize];
-        device.read_at(0, &mut back).unwrap();
-        for (i, &b) in back.iter().enumerate() {
-            let gone = (100..100 + 2 * PAGE).contains(&(i as u64));
-            assert_eq!(b, u8::from(!gone), "byte {i}");
-        }
-    }
-
-    #[derive(Debug)]
-    struct FailSecond;
-    impl SimHook for FailSecond {
-        fn decide(&self, io: &SimIo, _: &mut SimRng) -> SimDecision {
-            match io.sequence {
-                1 => SimDecision::Fail(libc::EIO),
-                2 => SimDecision::Short(1),
-                3 => SimDecision::Hang,
-                _ => SimDecision::Proceed,
-            }
-        }
-    }
-
-    #[test]
-    fn a_hook_decides_how_operations_end() {
-        let options = SimOptions { hook: Some(Arc::new(FailSecond)), ..Default::default() };
-        let device = SimDevice::new(4096, options).unwrap();
-        device.write_at(0, b"abc").unwrap();
-        let mut back = [0; 3];
-        assert_eq!(device.read_at(0, &mut back).unwrap_err().errno(), Some(libc::EIO));
-        // One byte arrives, the rest hangs: a deadline, never a success.
-        assert_eq!(device.read_at(0, &mut back).unwrap_err().kind(), ErrorKind::Timeout);
-        device.read_at(0, &mut back).unwrap();
-        assert_eq!(&back, b"abc");
-        assert_eq!(device.operations(), 5);
-    }
-
-    #[test]
-    fn bad_lengths_and_ranges_are_refused() {
-        let kind = |len, lba_size| {
-            SimDevice::new(len, SimOptions { lba_size, ..Default::default() }).unwrap_err().kind()
-        };
-        assert_eq!(kind(0, 512), ErrorKind::Misaligned);
-        assert_eq!(kind(513, 512), ErrorKind::Misaligned);
-        assert_eq!(kind(4096, 520), ErrorKind::Invalid);
-        let device = SimDevice::new(4096, SimOptions { read_only: true, ..Default::default() }).unwrap();
-        assert_eq!(device.read_at(4096, &mut [0]).unwrap_err().kind(), ErrorKind::OutOfRange);
-        assert_eq!(device.read_at(u64::MAX, &mut [0]).unwrap_err().kind(), ErrorKind::OutOfRange);
-        assert_eq!(device.write_at(0, &[0]).unwrap_err().kind(), ErrorKind::PermissionDenied);
     }
 }

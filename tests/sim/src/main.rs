@@ -1,0 +1,147 @@
+//! `nvtier-sim`: what `cargo xtask sim` runs.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+use clap::Parser;
+use sim_tests::driver::{Options, run};
+use sim_tests::exhaustive::{self, workloads};
+use sim_tests::flips;
+use sim_tests::plan::Plan;
+use sim_tests::shrink::shrink;
+
+/// Simulated power cuts and other damage.
+#[derive(Parser)]
+#[command(name = "cargo xtask sim", no_binary_name = false)]
+struct Cli {
+    /// How many seeds to run.
+    #[arg(long, default_value_t = 1000, value_name = "COUNT")]
+    seeds: u64,
+    /// The first one.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    first_seed: u64,
+    /// Threads. Default: as many as there are processors.
+    #[arg(long, value_name = "J")]
+    jobs: Option<usize>,
+    /// Print what happens, act by act.
+    #[arg(long)]
+    trace: bool,
+    /// Look for the smallest workload that still fails. Always done, but when many seeds fail, for the first only.
+    #[arg(long)]
+    shrink: bool,
+    /// Cut after every write and flush of each short workload instead.
+    #[arg(long)]
+    exhaustive: bool,
+    /// Flip so many bits of content, and a tenth of that of metadata, instead.
+    #[arg(long, value_name = "COUNT")]
+    bit_flips: Option<u64>,
+    /// Go on after a violation.
+    #[arg(long)]
+    keep_going: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // A panic within is a violation, and told with it.
+    std::panic::set_hook(Box::new(|_| {}));
+    let violations = match cli.bit_flips {
+        Some(count) => bit_flips(count, cli.first_seed),
+        None if cli.exhaustive => exhaustive(),
+        None => seeds(&cli),
+    };
+    match violations {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn exhaustive() -> u64 {
+    let (mut points, mut cuts, mut violations) = (0, 0, 0);
+    let workloads = workloads();
+    for workload in &workloads {
+        match exhaustive::run(workload, true) {
+            Ok(count) => {
+                println!("{}: {} places, {} power cuts", workload.name, count.points, count.cuts);
+                points += count.points;
+                cuts += count.cuts;
+            }
+            Err(violation) => {
+                println!("{violation}");
+                violations += 1;
+            }
+        }
+    }
+    println!(
+        "exhaustive: {} workloads, {points} places, {cuts} power cuts, {violations} violations",
+        workloads.len()
+    );
+    violations
+}
+
+fn bit_flips(count: u64, seed: u64) -> u64 {
+    let mut violations = 0;
+    match flips::content(count, seed) {
+        Ok(done) => println!("bit flips: {} of {count} bits of content detected on read", done.content),
+        Err(violation) => {
+            println!("{violation}");
+            violations += 1;
+        }
+    }
+    match flips::metadata(count.div_ceil(10), seed) {
+        Ok(done) => println!(
+            "bit flips: {} bits of metadata, {} times the pool opened whole, {} times it refused",
+            done.metadata, done.whole, done.refused
+        ),
+        Err(violation) => {
+            println!("{violation}");
+            violations += 1;
+        }
+    }
+    println!("sim: bit flips, {violations} violations");
+    violations
+}
+
+fn seeds(cli: &Cli) -> u64 {
+    let jobs =
+        cli.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |count| count.get()));
+    let next = AtomicU64::new(0);
+    let (done, cuts, violations) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.max(1) {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Relaxed);
+                    if index >= cli.seeds || stop.load(Relaxed) {
+                        return;
+                    }
+                    let seed = cli.first_seed + index;
+                    let plan = Plan::of_seed(seed);
+                    let outcome = run(&plan, &Options::default());
+                    cuts.fetch_add(outcome.cuts, Relaxed);
+                    let count = done.fetch_add(1, Relaxed) + 1;
+                    if cli.trace {
+                        println!("{plan}\n{}", outcome.trace.join("\n"));
+                    }
+                    if count.is_multiple_of(1000) {
+                        println!("{count} seeds, {} power cuts", cuts.load(Relaxed));
+                    }
+                    let Some(violation) = outcome.violation else { continue };
+                    let first = violations.fetch_add(1, Relaxed) == 0;
+                    println!("seed {seed}: {violation}\n  again: cargo xtask sim --seeds 1 --first-seed {seed} --trace");
+                    if first || cli.shrink {
+                        let (small, outcome) = shrink(&plan, &Options::default());
+                        println!("  shrunk:\n{small}{}", outcome.trace.join("\n"));
+                    }
+                    if !cli.keep_going {
+                        stop.store(true, Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    let violations = violations.load(Relaxed);
+    println!("sim: {} seeds, {} power cuts, {violations} violations", done.load(Relaxed), cuts.load(Relaxed));
+    violations
+}
