@@ -232,65 +232,42 @@ fn text(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    /// Identify Controller as QEMU's emulated drive gives it: the bytes that are not zero, at their offsets.
-    fn recorded_controller() -> Vec<u8> {
-        let mut page = vec![0u8; 4096];
-        let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &[0x36, 0x1b, 0xf4, 0x1a]);
-        put(4, b"a                   QEMU NVMe Ctrl                          10.0.2  ");
-        put(72, &[6, 0x00, 0x54, 0x52, 0, 7]);
-        put(80, &[0x00, 0x04, 0x01, 0x00]);
-        put(256, &[0x2a, 0x01]);
-        put(262, &[0, 0]);
-        put(266, &[0x57, 0x01, 0x73, 0x01]);
-        put(516, &[0x00, 0x01, 0, 0, 0x5d, 0x01]);
-        put(525, &[7]);
-        put(768, b"nqn.2019-08.org.qemu:a");
-        page
-    }
-
     #[test]
-    fn a_recorded_controller_is_decoded() {
-        let raw = nvme_sys::from_bytes(&recorded_controller()).unwrap();
+    fn a_captured_controller_is_decoded_as_nvme_cli_does() {
+        let raw = nvme_sys::from_bytes(include_bytes!("captured/id-ctrl.bin")).unwrap();
         let controller = Controller::decode(&raw);
-        assert_eq!((controller.vendor_id, controller.subsystem_vendor_id), (0x1b36, 0x1af4));
-        assert_eq!(controller.serial, "a");
+        assert_eq!((controller.vendor_id, controller.subsystem_vendor_id), (6966, 6900));
+        assert_eq!(controller.serial, "b");
         assert_eq!(controller.model, "QEMU NVMe Ctrl");
         assert_eq!(controller.firmware, "10.0.2");
-        assert_eq!(controller.ieee, 0x525400);
-        assert_eq!(controller.max_transfer_bytes(), Some(512 << 10));
+        assert_eq!((controller.ieee, controller.controller_id), (5_395_456, 0));
+        assert_eq!((controller.mdts, controller.max_transfer_bytes()), (7, Some(512 << 10)));
         assert_eq!(controller.version.to_string(), "1.4.0");
-        assert_eq!((controller.warning_temperature_k, controller.critical_temperature_k), (343, 371));
-        assert_eq!((controller.namespaces, controller.optional_nvm), (256, 0x15d));
+        assert_eq!((controller.warning_temperature_k, controller.critical_temperature_k), (343, 373));
+        assert_eq!((controller.optional_admin, controller.optional_nvm), (298, 1885));
+        assert_eq!((controller.namespaces, controller.write_cache, controller.sgls), (256, 7, 524_289));
         assert!(controller.has_write_cache() && controller.can_deallocate());
-        assert_eq!(controller.subsystem_nqn, "nqn.2019-08.org.qemu:a");
-        assert_eq!(controller.error_log_entries, 1);
+        assert_eq!(controller.subsystem_nqn, "nqn.2019-08.org.qemu:b");
+        // 0's based in the page.
+        assert_eq!((controller.error_log_entries, controller.power_states), (1, 1));
     }
 
     #[test]
-    fn a_recorded_namespace_is_decoded() {
-        let mut page = vec![0u8; 4096];
-        for at in [0, 8, 16] {
-            page[at..at + 8].copy_from_slice(&65536u64.to_le_bytes());
-        }
-        page[25] = 7; // eight formats
-        page[26] = 4; // the fifth is in use
-        for (index, (metadata, shift)) in
-            [(0u16, 9u8), (8, 9), (16, 9), (64, 9), (0, 12), (8, 12), (16, 12), (64, 12)]
-                .into_iter()
-                .enumerate()
-        {
-            let at = 128 + 4 * index;
-            page[at..at + 2].copy_from_slice(&metadata.to_le_bytes());
-            page[at + 2] = shift;
-        }
-        let raw = nvme_sys::from_bytes(&page).unwrap();
+    fn a_captured_namespace_is_decoded_as_nvme_cli_does() {
+        let raw = nvme_sys::from_bytes(include_bytes!("captured/id-ns.bin")).unwrap();
         let namespace = Namespace::decode(1, &raw);
-        assert_eq!(namespace.formats.len(), 8);
-        let format = namespace.format().unwrap();
-        assert_eq!((format.index, format.lba_bytes, format.metadata_bytes), (4, Some(4096), 0));
+        let sizes = (namespace.size_blocks, namespace.capacity_blocks, namespace.used_blocks);
+        assert_eq!(sizes, (65536, 65536, 65536));
+        assert_eq!((namespace.features, namespace.format_index, namespace.metadata_inline), (52, 4, false));
+        let formats: Vec<_> = namespace
+            .formats
+            .iter()
+            .map(|f| (f.metadata_bytes, f.lba_bytes, f.relative_performance))
+            .collect();
+        let with = |lba: u32| [0, 8, 16, 64].map(|metadata: u16| (metadata, Some(lba), 0));
+        assert_eq!(formats, [with(512), with(4096)].concat());
+        assert_eq!(namespace.format().unwrap().lba_bytes, Some(4096));
         assert_eq!(namespace.size_bytes(), Some(256 << 20));
-        assert_eq!(namespace.formats[3].metadata_bytes, 64);
     }
 
     #[test]
