@@ -1,6 +1,6 @@
 //! Checks NVMe passthrough on a drive: what `/dev/ngXnY` wrote its block device must read, and the other way round.
 //!
-//! **It overwrites the start of the namespace.** It needs root.
+//! **It overwrites the start of the namespace.** It needs root. `cargo xtask guest` runs it on emulated drives.
 //!
 //! ```text
 //! cargo run -p nvtier-nvme --example passthrough -- /dev/ng0n1 /dev/nvme0n1

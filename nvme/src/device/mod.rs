@@ -13,7 +13,7 @@ mod sync;
 pub use block::BlockDevice;
 pub use file::FileDevice;
 pub use nvme_char::NvmeCharDevice;
-pub(crate) use sync::{discard_fd, flush_fd, read_fd, write_fd};
+pub(crate) use sync::{discard_fd, flush_fd, read_fd, transfer_failed, write_fd};
 
 use std::fmt;
 use std::os::fd::BorrowedFd;

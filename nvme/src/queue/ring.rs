@@ -691,7 +691,7 @@ fn judge_odd(entry: &mut super::slab::Entry, res: i32) -> Step {
             }
             // As the blocking helper: not every file system and drive can discard.
             (libc::EOPNOTSUPP, _) if op.verb == Verb::Discard => Step::Finish(Ok(entry.len)),
-            (errno, _) => Step::Finish(Err(Error::os(io::Error::from_raw_os_error(errno), op.describe()))),
+            (errno, _) => Step::Finish(Err(op.failed(io::Error::from_raw_os_error(errno)))),
         };
     }
     // Answered while it was being cancelled: whole is whole, anything less is late.

@@ -262,7 +262,7 @@ fn transfer(op: &mut Op, fd: BorrowedFd<'_>, done: usize, max: usize) -> Result<
         };
         match result {
             Err(Errno::INTR | Errno::AGAIN) => {}
-            Err(error) => return Err(Error::os(error, op.describe())),
+            Err(error) => return Err(op.failed(error.into())),
             Ok(got) => return Ok(got),
         }
     }
