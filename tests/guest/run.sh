@@ -23,7 +23,8 @@
 #
 # $NVTIER_CACHE/guest (default ~/.cache/nvtier/guest) holds what was fetched and built.
 set -Eeuo pipefail
-trap 'echo "guest: line $LINENO failed" >&2; exit 125' ERR
+# What `die` said in a subshell is not said again.
+trap 'rc=$?; [ $rc = 125 ] || echo "guest: line $LINENO failed" >&2; exit 125' ERR
 
 readonly SUITE=bookworm
 readonly KERNEL=linux-image-cloud-amd64
