@@ -51,7 +51,7 @@ apt_update() {
     awk -v r="$SUITE" '$2 == r { u = $1 } END { print u }')
   [ -n "$uri" ] || die "apt has no source for $SUITE here"
   echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $uri $SUITE-backports main" > "$CACHE/apt/backports.list"
-  apt_here apt-get update > "$CACHE/apt/log" 2>&1 || die "apt-get update failed: $(tail -n 1 "$CACHE/apt/log")"
+  apt_here apt-get update -o APT::Update::Error-Mode=any > "$CACHE/apt/log" 2>&1 || die "apt-get update failed: $(tail -n 1 "$CACHE/apt/log")"
   apt_ready=1
 }
 
@@ -111,7 +111,7 @@ build() {
   cd "$work"
   apt_update
   kernel=$(apt_here apt-get install -s --no-install-recommends -t "$SUITE-backports" "$KERNEL" 2>/dev/null |
-    awk '/^Inst linux-image-[0-9]/ { k = $2 } END { print k }')
+    awk '/^Inst linux-image-[0-9]/ { k = $2 } END { print k }') || die 'apt cannot resolve a kernel of the backports'
   [ -n "$kernel" ] || die "the backports have no kernel"
   echo "guest: fetching $kernel" >&2
   unpack kernel "$kernel"
