@@ -43,7 +43,16 @@ pub struct NvmeCharDevice {
 impl NvmeCharDevice {
     /// Opens it and asks the drive what it is. [`ErrorKind::Busy`] when the namespace is mounted or claimed by someone else.
     pub fn open(path: impl AsRef<Path>, options: &DeviceOptions) -> Result<NvmeCharDevice> {
-        let path = path.as_ref();
+        NvmeCharDevice::open_with(path.as_ref(), options, !options.read_only)
+    }
+
+    /// The same without the claim, for who made sure otherwise that the namespace is free: a second one beside [`NvmeCharDevice::open`] in
+    /// the same process.
+    pub fn open_unclaimed(path: impl AsRef<Path>, options: &DeviceOptions) -> Result<NvmeCharDevice> {
+        NvmeCharDevice::open_with(path.as_ref(), options, false)
+    }
+
+    fn open_with(path: &Path, options: &DeviceOptions, claimed: bool) -> Result<NvmeCharDevice> {
         let name = path.display().to_string();
         if sysfs::is_controller(path) {
             return Err(Error::new(
@@ -62,7 +71,7 @@ impl NvmeCharDevice {
             .open(path)
             .map_err(|error| Error::os(error, format!("open {name}")))?;
         let rdev = file.metadata().map_err(|error| Error::os(error, format!("stat {name}")))?.rdev();
-        let claim = if options.read_only { None } else { claim(rdev, &name)? };
+        let claim = if claimed { claim(rdev, &name)? } else { None };
         let drive = Drive::of(&file, &name)?;
         let id = drive.namespace().unwrap_or_default();
         let controller = drive.controller()?;

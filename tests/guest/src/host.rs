@@ -29,7 +29,7 @@ const KILLS: u64 = 3;
 /// Versions that are committed before the cuts of the power.
 const STEPS: u64 = 48;
 /// At most so many flushes are cut at.
-const CUTS: usize = 64;
+const CUTS: usize = 40;
 
 struct Host<'a> {
     run: &'a Path,
@@ -65,7 +65,7 @@ impl Host<'_> {
         let pid_file = self.scratch.join("qemu.pid");
         let _ = std::fs::remove_file(&pid_file);
         let mut command = Command::new(self.run);
-        command.env("TMPDIR", self.scratch).args(["--timeout", "150", "--pidfile"]).arg(&pid_file);
+        command.env("TMPDIR", self.scratch).args(["--timeout", "400", "--pidfile"]).arg(&pid_file);
         command.arg("--bin").arg(std::env::current_exe()?);
         for program in self.programs {
             command.args(["--bin", program]);

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("nvtier-guest-check: {error}");
+            eprintln!("nvtier-guest-check: {}", report::chain(&*error));
             ExitCode::FAILURE
         }
     }

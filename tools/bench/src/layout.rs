@@ -41,8 +41,13 @@ pub fn open_file(path: &Path, write: bool, direct: bool) -> Result<File> {
     })
 }
 
-/// Length of a file or block device.
+/// Length of a file, block device or NVMe character device.
 pub fn len_of(path: &Path) -> Result<u64> {
+    if nvme::passthrough::is_nvme_char(path) {
+        let device = nvme::open(path, &nvme::DeviceOptions { direct: true, read_only: true })
+            .map_err(|error| Error::nvme(format!("cannot open {}", path.display()), error))?;
+        return Ok(device.len());
+    }
     let mut file =
         File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
     file.seek(SeekFrom::End(0)).map_err(|error| Error::io(format!("cannot size {}", path.display()), error))
@@ -54,7 +59,7 @@ pub fn lay_out(settings: &Settings, path: &Path, len: u64) -> Result<u64> {
     let fail =
         |what: &str, error: std::io::Error| Error::io(format!("cannot {what} {}", path.display()), error);
     let present = match std::fs::metadata(path) {
-        Ok(metadata) if metadata.file_type().is_block_device() => {
+        Ok(metadata) if metadata.file_type().is_block_device() || nvme::passthrough::is_nvme_char(path) => {
             let device = len_of(path)?;
             if device < len {
                 let text = format!("{} has {device} bytes, the job needs {len}", path.display());

@@ -3,8 +3,8 @@
 use nvme::passthrough::Drive;
 use serde_json::Value;
 
-use super::{node, nvme_json};
-use crate::report::{Checked, equal};
+use super::{node, nvme_json, output};
+use crate::report::{Checked, ensure, equal};
 
 /// A number that nvme-cli prints as one or, where it may be large, as text.
 fn number(json: &Value, key: &str) -> Checked<u128> {
@@ -15,6 +15,37 @@ fn number(json: &Value, key: &str) -> Checked<u128> {
 
 fn text(json: &Value, key: &str) -> Checked<String> {
     Ok(json[key].as_str().ok_or_else(|| format!("nvme-cli gives no text {key}"))?.trim().to_owned())
+}
+
+/// `nvtier info` of a drive, as JSON and in words.
+pub fn command(serial: &str, lba: u32) -> Checked {
+    for name in [serial.to_owned(), format!("{serial}-ng"), format!("{serial}-ctrl")] {
+        let path = node(&name)?;
+        let path = path.to_string_lossy().into_owned();
+        let info: Value = serde_json::from_str(&output("nvtier", &["info", "--drive", "--json", &path])?)?;
+        let info = &info["drive"];
+        let (controller, smart) = (nvme_json(&["id-ctrl", &path])?, nvme_json(&["smart-log", &path])?);
+        equal("serial", info["controller"]["serial"].as_str(), Some(serial))?;
+        equal("model", text(&info["controller"], "model")?, text(&controller, "mn")?)?;
+        equal(
+            "MDTS",
+            number(&info["controller"], "max_transfer_bytes")?,
+            4096 << number(&controller, "mdts")?,
+        )?;
+        equal("block", number(&info["namespaces"][0], "lba_bytes")?, lba.into())?;
+        for key in ["data_units_read", "data_units_written", "host_read_commands", "host_write_commands"] {
+            equal(key, number(&info["smart"], key)?, number(&smart, key)?)?;
+        }
+        let words = output("nvtier", &["info", "--drive", &path])?;
+        for part in
+            ["QEMU NVMe Ctrl", &format!("blocks of {lba} bytes"), "temperature  50 C", "warnings     none"]
+        {
+            ensure(words.contains(part), || format!("no {part:?} in {words}"))?;
+        }
+    }
+    // A controller needs no flag: it is nothing else.
+    let words = output("nvtier", &["info", &node(&format!("{serial}-ctrl"))?.to_string_lossy()])?;
+    ensure(words.contains("QEMU NVMe Ctrl"), || words.clone())
 }
 
 /// Through each of the three nodes of the drive.

@@ -25,6 +25,10 @@ pub fn run(filter: Option<&str>) -> Checked<bool> {
             identity::equal_nvme_cli(drive, lba)
         });
     }
+    for (drive, lba) in [("a", 512), ("b", 4096)] {
+        report.check(&format!("nvtier_info_tells_what_the_drive_is_{lba}"), || identity::command(drive, lba));
+    }
+    report.check("bench_moves_and_verifies_blocks_by_passthrough", bench);
     faults::run(&mut report);
     pools::run(&mut report);
     removal::run(&mut report);
@@ -93,6 +97,31 @@ fn split(drive: &str) -> Checked {
         equal("read commands", after.host_read_commands - before.host_read_commands, 4)?;
     }
     Ok(())
+}
+
+/// `nvtier bench`: blocks with sums, written and read again; the drive counts the commands.
+fn bench() -> Checked {
+    let smart = || -> Checked<_> { Ok(nvme::passthrough::Drive::open(node("a-ng")?)?.smart()?) };
+    let before = smart()?;
+    let filename = format!("--filename={}", node("a-ng")?.display());
+    let job = [
+        "bench",
+        "--name=x",
+        "--ioengine=io_uring_cmd",
+        "--direct=1",
+        "--bs=64k",
+        "--iodepth=8",
+        "--size=16m",
+    ];
+    for rw in ["--rw=write", "--rw=randread"] {
+        output("nvtier", &[&job[..], &[rw, "--verify=crc32c", "--ceiling=off", &filename]].concat())?;
+    }
+    let after = smart()?;
+    ensure(after.host_write_commands - before.host_write_commands >= 256, || "too few writes".into())?;
+    ensure(after.host_read_commands - before.host_read_commands >= 256, || "too few reads".into())?;
+    let refused = Command::new("nvtier").args(job).args(["--rw=read", "--filename=/dev/null"]).output()?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure(!refused.status.success() && said.contains("/dev/ng0n1"), || said.clone())
 }
 
 /// Runs one operation; its buffer comes back.

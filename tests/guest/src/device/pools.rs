@@ -13,6 +13,11 @@ pub fn run(report: &mut Report) {
     report.check("a_raw_pool_on_512_byte_blocks", || round_trip(&["a"]));
     report.check("a_raw_pool_on_4096_byte_blocks", || round_trip(&["b"]));
     report.check("a_pool_striped_over_512_and_4096_byte_blocks", || round_trip(&["a", "b"]));
+    report.check("a_raw_pool_by_passthrough_on_512_byte_blocks", || round_trip(&["a-ng"]));
+    report.check("a_raw_pool_by_passthrough_on_4096_byte_blocks", || round_trip(&["b-ng"]));
+    report.check("a_pool_striped_over_both_by_passthrough", || round_trip(&["a-ng", "b-ng"]));
+    report.check("what_passthrough_wrote_opens_by_the_block_device_and_the_other_way_round", both_ways);
+    report.check("a_namespace_in_use_by_one_node_is_busy_by_the_other", busy);
     report.check("a_bad_block_of_the_drive_is_named_by_verify_and_fails_only_its_region", bad_block);
 }
 
@@ -41,9 +46,10 @@ fn format(drives: &[&str]) -> Checked<String> {
 }
 
 fn round_trip(drives: &[&str]) -> Checked {
+    let before = drives.iter().map(|drive| written(drive)).collect::<Checked<Vec<_>>>()?;
     let pool = format(drives)?;
     let folder = tempfile::tempdir()?;
-    let files = [("one", 1), ("block", 4096), ("odd", 3_000_001), ("large", 40 << 20)];
+    let files = [("one", 1), ("block", 4096), ("odd", 3_000_001), ("large", 16 << 20)];
     for (seed, (name, len)) in files.into_iter().enumerate() {
         let file = folder.path().join(name);
         std::fs::write(&file, pattern(seed as u64 + 1, len))?;
@@ -55,7 +61,7 @@ fn round_trip(drives: &[&str]) -> Checked {
     nvtier(&["import", &text(&again), "dir/odd", "--force", "--pool", &pool])?;
     nvtier(&["rm", "dir/block", "--pool", &pool])?;
     nvtier(&["verify", "--pool", &pool])?;
-    for (name, seed, len) in [("one", 1, 1), ("odd", 99, 5_000_000), ("large", 4, 40 << 20)] {
+    for (name, seed, len) in [("one", 1, 1), ("odd", 99, 5_000_000), ("large", 4, 16 << 20)] {
         let back = folder.path().join("back");
         nvtier(&["export", &format!("dir/{name}"), &text(&back), "--force", "--pool", &pool])?;
         ensure(std::fs::read(&back)? == pattern(seed, len), || format!("{name} came back with other bytes"))?;
@@ -66,16 +72,52 @@ fn round_trip(drives: &[&str]) -> Checked {
     for (member, drive) in members.iter().zip(drives) {
         equal("member", member["path"].as_str(), Some(text(&node(drive)?).as_str()))?;
     }
-    if drives.len() > 1 {
-        // Every one of them must hold a part of the 40 MiB.
-        for drive in drives {
-            let name = text(&node(drive)?).replace("/dev/", "");
-            let stat = std::fs::read_to_string(format!("/sys/block/{name}/stat"))?;
-            let sectors: u64 = stat.split_whitespace().nth(6).ok_or("no stat")?.parse()?;
-            ensure(sectors * 512 > 20 << 20, || format!("{name} was written {sectors} sectors only"))?;
-        }
+    // Every one of them must hold its part of the 16 MiB.
+    for (drive, before) in drives.iter().zip(before) {
+        let bytes = written(drive)? - before;
+        ensure(bytes > (16 << 20) / drives.len() as u128, || {
+            format!("{drive} was written {bytes} bytes only")
+        })?;
     }
     Ok(())
+}
+
+/// Bytes that a drive was ever written, as it says.
+fn written(name: &str) -> Checked<u128> {
+    Ok(nvme::passthrough::Drive::open(node(name)?)?.smart()?.written_bytes())
+}
+
+fn both_ways() -> Checked {
+    for (first, second) in [("a-ng", "a"), ("b", "b-ng")] {
+        let pool = format(&[first])?;
+        let folder = tempfile::tempdir()?;
+        let (file, back) = (folder.path().join("file"), folder.path().join("back"));
+        std::fs::write(&file, pattern(5, 3_000_001))?;
+        nvtier(&["import", &text(&file), "x", "--pool", &pool])?;
+        let other = text(&node(second)?);
+        nvtier(&["verify", "--pool", &other])?;
+        nvtier(&["export", "x", &text(&back), "--pool", &other])?;
+        ensure(std::fs::read(&back)? == pattern(5, 3_000_001), || format!("{second}: other bytes"))?;
+    }
+    Ok(())
+}
+
+fn busy() -> Checked {
+    format(&["a-ng"])?;
+    for (first, second) in [("a-ng", "a"), ("a", "a-ng"), ("a-ng", "a-ng")] {
+        let open = |name: &str| {
+            Ok::<_, Box<dyn std::error::Error>>(engine::Pool::open(&node(name)?, &Default::default()))
+        };
+        let _held = open(first)??;
+        let error = open(second)?.err().ok_or_else(|| format!("{second} opened beside {first}"))?;
+        ensure(error.kind() == engine::ErrorKind::Busy, || {
+            format!("{second} beside {first}: {}", error.chain())
+        })?;
+        let format = Command::new("nvtier").args(["format", &text(&node(second)?), "--force"]).output()?;
+        // And it has touched nothing on the way: see the end.
+        ensure(!format.status.success(), || format!("{second} was formatted beside {first}"))?;
+    }
+    nvtier(&["verify", "--pool", &text(&node("a")?)]).map(drop)
 }
 
 fn bad_block() -> Checked {

@@ -8,7 +8,7 @@ use nvme::{Arena, ArenaOptions, Backend, Buffer, Device, DeviceOptions, Op, Queu
 
 use super::{Done, Files, IoEngine, Queued, Transfer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::settings::{Direction, Settings};
+use crate::settings::{Direction, EngineKind, Settings};
 
 /// A drive that has not answered for this long counts as failed.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -21,6 +21,20 @@ pub struct UringEngine {
 }
 
 impl UringEngine {
+    /// The same for `ioengine=io_uring_cmd`, which takes nothing but namespaces.
+    pub fn commands(settings: &Settings, files: &Files) -> Result<UringEngine> {
+        if let Some(path) = files.paths.iter().find(|path| !nvme::passthrough::is_nvme_char(path)) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!(
+                    "ioengine=io_uring_cmd takes NVMe character devices (/dev/ng0n1), {} is none",
+                    path.display()
+                ),
+            ));
+        }
+        UringEngine::open(settings, files)
+    }
+
     pub fn open(settings: &Settings, files: &Files) -> Result<UringEngine> {
         let options = DeviceOptions { direct: settings.direct, read_only: !settings.pattern.write };
         let open = |path: &PathBuf| {
@@ -36,6 +50,7 @@ impl UringEngine {
         let mut builder = Queue::builder()
             .depth(settings.iodepth)
             .deadline(DEADLINE)
+            .passthrough(settings.engine == EngineKind::IoUringCmd)
             .iopoll(settings.hipri)
             .measure_latency(false);
         if settings.fixedbufs {
