@@ -130,6 +130,20 @@ pub fn invalidate(path: &Path) -> Result<()> {
     }
 }
 
+/// Refuses `ioengine=io_uring_cmd` on anything but a namespace, before a mistyped name becomes a file.
+pub fn check_namespace(settings: &Settings, path: &Path) -> Result<()> {
+    if settings.engine != EngineKind::IoUringCmd || nvme::passthrough::is_nvme_char(path) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Usage,
+        format!(
+            "ioengine=io_uring_cmd takes NVMe character devices (/dev/ng0n1), {} is none",
+            path.display()
+        ),
+    ))
+}
+
 /// Refuses `ioengine=mount` on a path that is not on an nvtier mount, naming what it is on.
 pub fn check_mount(settings: &Settings, path: &Path) -> Result<()> {
     if settings.engine != EngineKind::Mount {
@@ -203,6 +217,8 @@ mod tests {
     #[test]
     fn mount_engine_refuses_other_file_systems() {
         let directory = tempfile::tempdir().unwrap();
+        let settings = Settings { engine: EngineKind::IoUringCmd, ..Settings::default() };
+        assert!(check_namespace(&settings, Path::new("/dev/null")).is_err());
         let settings = Settings { engine: EngineKind::Mount, ..Settings::default() };
         let error = check_mount(&settings, &directory.path().join("new")).unwrap_err().to_string();
         assert!(error.contains("not on an nvtier mount"), "{error}");

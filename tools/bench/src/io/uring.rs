@@ -21,20 +21,6 @@ pub struct UringEngine {
 }
 
 impl UringEngine {
-    /// The same for `ioengine=io_uring_cmd`, which takes nothing but namespaces.
-    pub fn commands(settings: &Settings, files: &Files) -> Result<UringEngine> {
-        if let Some(path) = files.paths.iter().find(|path| !nvme::passthrough::is_nvme_char(path)) {
-            return Err(Error::new(
-                ErrorKind::Usage,
-                format!(
-                    "ioengine=io_uring_cmd takes NVMe character devices (/dev/ng0n1), {} is none",
-                    path.display()
-                ),
-            ));
-        }
-        UringEngine::open(settings, files)
-    }
-
     pub fn open(settings: &Settings, files: &Files) -> Result<UringEngine> {
         let options = DeviceOptions { direct: settings.direct, read_only: !settings.pattern.write };
         let open = |path: &PathBuf| {
