@@ -144,6 +144,7 @@ fn kind_of(error: &std::io::Error) -> ErrorKind {
         Os::TimedOut => ErrorKind::Timeout,
         Os::Unsupported => ErrorKind::NotSupported,
         Os::InvalidInput => ErrorKind::InvalidArgument,
+        Os::ResourceBusy => ErrorKind::Busy,
         _ => ErrorKind::Io,
     }
 }

@@ -37,6 +37,7 @@ use crate::pool::{DeviceHook, MAX_CHUNK_SIZE, MAX_MEMBERS, MIN_CHUNK_SIZE, Membe
 use nvme::{Device, DeviceOptions};
 
 pub mod foreign;
+pub(crate) mod place;
 
 #[cfg(test)]
 mod tests;
@@ -292,7 +293,7 @@ fn file_of(path: &Path, kind: MemberKind) -> PathBuf {
 }
 
 /// Length of a file or block device in bytes.
-pub(crate) fn length(file: &mut File) -> std::io::Result<u64> {
+fn length(file: &mut File) -> std::io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }
 
@@ -438,16 +439,21 @@ fn choose(path: &Path, copies: Vec<Copy>) -> Result<Found> {
     Ok(Found { superblock, damaged: (!wrong.is_empty()).then(|| wrong.join("; ")) })
 }
 
-/// The member's device as `hook` wants it; `None` where it has no say.
+/// The member's device as `hook` wants it, or that of an NVMe namespace behind its character device, which takes commands only; `None`: the
+/// member is reached as a file. An open pool has claimed its namespaces already, so this does not.
 fn hooked(
     path: &Path,
     kind: MemberKind,
     read_only: bool,
     hook: Option<&DeviceHook>,
 ) -> Result<Option<Arc<dyn Device>>> {
+    let options = DeviceOptions { direct: true, read_only };
+    if kind.is_raw() && nvme::passthrough::is_nvme_char(path) {
+        let device: Arc<dyn Device> = Arc::new(nvme::NvmeCharDevice::open_unclaimed(path, &options)?);
+        return Ok(Some(hook.map_or(device.clone(), |hook| hook.wrap(path, device))));
+    }
     let Some(hook) = hook.filter(|_| kind.is_raw()) else { return Ok(None) };
-    let device = nvme::open(path, &DeviceOptions { direct: true, read_only })?;
-    Ok(Some(hook.wrap(path, device)))
+    Ok(Some(hook.wrap(path, nvme::open(path, &options)?)))
 }
 
 /// Writes both copies, one after the other, each durable before the next: one of them is good at any time.

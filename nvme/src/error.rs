@@ -9,6 +9,8 @@
 use std::fmt;
 use std::io;
 
+use crate::passthrough::Status;
+
 /// What went wrong, coarse enough to decide by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -151,6 +153,15 @@ impl Error {
     /// What was tried, without the source.
     pub fn context(&self) -> &str {
         &self.0.context
+    }
+
+    /// The drive's own status below, when there is one: of commands by passthrough.
+    pub fn nvme_status(&self) -> Option<Status> {
+        let source = self.0.source.as_deref()?;
+        if let Some(status) = source.downcast_ref::<Status>() {
+            return Some(*status);
+        }
+        source.downcast_ref::<Error>().and_then(Error::nvme_status)
     }
 
     /// The errno below, when there is one.

@@ -3,7 +3,8 @@
 //! Three ideas, from the bottom up:
 //!
 //! - a [`Device`] is a length of bytes that can be read and written at offsets: a preallocated file
-//!   ([`FileDevice`]), a raw block device ([`BlockDevice`]), or a seeded one in memory ([`SimDevice`]);
+//!   ([`FileDevice`]), a raw block device ([`BlockDevice`]), an NVMe namespace by passthrough ([`NvmeCharDevice`]), or a
+//!   seeded one in memory ([`SimDevice`]);
 //! - a [`Buffer`] is owned, aligned memory, cut from one [`Arena`] of huge pages that queues register with
 //!   the kernel once;
 //! - a [`Queue`] moves bytes between the two: one ring, one thread, many operations in flight. An [`Op`] owns
@@ -38,6 +39,7 @@ pub mod device;
 pub mod error;
 pub mod fault;
 pub mod mapped;
+pub mod passthrough;
 pub mod queue;
 mod sharing;
 pub mod sim;
@@ -45,7 +47,8 @@ mod writeback;
 
 pub use buffer::{Arena, ArenaOptions, Buffer};
 pub use device::{
-    BlockDevice, Device, DeviceKind, DeviceOptions, FileDevice, InlineIo, InlineOutcome, Target, open,
+    BlockDevice, Device, DeviceKind, DeviceOptions, FileDevice, InlineIo, InlineOutcome, NvmeCharDevice,
+    Target, open,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use fault::{Fault, FaultDevice, FaultIo, FaultPlan};

@@ -79,7 +79,7 @@ pub enum Command {
     Demo(Demo),
     /// Make a pool
     Format(Format),
-    /// Say what a pool is and how full
+    /// Say what a pool is and how full, or what an NVMe drive is and how healthy
     Info(Info),
     /// Bring a file, a directory or objects from a store into a pool
     Import(Import),
@@ -176,9 +176,12 @@ pub struct Format {
 pub struct Info {
     #[command(flatten)]
     pub pool: PoolArg,
-    /// The pool, as an argument
+    /// The pool, as an argument; or an NVMe drive, by any of its nodes (/dev/nvme0, /dev/nvme0n1, /dev/ng0n1)
     #[arg(value_name = "POOL", id = "pool_path", conflicts_with = "pool", value_hint = ValueHint::AnyPath)]
     pub path: Option<PathBuf>,
+    /// What the NVMe drive says about itself and its health, also where its namespace holds a pool
+    #[arg(long, requires = "pool_path")]
+    pub drive: bool,
 }
 
 /// `nvtier import`

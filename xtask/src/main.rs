@@ -5,6 +5,7 @@ mod bindgen;
 mod exec;
 mod external;
 mod fuzz;
+mod guest;
 mod lint;
 mod paths;
 mod pyenv;
@@ -39,6 +40,8 @@ enum Task {
     Sim(sim::Args),
     /// Search for inputs that break a parser: libFuzzer over the targets of `fuzz/`.
     Fuzz(fuzz::FuzzArgs),
+    /// NVMe drives of an emulated machine: passthrough, raw pools, removal, medium errors, kills, power cuts; see docs/hardware.md.
+    Guest(guest::Args),
     /// Remove mounts, processes and loop devices that an interrupted test run left behind.
     Sweep,
 }
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Task::Bindgen(args) => bindgen::run(&args),
         Task::Sim(args) => sim::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
+        Task::Guest(args) => guest::run(&args),
         Task::Sweep => sweep::abandoned().map(|()| true),
     };
     match outcome {

@@ -1,11 +1,9 @@
 //! What a path holds that is not ours: so that no format overwrites it unasked.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::format::place::Place;
 
 /// Bytes at the start that are looked at: up to btrfs' superblock.
 const HEAD: usize = 68 << 10;
@@ -79,19 +77,19 @@ fn is_safetensors(head: &[u8], len: u64) -> bool {
     }
 }
 
-/// What a block device or file holds; `None`: nothing but zeros where something would be.
+/// What a block device, NVMe namespace or file holds; `None`: nothing but zeros where something would be.
 pub fn in_device(path: &Path) -> Result<Option<String>> {
     let what = || format!("look at what {} holds", path.display());
-    let mut file = File::open(path).map_err(|error| Error::io(what(), error))?;
-    let len = super::length(&mut file).map_err(|error| Error::io(what(), error))?;
-    let head = read_up_to(&file, 0, HEAD).map_err(|error| Error::io(what(), error))?;
+    let mut place = Place::open(path, false).map_err(|error| Error::io(what(), error))?;
+    let len = place.len().map_err(|error| Error::io(what(), error))?;
+    let head = place.read_up_to(0, HEAD).map_err(|error| Error::io(what(), error))?;
     if let Some(name) = name_head(&head, len) {
         return Ok(Some(name.into()));
     }
     // Some keep their only or second superblock at the end: md 0.90 and 1.0, GPT, our own second copy.
     let tail_at = len.saturating_sub(128 << 10) / 4096 * 4096;
     let tail =
-        read_up_to(&file, tail_at, (len - tail_at) as usize).map_err(|error| Error::io(what(), error))?;
+        place.read_up_to(tail_at, (len - tail_at) as usize).map_err(|error| Error::io(what(), error))?;
     let found = tail.chunks(512).find_map(|block| {
         let known: [(&[u8], &str); 3] = [
             (b"NVTIERSB", "an nvtier pool (second superblock)"),
@@ -101,21 +99,6 @@ pub fn in_device(path: &Path) -> Result<Option<String>> {
         known.iter().find(|(magic, _)| block.starts_with(magic)).map(|(_, name)| name.to_string())
     });
     Ok(found)
-}
-
-fn read_up_to(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; len];
-    let mut done = 0;
-    while done < len {
-        match file.read_at(&mut bytes[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(read) => done += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    bytes.truncate(done);
-    Ok(bytes)
 }
 
 /// What a directory holds; `None`: nothing. `lost+found`, which mkfs makes, does not count.

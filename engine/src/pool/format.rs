@@ -12,6 +12,7 @@ use super::{FormatOptions, MAX_CHUNK_SIZE, MAX_MEMBERS, MIN_CHUNK_SIZE, MemberKi
 use crate::catalog::store::{CATALOG_FILE, COPY_FILE, CatalogStore, RESERVE_FILE};
 use crate::catalog::{Batch, Meta};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::place::Place;
 use crate::format::{self, MemberEntry, POINTER, SUPERBLOCK_FILE, Superblock, foreign};
 use crate::member::directory::{LOST, REGIONS, space};
 use crate::member::extent_files;
@@ -73,9 +74,11 @@ fn kind_of(path: &Path, options: &FormatOptions) -> Result<MemberKind> {
     match fs::metadata(path) {
         Ok(meta) if meta.is_dir() => Ok(MemberKind::Directory),
         Ok(meta) if meta.is_file() => Ok(MemberKind::Image),
-        Ok(meta) if meta.file_type().is_block_device() => Ok(MemberKind::Block),
+        Ok(meta) if meta.file_type().is_block_device() || nvme::passthrough::is_nvme_char(path) => {
+            Ok(MemberKind::Block)
+        }
         Ok(_) => Err(invalid(format!(
-            "{} is neither a directory, a block device nor a regular file",
+            "{} is neither a directory, a block device, an NVMe namespace nor a regular file",
             path.display()
         ))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -172,7 +175,7 @@ fn measure(
         }
         return Ok((quota, none));
     }
-    let read = || -> std::io::Result<u64> { format::length(&mut fs::File::open(path)?) };
+    let read = || Place::open(path, false)?.len();
     let len = read().map_err(|error| Error::io(format!("measure {}", path.display()), error))?;
     let geometry = RawGeometry::plan(len, options.chunk_size, index == 0)
         .map_err(|error| error.context(path.display()))?;
@@ -401,16 +404,15 @@ fn refuse_foreign_pointer(
 
 /// Overwrites the superblocks of whatever was on a raw member.
 fn wipe(path: &Path) -> Result<()> {
-    use std::os::unix::fs::FileExt;
     let run = || -> std::io::Result<()> {
-        let mut file = fs::OpenOptions::new().read(true).write(true).open(path)?;
-        let len = format::length(&mut file)?;
+        let mut place = Place::open(path, true)?;
+        let len = place.len()?;
         let zeros = vec![0u8; 128 << 10];
         let part = zeros.len() as u64;
-        file.write_all_at(&zeros[..part.min(len) as usize], 0)?;
+        place.write_all_at(&zeros[..part.min(len) as usize], 0)?;
         let tail = len.saturating_sub(part);
-        file.write_all_at(&zeros[..(len - tail) as usize], tail)?;
-        file.sync_all()
+        place.write_all_at(&zeros[..(len - tail) as usize], tail)?;
+        place.sync()
     };
     run().map_err(|error| Error::io(format!("wipe {}", path.display()), error))
 }

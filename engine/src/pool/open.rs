@@ -43,10 +43,15 @@ fn kind_at(path: &Path) -> Result<MemberKind> {
         fs::metadata(path).map_err(|error| Error::io(format!("open pool {}", path.display()), error))?;
     if meta.is_dir() {
         Ok(MemberKind::Directory)
-    } else if meta.file_type().is_block_device() {
+    } else if meta.file_type().is_block_device() || nvme::passthrough::is_nvme_char(path) {
         Ok(MemberKind::Block)
     } else if meta.is_file() {
         Ok(MemberKind::Image)
+    } else if nvme::passthrough::is_controller(path) {
+        Err(Error::new(
+            ErrorKind::NotAPool,
+            format!("{} is an NVMe controller: name one of its namespaces", path.display()),
+        ))
     } else {
         Err(Error::new(ErrorKind::NotAPool, format!("{} is not a pool", path.display())))
     }
@@ -84,9 +89,27 @@ fn locate(path: &Path, hook: Option<&DeviceHook>) -> Result<(Superblock, Vec<Loc
                 break;
             }
         }
+        if result.is_err()
+            && let Some(found) = on_other_namespace(&superblock, index, hook)
+        {
+            result = Ok(found);
+        }
         members.push(result?);
     }
     Ok((superblock, members))
+}
+
+/// A member on an NVMe namespace under another name: the kernel numbers controllers in the order in which they answer, which
+/// may be another one at each boot, and a drive that was plugged in again gets a new number.
+fn on_other_namespace(pool: &Superblock, index: usize, hook: Option<&DeviceHook>) -> Option<Located> {
+    let was = pool.members[index].path.file_name()?.to_str()?;
+    let prefix = ["nvme", "ng"].into_iter().find(|prefix| was.starts_with(prefix))?;
+    let alike = nvme::passthrough::namespace_nodes().into_iter().filter(|node| {
+        node.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(prefix))
+    });
+    let found = alike.filter_map(|node| member_at(pool, index, node, hook).ok()).next()?;
+    tracing::info!(was = %pool.members[index].path.display(), is = %found.path.display(), "a member has another name now");
+    Some(found)
 }
 
 /// The differing starts of two paths that end alike.

@@ -1,4 +1,4 @@
-//! What bytes live on: a trait, and the two kinds that the kernel serves.
+//! What bytes live on: a trait, and the kinds that the kernel serves.
 //!
 //! A [`Device`] says how long it is and how it must be addressed, and gives blocking helpers for superblocks
 //! and tools. Bulk data goes through a [`Queue`](crate::Queue), which asks [`Device::target`] how to reach it.
@@ -7,11 +7,13 @@
 
 mod block;
 mod file;
+mod nvme_char;
 mod sync;
 
 pub use block::BlockDevice;
 pub use file::FileDevice;
-pub(crate) use sync::{discard_fd, flush_fd, read_fd, write_fd};
+pub use nvme_char::NvmeCharDevice;
+pub(crate) use sync::{discard_fd, flush_fd, read_fd, transfer_failed, write_fd};
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -21,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::passthrough::NvmeTarget;
 
 /// The largest transfer the kernel does in one system call, MAX_RW_COUNT (read(2)), rounded down to 1 GiB: the
 /// kernel itself splits it to what the drive takes.
@@ -117,6 +120,8 @@ pub trait Device: Send + Sync + fmt::Debug {
 pub enum Target<'a> {
     /// By read, write, fsync and fallocate on this descriptor.
     Fd(BorrowedFd<'a>),
+    /// By NVMe commands to this namespace.
+    Nvme(NvmeTarget<'a>),
     /// By calling it: executed by the queue itself, in submit order.
     Inline(&'a dyn InlineIo),
 }
@@ -142,7 +147,8 @@ pub trait InlineIo: Send + Sync {
     fn inline_discard(&self, offset: u64, len: u64) -> InlineOutcome;
 }
 
-/// Opens a regular file as [`FileDevice`] and a block device as [`BlockDevice`].
+/// Opens a regular file as [`FileDevice`], a block device as [`BlockDevice`] and an NVMe generic character device as
+/// [`NvmeCharDevice`].
 pub fn open(path: impl AsRef<Path>, options: &DeviceOptions) -> Result<Arc<dyn Device>> {
     let path = path.as_ref();
     let kind = std::fs::metadata(path)
@@ -152,6 +158,8 @@ pub fn open(path: impl AsRef<Path>, options: &DeviceOptions) -> Result<Arc<dyn D
         Ok(Arc::new(BlockDevice::open(path, options)?))
     } else if kind.is_file() {
         Ok(Arc::new(FileDevice::open(path, options)?))
+    } else if kind.is_char_device() {
+        Ok(Arc::new(NvmeCharDevice::open(path, options)?))
     } else {
         let what = if kind.is_dir() { "a directory" } else { "neither a regular file nor a block device" };
         Err(Error::new(ErrorKind::Unsupported, format!("open {} as a device: it is {what}", path.display())))

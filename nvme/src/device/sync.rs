@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::Device;
+use super::{Device, DeviceKind, Target};
 use crate::buffer::{Buffer, PAGE};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -60,7 +60,22 @@ fn pwrite_full(fd: BorrowedFd<'_>, offset: u64, buf: &[u8], align: usize) -> rus
 }
 
 fn failed(device: &dyn Device, verb: &str, offset: u64, len: usize, error: Errno) -> Error {
-    Error::os(error, format!("{verb} {len} bytes at {offset} of {}", device.name()))
+    let doing = format!("{verb} {len} bytes at {offset} of {}", device.name());
+    transfer_failed(device, offset + len as u64, error.into(), doing)
+}
+
+/// Of a transfer up to `end` that the kernel refused. A write to a block device that was removed is told "no space", because the
+/// kernel then counts the device as empty: a pool must not take that for a full one.
+pub(crate) fn transfer_failed(device: &dyn Device, end: u64, error: std::io::Error, doing: String) -> Error {
+    if device.kind() == DeviceKind::Block
+        && error.raw_os_error() == Some(Errno::NOSPC.raw_os_error())
+        && let Target::Fd(fd) = device.target()
+        && rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0)).is_ok_and(|len| len < end)
+    {
+        let context = format!("{doing}: the drive was removed, or became shorter, while it was in use");
+        return Error::new(ErrorKind::Gone, context).with_source(error);
+    }
+    Error::os(error, doing)
 }
 
 /// `Device::read_at` for a descriptor.
@@ -70,6 +85,15 @@ pub(crate) fn read_fd(device: &dyn Device, fd: BorrowedFd<'_>, offset: u64, buf:
     let len = buf.len();
     let err = |error| failed(device, "read", offset, len, error);
     let short = |got: usize| {
+        if device.kind() == DeviceKind::Block {
+            return Error::new(
+                ErrorKind::Gone,
+                format!(
+                    "read {len} bytes at {offset} of {}: the drive was removed, or became shorter, while it was in use",
+                    device.name()
+                ),
+            );
+        }
         Error::new(
             ErrorKind::ShortTransfer,
             format!("read {len} bytes at {offset} of {}: got {got}", device.name()),

@@ -29,7 +29,7 @@ use std::time::Duration;
 use crate::buffer::Arena;
 use crate::device::{Device, InlineIo, InlineOutcome, Target};
 use crate::error::{Error, ErrorKind, Result};
-use ring::Ring;
+use ring::{Ring, WideRing};
 use slab::Slab;
 use threads::Threads;
 
@@ -44,6 +44,8 @@ pub const DEPTH_MAX: u32 = 16 << 10;
 #[allow(clippy::large_enum_variant)]
 enum Engine {
     Ring(Ring),
+    /// Carries NVMe commands, too.
+    Wide(WideRing),
     Threads(Threads),
 }
 
@@ -55,6 +57,8 @@ pub struct Queue {
     /// Pushed operations of inline devices, in order.
     inline: Vec<u32>,
     deadline: Duration,
+    /// For a wide ring, should one be needed.
+    builder: QueueBuilder,
     /// Why something slower than asked for is used.
     note: Option<String>,
     /// Send, not Sync.
@@ -71,6 +75,7 @@ pub struct QueueBuilder {
     iopoll: bool,
     measure_latency: bool,
     register_files: bool,
+    passthrough: bool,
 }
 
 impl Queue {
@@ -84,6 +89,7 @@ impl Queue {
             iopoll: false,
             measure_latency: true,
             register_files: true,
+            passthrough: false,
         }
     }
 }
@@ -136,6 +142,13 @@ impl QueueBuilder {
         self
     }
 
+    /// Starts with the wider entries that NVMe commands need ([`NvmeCharDevice`](crate::NvmeCharDevice)), instead of changing to
+    /// them at the first such operation, which waits for what is in flight. Default: false.
+    pub fn passthrough(mut self, passthrough: bool) -> Self {
+        self.passthrough = passthrough;
+        self
+    }
+
     /// Builds it. Fails on senseless settings, and when an explicitly named backend is refused.
     pub fn build(self) -> Result<Queue> {
         if self.depth == 0 || self.depth > DEPTH_MAX {
@@ -153,6 +166,7 @@ impl QueueBuilder {
             engine,
             inline: Vec::with_capacity(self.depth as usize),
             deadline: self.deadline,
+            builder: self,
             note,
             not_sync: PhantomData,
         })
@@ -163,11 +177,18 @@ impl QueueBuilder {
         if self.backend == Backend::Threads {
             return Ok((threads(), None));
         }
-        match Ring::build(self.depth, self.deadline, self.arena.as_ref(), self.iopoll, self.register_files) {
-            Ok(ring) => Ok((Engine::Ring(ring), None)),
+        let (depth, deadline, arena) = (self.depth, self.deadline, self.arena.as_ref());
+        let built = match self.passthrough {
+            true => {
+                WideRing::build(depth, deadline, arena, self.iopoll, self.register_files).map(Engine::Wide)
+            }
+            false => Ring::build(depth, deadline, arena, self.iopoll, self.register_files).map(Engine::Ring),
+        };
+        match built {
+            Ok(engine) => Ok((engine, None)),
             Err(error) if self.backend == Backend::IoUring => Err(error),
             Err(error) => {
-                tracing::warn!("{error}: using threads with pread and pwrite, which costs more CPU");
+                tracing::warn!("{error}: using threads with blocking calls, which costs more CPU");
                 Ok((threads(), Some(error.to_string())))
             }
         }
@@ -182,7 +203,17 @@ impl Queue {
         if let Err(error) = op.check() {
             return Err(Refused { op, error });
         }
-        let is_inline = matches!(op.device.target(), Target::Inline(_));
+        let (is_inline, is_command) = match op.device.target() {
+            Target::Fd(_) => (false, false),
+            Target::Nvme(_) => (false, true),
+            Target::Inline(_) => (true, false),
+        };
+        if is_command
+            && matches!(self.engine, Engine::Ring(_))
+            && let Err(error) = self.widen()
+        {
+            return Err(Refused { op, error });
+        }
         let index = match self.slab.insert(op) {
             Ok(index) => index,
             Err(op) => return Err(Refused { op, error: self.full() }),
@@ -193,8 +224,31 @@ impl Queue {
         }
         match &mut self.engine {
             Engine::Ring(ring) => ring.push(&mut self.slab, index),
+            Engine::Wide(ring) => ring.push(&mut self.slab, index),
             Engine::Threads(threads) => threads.push(index),
         }
+        Ok(())
+    }
+
+    /// Changes to a ring that carries NVMe commands, once everything in flight has been answered.
+    #[cold]
+    fn widen(&mut self) -> Result<()> {
+        while self.slab.active() > 0 {
+            self.wait(usize::MAX)?;
+        }
+        if self.slab.zombies() > 0 {
+            return Err(Error::new(
+                ErrorKind::Gone,
+                "this queue cannot take NVMe commands: a device still holds earlier operations without an answer",
+            ));
+        }
+        self.builder.passthrough = true;
+        let (engine, note) = self.builder.engine()?;
+        if let Engine::Ring(ring) = &mut self.engine {
+            ring.close();
+        }
+        self.engine = engine;
+        self.note = note.or(self.note.take());
         Ok(())
     }
 
@@ -215,6 +269,7 @@ impl Queue {
         let inline = self.run_inline();
         let submitted = match &mut self.engine {
             Engine::Ring(ring) => ring.submit(&mut self.slab)?,
+            Engine::Wide(ring) => ring.submit(&mut self.slab)?,
             Engine::Threads(threads) => threads.submit(&mut self.slab)?,
         };
         Ok(inline + submitted)
@@ -227,6 +282,7 @@ impl Queue {
         self.run_inline();
         let threads = match &mut self.engine {
             Engine::Ring(ring) => return ring.wait(&mut self.slab, min),
+            Engine::Wide(ring) => return ring.wait(&mut self.slab, min),
             Engine::Threads(threads) => threads,
         };
         threads.submit(&mut self.slab)?;
@@ -244,6 +300,7 @@ impl Queue {
     pub fn reap(&mut self, mut each: impl FnMut(Completion)) -> usize {
         match &mut self.engine {
             Engine::Ring(ring) => ring.harvest(&mut self.slab),
+            Engine::Wide(ring) => ring.harvest(&mut self.slab),
             Engine::Threads(threads) => threads.harvest(&mut self.slab),
         }
         let mut count = 0;
@@ -316,7 +373,7 @@ impl Queue {
     /// Who executes: [`Backend::IoUring`] or [`Backend::Threads`].
     pub fn backend(&self) -> Backend {
         match &self.engine {
-            Engine::Ring(_) => Backend::IoUring,
+            Engine::Ring(_) | Engine::Wide(_) => Backend::IoUring,
             Engine::Threads(_) => Backend::Threads,
         }
     }
@@ -325,6 +382,7 @@ impl Queue {
     pub fn note(&self) -> Option<&str> {
         let later = match &self.engine {
             Engine::Ring(ring) => ring.note(),
+            Engine::Wide(ring) => ring.note(),
             Engine::Threads(_) => None,
         };
         self.note.as_deref().or(later)
@@ -332,14 +390,20 @@ impl Queue {
 
     /// The arena is registered with the kernel.
     pub fn has_fixed_buffers(&self) -> bool {
-        matches!(&self.engine, Engine::Ring(ring) if ring.has_fixed_buffers())
+        match &self.engine {
+            Engine::Ring(ring) => ring.has_fixed_buffers(),
+            Engine::Wide(ring) => ring.has_fixed_buffers(),
+            Engine::Threads(_) => false,
+        }
     }
 
     /// Lets go of a device's registered descriptor once nothing is in flight on it, so that the file can be closed
     /// (and the space of an unlinked one returned) before the queue is dropped.
     pub fn forget(&mut self, device: &Arc<dyn Device>) {
-        if let Engine::Ring(ring) = &mut self.engine {
-            ring.forget(device);
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.forget(device),
+            Engine::Wide(ring) => ring.forget(device),
+            Engine::Threads(_) => {}
         }
     }
 
@@ -436,8 +500,9 @@ impl Drop for Queue {
             tracing::error!("{held} operations did not end within the deadline: their memory stays theirs");
         }
         match &mut self.engine {
-            Engine::Ring(_) if held > 0 => std::mem::forget(self.slab.take_held()),
+            Engine::Ring(_) | Engine::Wide(_) if held > 0 => std::mem::forget(self.slab.take_held()),
             Engine::Ring(ring) => ring.close(),
+            Engine::Wide(ring) => ring.close(),
             // A worker owns what it executes, so nothing has to be leaked here.
             Engine::Threads(_) => {}
         }

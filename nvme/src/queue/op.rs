@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::buffer::Buffer;
-use crate::device::Device;
+use crate::device::{Device, transfer_failed};
 use crate::error::{Error, ErrorKind, Result};
 
 /// What an operation does.
@@ -100,6 +100,12 @@ impl Op {
                 )
             }
         }
+    }
+
+    /// The error of this operation, which the kernel refused.
+    pub(super) fn failed(&self, error: std::io::Error) -> Error {
+        let end = self.offset.saturating_add(self.range.len() as u64);
+        transfer_failed(&*self.device, end, error, self.describe())
     }
 
     /// Everything but the buffer, for a completion whose memory the kernel still holds.

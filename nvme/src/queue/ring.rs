@@ -7,9 +7,13 @@
 //! harvest   CQEs out of the ring's memory          no system call
 //! ```
 //!
-//! **Who owns what.** Every SQE with an address points into the buffer of the operation in the slab slot that its
+//! **Who owns what.** Every SQE with an address (an NVMe command has its own within it) points into the buffer of the operation in the slab slot that its
 //! `user_data` names. The slot keeps the operation until the CQE for it was seen, or it is leaked: closing a ring
 //! does not stop transfers that the device has started.
+//!
+//! **Two widths.** NVMe commands need submission entries of 128 bytes, and the drive's whole answer completion entries of
+//! 32. A ring has one width for all it carries, so a queue starts with the narrow one, which is the faster, and changes to a
+//! wide one ([`WideRing`]) at the first operation on an NVMe character device.
 //!
 //! **Pulse.** One timeout operation is kept in the ring while something waits, which ends every quarter
 //! deadline. It wakes the waiter and moves the slab's clock: deadlines cost nothing per operation.
@@ -20,7 +24,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
 use io_uring::types::{CancelBuilder, Fd, Fixed, FsyncFlags, Timespec};
-use io_uring::{IoUring, opcode, squeue};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+
+use nvme_sys::NVME_URING_CMD_IO;
 
 use super::files::{self, FileTable};
 use super::fixed::FixedBuffers;
@@ -29,6 +35,8 @@ use super::slab::{Slab, State, Step, TICKS};
 use crate::buffer::Arena;
 use crate::device::Target;
 use crate::error::{Error, ErrorKind, Result};
+use crate::passthrough::io::sqe_bytes;
+use crate::passthrough::ioctl::Fault;
 
 /// `user_data` of the pulse.
 const PULSE: u64 = u64::MAX;
@@ -39,9 +47,38 @@ const SPARE: u32 = 8;
 /// How often a submit is retried that the kernel turns away for lack of memory while nothing is in flight.
 const SUBMIT_RETRIES: u32 = 1000;
 
-pub(super) struct Ring {
+/// Submission entries of a width.
+pub(super) trait Width: squeue::EntryMarker {
+    /// The completion entries that go with it.
+    type Completion: cqueue::EntryMarker;
+    /// It can carry NVMe commands.
+    const WIDE: bool;
+    /// Such a command as an entry.
+    fn command(entry: squeue::Entry128) -> Option<Self>;
+}
+
+impl Width for squeue::Entry {
+    type Completion = cqueue::Entry;
+    const WIDE: bool = false;
+    fn command(_: squeue::Entry128) -> Option<Self> {
+        None
+    }
+}
+
+impl Width for squeue::Entry128 {
+    type Completion = cqueue::Entry32;
+    const WIDE: bool = true;
+    fn command(entry: squeue::Entry128) -> Option<Self> {
+        Some(entry)
+    }
+}
+
+/// The ring that carries NVMe commands, too.
+pub(super) type WideRing = Ring<squeue::Entry128>;
+
+pub(super) struct Ring<S: Width = squeue::Entry> {
     /// Leaked, not closed, while the kernel holds operations.
-    ring: ManuallyDrop<IoUring>,
+    ring: ManuallyDrop<IoUring<S, S::Completion>>,
     enabled: bool,
     /// SQEs in the ring that the kernel has not taken.
     pending: u32,
@@ -65,10 +102,10 @@ pub(super) struct Ring {
 }
 
 /// Makes a ring, with the best flags that this kernel takes.
-fn setup(entries: u32, polled: bool) -> io::Result<IoUring> {
+fn setup<S: Width>(entries: u32, polled: bool) -> io::Result<IoUring<S, S::Completion>> {
     let mut last = io::Error::from_raw_os_error(libc::EINVAL);
     for attempt in 0..3 {
-        let mut builder = IoUring::builder();
+        let mut builder = IoUring::<S, S::Completion>::builder();
         // A child must not write into this ring's memory.
         builder.dontfork();
         if polled {
@@ -91,14 +128,14 @@ fn setup(entries: u32, polled: bool) -> io::Result<IoUring> {
     Err(last)
 }
 
-impl Ring {
+impl<S: Width> Ring<S> {
     pub(super) fn build(
         depth: u32,
         deadline: Duration,
         arena: Option<&Arena>,
         polled: bool,
         register_files: bool,
-    ) -> Result<Ring> {
+    ) -> Result<Ring<S>> {
         let entries = (depth + SPARE).next_power_of_two();
         let ring = setup(entries, polled).map_err(|error| {
             let hint = match error.raw_os_error() {
@@ -179,7 +216,12 @@ impl Ring {
     fn register_file(&mut self, slab: &mut Slab, index: u32) -> u32 {
         self.sweep_files();
         let (Some(files), Some(op)) = (&mut self.files, &slab.entry(index).op) else { return files::NONE };
-        let (Some(slot), Target::Fd(fd)) = (files.vacancy(), op.device.target()) else { return files::NONE };
+        let fd = match op.device.target() {
+            Target::Fd(fd) => fd,
+            Target::Nvme(namespace) => namespace.fd,
+            Target::Inline(_) => return files::NONE,
+        };
+        let Some(slot) = files.vacancy() else { return files::NONE };
         if let Err(error) = self.ring.submitter().register_files_update(slot, &[fd.as_raw_fd()]) {
             tracing::debug!("register {} with io_uring: {error}", op.device.name());
             return files::NONE;
@@ -211,8 +253,11 @@ impl Ring {
     fn issue(&mut self, slab: &mut Slab, index: u32) {
         let entry = slab.entry(index);
         let Some(op) = &entry.op else { return };
-        let Target::Fd(fd) = op.device.target() else { return };
-        let fd = fd.as_raw_fd();
+        let fd = match op.device.target() {
+            Target::Fd(fd) => fd.as_raw_fd(),
+            Target::Nvme(_) => return self.issue_command(slab, index),
+            Target::Inline(_) => return,
+        };
         if self.polled && matches!(op.verb, Verb::Flush | Verb::Discard) {
             self.blocking.push(index);
             return;
@@ -253,7 +298,11 @@ impl Ring {
         if let Some(error) = refused {
             self.go_without_fixed(&error);
         }
-        if self.enqueue(&sqe.user_data(u64::from(index))) {
+        self.enqueue_op(slab, index, &sqe.user_data(u64::from(index)).into());
+    }
+
+    fn enqueue_op(&mut self, slab: &mut Slab, index: u32, sqe: &S) {
+        if self.enqueue(sqe) {
             self.pending_ops += 1;
         } else {
             // Only a kernel that takes nothing leaves the ring full after a submit.
@@ -262,8 +311,58 @@ impl Ring {
         }
     }
 
+    /// As `issue`, for an NVMe namespace: the drive's own commands.
+    fn issue_command(&mut self, slab: &mut Slab, index: u32) {
+        let entry = slab.entry(index);
+        let Some(op) = &entry.op else { return };
+        let Target::Nvme(namespace) = op.device.target() else { return };
+        // A list of ranges would need memory of its own, and polled rings take no command without data.
+        if op.verb == Verb::Discard || (self.polled && op.verb == Verb::Flush) {
+            self.blocking.push(index);
+            return;
+        }
+        let mut refused = None;
+        let mut fixed = None;
+        let (command, address, len) = match (op.verb, &op.buffer) {
+            (Verb::Read | Verb::Write, Some(buffer)) => {
+                let address = buffer.as_ptr().wrapping_add(op.range.start + entry.done) as usize;
+                let len = entry.command_span(address);
+                if let Some(arena) = self.fixed.as_mut().filter(|arena| arena.id() == buffer.arena_id()) {
+                    match arena.index(&self.ring.submitter(), address, len) {
+                        Ok(index) => fixed = index,
+                        Err(error) => refused = Some(error),
+                    }
+                }
+                let offset = op.offset + entry.done as u64;
+                let command = match op.verb {
+                    Verb::Read => namespace.read(offset, len),
+                    _ => namespace.write(offset, len),
+                };
+                (command, address as u64, len as u32)
+            }
+            _ => (namespace.flush(), 0, 0),
+        };
+        let bytes = sqe_bytes(command, address, len);
+        let entry = match entry.file {
+            files::NONE => opcode::UringCmd80::new(Fd(namespace.fd.as_raw_fd()), NVME_URING_CMD_IO),
+            slot => opcode::UringCmd80::new(Fixed(slot), NVME_URING_CMD_IO),
+        };
+        let sqe = entry.cmd(bytes).buf_index(fixed).build().user_data(u64::from(index));
+        if let Some(error) = refused {
+            self.go_without_fixed(&error);
+        }
+        match S::command(sqe) {
+            Some(sqe) => self.enqueue_op(slab, index, &sqe),
+            // The queue widens before it pushes.
+            None => {
+                let error = Error::new(ErrorKind::Unsupported, "an NVMe command on a ring that carries none");
+                self.finish(slab, index, Err(error), None);
+            }
+        }
+    }
+
     /// Room for one more SQE is made by submitting, should the ring be full.
-    fn enqueue(&mut self, sqe: &squeue::Entry) -> bool {
+    fn enqueue(&mut self, sqe: &S) -> bool {
         for _ in 0..2 {
             // SAFETY: an address in the SQE points into a buffer owned by a slab slot until its CQE is seen (see the
             // head of this file), or to `self.pulse`, which is boxed and lives as long as the ring.
@@ -411,7 +510,7 @@ impl Ring {
             return;
         }
         let sqe = opcode::Timeout::new(&*self.pulse).build().user_data(PULSE);
-        self.pulse_armed = self.enqueue(&sqe);
+        self.pulse_armed = self.enqueue(&sqe.into());
     }
 
     /// Moves answers from the ring to the slab. No system call unless something must be issued again.
@@ -422,6 +521,7 @@ impl Ring {
         let mut read_clock = true;
         let Ring { ring, files, again, pulse_armed, .. } = self;
         for cqe in ring.completion() {
+            let cqe: cqueue::Entry = cqe.into();
             match cqe.user_data() {
                 PULSE => {
                     *pulse_armed = false;
@@ -434,7 +534,7 @@ impl Ring {
                         read_clock = false;
                     }
                     let index = data as u32;
-                    match judge(slab, index, cqe.result()) {
+                    match judge::<S>(slab, index, cqe.result()) {
                         Step::Continue => again.push(index),
                         Step::Finish(result) => {
                             if let Some(files) = files {
@@ -471,7 +571,7 @@ impl Ring {
             let sqe = opcode::AsyncCancel2::new(CancelBuilder::user_data(u64::from(index)))
                 .build()
                 .user_data(CANCEL);
-            self.enqueue(&sqe);
+            self.enqueue(&sqe.into());
         }
         self.sweep_files();
     }
@@ -540,13 +640,41 @@ fn transfer(
 
 /// What a CQE means for its operation. The one place where `res` is decoded: negative is an errno.
 #[inline]
-fn judge(slab: &mut Slab, index: u32, res: i32) -> Step {
+fn judge<S: Width>(slab: &mut Slab, index: u32, res: i32) -> Step {
     let entry = slab.entry(index);
+    if S::WIDE && res >= 0 && matches!(entry.op.as_ref().map(|op| op.device.target()), Some(Target::Nvme(_)))
+    {
+        return judge_command(entry, res);
+    }
     if res >= 0 && entry.state == State::Active {
         let is_transfer = matches!(entry.op.as_ref().map(|op| op.verb), Some(Verb::Read | Verb::Write));
         return if is_transfer { entry.advance(res as usize) } else { Step::Finish(Ok(entry.len)) };
     }
     judge_odd(entry, res)
+}
+
+/// What a drive answered: 0, or its status (nvme_uring_cmd_end_io of Linux).
+fn judge_command(entry: &mut super::slab::Entry, res: i32) -> Step {
+    let Some(op) = &entry.op else {
+        return Step::Finish(Err(Error::new(ErrorKind::Invalid, "an answer to no operation")));
+    };
+    if let Err(fault) = Fault::check(res) {
+        return Step::Finish(Err(fault.error(op.describe())));
+    }
+    let (Verb::Read | Verb::Write, Some(buffer)) = (op.verb, &op.buffer) else {
+        return Step::Finish(Ok(entry.len));
+    };
+    // A command is executed whole or not at all: what it moved is what was asked for.
+    let address = buffer.as_ptr().wrapping_add(op.range.start + entry.done) as usize;
+    entry.done += entry.command_span(address);
+    if entry.done >= entry.len {
+        return Step::Finish(Ok(entry.len));
+    }
+    if entry.state == State::Active {
+        return Step::Continue;
+    }
+    let late = format!("{}: cancelled at its deadline", op.describe());
+    Step::Finish(Err(Error::new(ErrorKind::Timeout, late)))
 }
 
 #[cold]
@@ -563,7 +691,7 @@ fn judge_odd(entry: &mut super::slab::Entry, res: i32) -> Step {
             }
             // As the blocking helper: not every file system and drive can discard.
             (libc::EOPNOTSUPP, _) if op.verb == Verb::Discard => Step::Finish(Ok(entry.len)),
-            (errno, _) => Step::Finish(Err(Error::os(io::Error::from_raw_os_error(errno), op.describe()))),
+            (errno, _) => Step::Finish(Err(op.failed(io::Error::from_raw_os_error(errno)))),
         };
     }
     // Answered while it was being cancelled: whole is whole, anything less is late.

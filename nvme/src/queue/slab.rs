@@ -15,6 +15,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::op::{Completion, Op, Verb};
+use crate::device::DeviceKind;
 use crate::error::{Error, ErrorKind, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -241,6 +242,20 @@ impl Slab {
 }
 
 impl Entry {
+    /// How many bytes the next command of an NVMe namespace carries, when its data starts at `address` in memory.
+    pub(super) fn command_span(&self, address: usize) -> usize {
+        let left = self.len - self.done;
+        let device = self.op.as_ref().map(|op| &op.device);
+        device.map_or(left, |device| {
+            crate::passthrough::io::span(
+                address,
+                left,
+                device.max_transfer() as usize,
+                device.lba_size() as usize,
+            )
+        })
+    }
+
     /// The device moved `got` more bytes: is that all, is there a rest to issue, or is it the end?
     pub(super) fn advance(&mut self, got: usize) -> Step {
         let before = self.done;
@@ -276,6 +291,13 @@ pub(super) fn advance_short(op: &Op, before: usize, done: usize) -> Result<Short
     let align = device.alignment() as usize;
     // Direct I/O goes on at a block boundary; the part of a block that was moved is moved again.
     let resume = done / align * align;
+    if done == before && device.kind() == DeviceKind::Block {
+        // Inside its length a block device moves nothing only after it was removed: the kernel then counts it as empty.
+        return Err(Error::new(
+            ErrorKind::Gone,
+            format!("{}: the drive was removed, or became shorter, while it was in use", op.describe()),
+        ));
+    }
     if op.verb == Verb::Read && (done == before || resume != done) {
         let end = op.offset + done as u64;
         let rest = op.range.len() - done;

@@ -14,6 +14,7 @@ use super::op::{Op, Verb};
 use super::slab::{Short, Slab, TICKS, advance_short};
 use crate::device::Target;
 use crate::error::{Error, ErrorKind, Result};
+use crate::passthrough::{NvmeTarget, io, ioctl};
 
 /// More threads than this gain nothing on one device, and cost stacks.
 const THREADS_MAX: usize = 64;
@@ -205,6 +206,9 @@ pub(super) fn execute(op: &mut Op) -> Result<usize> {
         Verb::Read | Verb::Write => {}
     }
     let device = op.device.clone();
+    if let Target::Nvme(namespace) = device.target() {
+        return execute_commands(op, namespace, device.max_transfer() as usize, device.lba_size() as usize);
+    }
     let Target::Fd(fd) = device.target() else {
         return Err(Error::new(ErrorKind::Invalid, format!("{}: not a descriptor", op.describe())));
     };
@@ -223,6 +227,27 @@ pub(super) fn execute(op: &mut Op) -> Result<usize> {
     Ok(done)
 }
 
+/// The whole operation in the drive's own commands.
+fn execute_commands(op: &mut Op, namespace: NvmeTarget<'_>, max: usize, lba: usize) -> Result<usize> {
+    let mut done = 0;
+    while done < op.range.len() {
+        let (start, offset, verb) = (op.range.start + done, op.offset + done as u64, op.verb);
+        let end = op.range.end;
+        let Some(buffer) = op.buffer.as_mut() else {
+            return Err(Error::new(ErrorKind::Invalid, format!("{}: it has no buffer", op.describe())));
+        };
+        let len = io::span(buffer.as_ptr() as usize + start, end - start, max, lba);
+        let part = &mut buffer[start..start + len];
+        match verb {
+            Verb::Read => ioctl::io_read(namespace.fd, namespace.read(offset, len), part),
+            _ => ioctl::io_write(namespace.fd, namespace.write(offset, len), part),
+        }
+        .map_err(|fault| fault.error(op.describe()))?;
+        done += len;
+    }
+    Ok(done)
+}
+
 fn transfer(op: &mut Op, fd: BorrowedFd<'_>, done: usize, max: usize) -> Result<usize> {
     let start = op.range.start + done;
     let end = op.range.end.min(start.saturating_add(max));
@@ -237,7 +262,7 @@ fn transfer(op: &mut Op, fd: BorrowedFd<'_>, done: usize, max: usize) -> Result<
         };
         match result {
             Err(Errno::INTR | Errno::AGAIN) => {}
-            Err(error) => return Err(Error::os(error, op.describe())),
+            Err(error) => return Err(op.failed(error.into())),
             Ok(got) => return Ok(got),
         }
     }

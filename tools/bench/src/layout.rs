@@ -41,8 +41,13 @@ pub fn open_file(path: &Path, write: bool, direct: bool) -> Result<File> {
     })
 }
 
-/// Length of a file or block device.
+/// Length of a file, block device or NVMe character device.
 pub fn len_of(path: &Path) -> Result<u64> {
+    if nvme::passthrough::is_nvme_char(path) {
+        let device = nvme::open(path, &nvme::DeviceOptions { direct: true, read_only: true })
+            .map_err(|error| Error::nvme(format!("cannot open {}", path.display()), error))?;
+        return Ok(device.len());
+    }
     let mut file =
         File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
     file.seek(SeekFrom::End(0)).map_err(|error| Error::io(format!("cannot size {}", path.display()), error))
@@ -54,7 +59,7 @@ pub fn lay_out(settings: &Settings, path: &Path, len: u64) -> Result<u64> {
     let fail =
         |what: &str, error: std::io::Error| Error::io(format!("cannot {what} {}", path.display()), error);
     let present = match std::fs::metadata(path) {
-        Ok(metadata) if metadata.file_type().is_block_device() => {
+        Ok(metadata) if metadata.file_type().is_block_device() || nvme::passthrough::is_nvme_char(path) => {
             let device = len_of(path)?;
             if device < len {
                 let text = format!("{} has {device} bytes, the job needs {len}", path.display());
@@ -123,6 +128,20 @@ pub fn invalidate(path: &Path) -> Result<()> {
         }
         Err(error) => Err(Error::io(format!("cannot drop the cache of {}", path.display()), error)),
     }
+}
+
+/// Refuses `ioengine=io_uring_cmd` on anything but a namespace, before a mistyped name becomes a file.
+pub fn check_namespace(settings: &Settings, path: &Path) -> Result<()> {
+    if settings.engine != EngineKind::IoUringCmd || nvme::passthrough::is_nvme_char(path) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Usage,
+        format!(
+            "ioengine=io_uring_cmd takes NVMe character devices (/dev/ng0n1), {} is none",
+            path.display()
+        ),
+    ))
 }
 
 /// Refuses `ioengine=mount` on a path that is not on an nvtier mount, naming what it is on.
@@ -198,6 +217,8 @@ mod tests {
     #[test]
     fn mount_engine_refuses_other_file_systems() {
         let directory = tempfile::tempdir().unwrap();
+        let settings = Settings { engine: EngineKind::IoUringCmd, ..Settings::default() };
+        assert!(check_namespace(&settings, Path::new("/dev/null")).is_err());
         let settings = Settings { engine: EngineKind::Mount, ..Settings::default() };
         let error = check_mount(&settings, &directory.path().join("new")).unwrap_err().to_string();
         assert!(error.contains("not on an nvtier mount"), "{error}");

@@ -279,6 +279,7 @@ fn plan(
         let mut shortest = u64::MAX;
         for path in &paths {
             layout::check_mount(settings, path)?;
+            layout::check_namespace(settings, path)?;
             let present = match (&pool, settings.engine) {
                 (_, EngineKind::Null) => settings.size.map_or(0, |size| size.of(1 << 30, 4096)),
                 (Some(pool), _) => pool.len_of(path)?.unwrap_or(0),

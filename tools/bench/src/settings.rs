@@ -63,6 +63,8 @@ impl Amount {
 pub enum EngineKind {
     /// `nvme::Queue` over io_uring (thread pool where io_uring is refused, said aloud).
     IoUring,
+    /// NVMe commands to a namespace's character device, by the same queue.
+    IoUringCmd,
     /// `pread` and `pwrite`, one at a time.
     Pread,
     /// Loads and stores through a mapping.
@@ -80,6 +82,7 @@ impl EngineKind {
     pub fn name(self) -> &'static str {
         match self {
             EngineKind::IoUring => "io_uring",
+            EngineKind::IoUringCmd => "io_uring_cmd",
             EngineKind::Pread => "pread",
             EngineKind::Mmap => "mmap",
             EngineKind::Pool => "pool",

@@ -1,9 +1,10 @@
-//! `nvtier info`: what a pool is, and how full.
+//! `nvtier info`: what a pool is, and how full; or what a drive is.
 
 use engine::{Pool, PoolInfo, PoolStat};
 use serde_json::json;
 
 use crate::cli::{Global, Info};
+use crate::cmd::drive;
 use crate::cmd::format::kind_word;
 use crate::config::Config;
 use crate::failure::{Failure, Outcome, code};
@@ -17,6 +18,9 @@ pub fn run(global: &Global, config: &Config, args: &Info) -> Outcome {
         Some(path) => path.clone(),
         None => config.pool(args.pool.pool.as_ref())?,
     };
+    if args.drive || drive::is_controller(&path) {
+        return drive::run(global, &path);
+    }
     let (info, stat, owner) = match Store::open(&path, true) {
         Ok(store) => (store.info()?, Some(store.stat()?), store.other_owner()),
         Err(failure) if failure.code == code::BUSY => {
@@ -26,6 +30,10 @@ pub fn run(global: &Global, config: &Config, args: &Info) -> Outcome {
             let owner = info.owner_pid;
             output::note(&format!("only the superblocks were read: {}", failure.message));
             (info, None, owner)
+        }
+        // A namespace without a pool is still a drive.
+        Err(failure) if failure.kind == "NotAPool" && nvme::passthrough::Drive::open(&path).is_ok() => {
+            return drive::run(global, &path);
         }
         Err(failure) => return Err(failure),
     };

@@ -3,9 +3,12 @@
 mod bindings;
 mod cargo;
 mod frameworks;
+mod guest;
 mod posix;
 mod pytest;
 mod user;
+
+pub use cargo::LibtestReader;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -53,6 +56,8 @@ enum Suite {
     Frameworks,
     /// pjdfstest and fsx.
     Posix,
+    /// Emulated NVMe drives in a virtual machine: the kernel's driver, passthrough, faults, crashes.
+    Guest,
 }
 
 /// What the suites share.
@@ -139,8 +144,9 @@ pub fn run(args: &TestArgs) -> Result<bool> {
 
     thread::scope(|scope| -> Result<()> {
         // Downloads and builds of the outer tools overlap with the build and tests of the crates.
-        let needs_python = args.suite.iter().any(|suite| !matches!(suite, Suite::User | Suite::Posix))
-            || args.suite.is_empty();
+        let needs_python =
+            args.suite.iter().any(|suite| !matches!(suite, Suite::User | Suite::Posix | Suite::Guest))
+                || args.suite.is_empty();
         let python = scope.spawn({
             let log = shared.log("setup-python");
             move || if needs_python { Some(pyenv::ensure(&log)) } else { None }
@@ -189,6 +195,9 @@ pub fn run(args: &TestArgs) -> Result<bool> {
         }
         if wanted(Suite::Frameworks) && !stop() {
             timed(&report, &shared, "frameworks", || frameworks::run(&shared, python.as_ref()));
+        }
+        if wanted(Suite::Guest) && !stop() {
+            timed(&report, &shared, "guest", || guest::run(&shared));
         }
         if let Some(posix) = posix {
             posix.join().expect("posix suite");

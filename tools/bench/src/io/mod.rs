@@ -88,7 +88,7 @@ pub fn open(settings: &Settings, files: &Files) -> Result<Box<dyn IoEngine>> {
         EngineKind::Null => Box::new(null::NullEngine::new(settings)),
         EngineKind::Pread => Box::new(pread::PreadEngine::open(settings, files)?),
         EngineKind::Mmap => Box::new(mapped::MmapEngine::open(settings, files)?),
-        EngineKind::IoUring => Box::new(uring::UringEngine::open(settings, files)?),
+        EngineKind::IoUring | EngineKind::IoUringCmd => Box::new(uring::UringEngine::open(settings, files)?),
         EngineKind::Mount if settings.iodepth > 1 => Box::new(uring::UringEngine::open(settings, files)?),
         EngineKind::Mount => Box::new(pread::PreadEngine::open(settings, files)?),
         EngineKind::Pool => {

@@ -8,7 +8,7 @@ use nvme::{Arena, ArenaOptions, Backend, Buffer, Device, DeviceOptions, Op, Queu
 
 use super::{Done, Files, IoEngine, Queued, Transfer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::settings::{Direction, Settings};
+use crate::settings::{Direction, EngineKind, Settings};
 
 /// A drive that has not answered for this long counts as failed.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -36,6 +36,7 @@ impl UringEngine {
         let mut builder = Queue::builder()
             .depth(settings.iodepth)
             .deadline(DEADLINE)
+            .passthrough(settings.engine == EngineKind::IoUringCmd)
             .iopoll(settings.hipri)
             .measure_latency(false);
         if settings.fixedbufs {

@@ -17,6 +17,7 @@ pub(super) const RW: &[(&str, &str)] = &[
 
 pub(super) const ENGINES: &[(&str, &str)] = &[
     ("io_uring", "io_uring with registered files and buffers, one submit a batch"),
+    ("io_uring_cmd", "NVMe commands to /dev/ngXnY through io_uring, past the block layer"),
     ("pread", "pread(2) and pwrite(2), one at a time (also: psync, sync, pvsync, vsync)"),
     ("mmap", "loads and stores through a mapping"),
     ("pool", "a region of an nvtier pool, through the engine, checksums verified (needs --pool)"),
@@ -72,6 +73,7 @@ pub(super) fn set_bs(s: &mut Settings, v: &str) -> Result<(), String> {
 pub(super) fn set_engine(s: &mut Settings, v: &str) -> Result<(), String> {
     s.engine = match v {
         "io_uring" => EngineKind::IoUring,
+        "io_uring_cmd" => EngineKind::IoUringCmd,
         "pread" | "psync" | "sync" | "pvsync" | "vsync" => EngineKind::Pread,
         "mmap" => EngineKind::Mmap,
         "pool" => EngineKind::Pool,
