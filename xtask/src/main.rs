@@ -5,6 +5,7 @@ mod bindgen;
 mod exec;
 mod external;
 mod fuzz;
+mod kill;
 mod lint;
 mod paths;
 mod pyenv;
@@ -37,6 +38,8 @@ enum Task {
     Bindgen(bindgen::Args),
     /// Simulated power cuts against a model, bit flips at rest; see docs/reliability.md.
     Sim(sim::Args),
+    /// Kill daemons, importers and owners under load and look at what is left; see docs/reliability.md.
+    Kill(kill::Args),
     /// Search for inputs that break a parser: libFuzzer over the targets of `fuzz/`.
     Fuzz(fuzz::FuzzArgs),
     /// Remove mounts, processes and loop devices that an interrupted test run left behind.
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Task::Setup => suites::setup(),
         Task::Bindgen(args) => bindgen::run(&args),
         Task::Sim(args) => sim::run(&args),
+        Task::Kill(args) => kill::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Sweep => sweep::abandoned().map(|()| true),
     };
