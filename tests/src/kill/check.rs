@@ -156,3 +156,38 @@ pub fn differs(states: &BTreeMap<String, State>, seen: &Seen) -> Option<String> 
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::content::Version;
+    use super::super::journal::Op;
+    use super::*;
+
+    #[test]
+    fn losses_are_noticed() {
+        let version = |id| Version { id, len: 2000 };
+        let files = |files: &[(&str, u64)]| -> BTreeMap<String, Vec<u8>> {
+            files.iter().map(|(name, id)| ((*name).to_owned(), version(*id).bytes())).collect()
+        };
+        let base: State = [("s0".to_owned(), version(1))].into();
+        let put = (0, Line::Begin(1, Op::Put("s1".into(), version(2))));
+        let synced = [put.clone(), (0, Line::Synced(1))];
+        let whole = files(&[("s0", 1), ("s1", 2)]);
+        assert_eq!(judge("w1", &base, &synced, &whole).unwrap().0.len(), 2);
+        assert_eq!(judge("w1", &base, &[put], &files(&[("s0", 1)])).unwrap().0, base);
+        assert_eq!(judge("w1", &base, &synced, &files(&[("s0", 1)])).unwrap_err().bytes, 2000);
+        assert_eq!(judge("w1", &base, &synced, &files(&[])).unwrap_err().bytes, 4000);
+        let mut torn = whole.clone();
+        torn.get_mut("s1").unwrap()[1000] ^= 1;
+        assert_eq!(judge("w1", &base, &synced, &torn).unwrap_err().bytes, 2000);
+        assert_eq!(judge("r", &base, &[], &torn).unwrap_err().bytes, 0, "nobody wrote s1");
+        assert_eq!(judge("r", &base, &[], &files(&[])).unwrap_err().bytes, 2000);
+
+        let states: BTreeMap<String, State> = [("w1".to_owned(), base)].into();
+        let seen = |found: &[(&str, u64)]| -> Seen { [("w1".to_owned(), files(found))].into() };
+        assert_eq!(differs(&states, &seen(&[("s0", 1)])), None);
+        assert!(differs(&states, &seen(&[("s0", 2)])).is_some());
+        assert!(differs(&states, &seen(&[("s0", 1), ("s1", 2)])).is_some());
+        assert!(differs(&states, &Seen::new()).is_some());
+    }
+}
