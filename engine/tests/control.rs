@@ -587,10 +587,12 @@ fn another_user_is_turned_away() {
     until("he is gone", || server.clients() == 0);
 }
 
-/// This test program as user 65534, from a copy in `folder` that he can run.
+/// This test program as user 65534, from a copy in `folder` that he can run. `cp` makes it: a process that another test starts meanwhile
+/// would inherit our descriptor that writes, and nothing that is being written can be run.
 fn as_another_user(folder: &Path) -> Command {
     let program = folder.join("test-program");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    let copied = Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&program).status().unwrap();
+    assert!(copied.success());
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);

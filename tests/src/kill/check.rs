@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use engine::{NodeKind, Session, SessionOptions};
 
-use super::content::identify;
+use super::content::{Version, identify};
 use super::journal::{Found, Line, Loss, State, one_moment, rewritten};
 use crate::Kind;
 
-/// Directories, their files and the files' bytes.
-pub type Seen = BTreeMap<String, BTreeMap<String, Vec<u8>>>;
+/// The files of a directory: their bytes, or why these cannot be read.
+pub type Files = BTreeMap<String, Result<Vec<u8>, String>>;
+/// Directories.
+pub type Seen = BTreeMap<String, Files>;
 
 /// Where imports lie that did not end (engine/src/session/partial.rs).
 pub const PARTIAL: &str = ".nvtier-partial";
@@ -28,10 +30,10 @@ pub fn through_mount(point: &Path) -> Result<Seen, String> {
         if directory.starts_with('.') {
             continue; // the mount's own, and what is not complete
         }
-        let files: &mut BTreeMap<_, _> = seen.entry(directory).or_default();
+        let files: &mut Files = seen.entry(directory).or_default();
         for file in fs::read_dir(entry.path()).map_err(|e| failed(&entry.path(), e))? {
             let file = file.map_err(|e| failed(&entry.path(), e))?;
-            let bytes = fs::read(file.path()).map_err(|e| failed(&file.path(), e))?;
+            let bytes = fs::read(file.path()).map_err(|e| failed(&file.path(), e));
             files.insert(file.file_name().to_string_lossy().into_owned(), bytes);
         }
     }
@@ -68,9 +70,11 @@ pub fn through_session(pool: &Path, kind: Kind) -> Result<Seen, String> {
                     return Err(format!("nobody made {}", entry.path));
                 };
                 let what = || format!("read {}", entry.path);
-                let reader = session.reader(&entry.path).map_err(|e| failed(&what(), e))?;
-                let mut bytes = vec![0; reader.len() as usize];
-                reader.read_exact_at(0, &mut bytes).map_err(|e| failed(&what(), e))?;
+                let read = |reader: engine::RegionReader| {
+                    let mut bytes = vec![0; reader.len() as usize];
+                    reader.read_exact_at(0, &mut bytes).map(|()| bytes)
+                };
+                let bytes = session.reader(&entry.path).and_then(read).map_err(|e| failed(&what(), e));
                 seen.entry(directory.to_owned()).or_default().insert(name.to_owned(), bytes);
             }
             other => return Err(format!("nobody made {}, a {other:?}", entry.path)),
@@ -108,11 +112,11 @@ pub fn judge(
     name: &str,
     base: &State,
     lines: &[(u64, Line)],
-    files: &BTreeMap<String, Vec<u8>>,
+    files: &Files,
 ) -> Result<(State, Vec<String>), Loss> {
     let at = |loss: Loss| Loss { what: format!("{name}/ {}", loss.what), ..loss };
     if !name.starts_with('r') {
-        let found: Found = files.iter().map(|(name, bytes)| (name.clone(), identify(bytes))).collect();
+        let found: Found = files.iter().map(|(name, bytes)| (name.clone(), known(bytes))).collect();
         return one_moment(base, lines, &found).map(|state| (state, Vec::new())).map_err(at);
     }
     let (mut state, mut mixed) = (State::new(), Vec::new());
@@ -125,7 +129,8 @@ pub fn judge(
     names.sort();
     names.dedup();
     for file in names {
-        let bytes = files.get(&file).map(Vec::as_slice);
+        // What cannot be read is not there.
+        let bytes = files.get(&file).and_then(|bytes| bytes.as_deref().ok());
         match rewritten(base.get(&file).copied(), &file, lines, bytes).map_err(at)? {
             Some(version) => {
                 state.insert(file, version);
@@ -135,6 +140,10 @@ pub fn judge(
         }
     }
     Ok((state, mixed))
+}
+
+fn known(bytes: &Result<Vec<u8>, String>) -> Result<Version, String> {
+    identify(bytes.as_deref().map_err(Clone::clone)?)
 }
 
 /// Says where the bytes of a pool are others than `states` says.
@@ -148,7 +157,7 @@ pub fn differs(states: &BTreeMap<String, State>, seen: &Seen) -> Option<String> 
             return Some(format!("{name}/{extra} came up again"));
         }
         for (file, version) in state {
-            let found = files.get(file).map(|bytes| identify(bytes));
+            let found = files.get(file).map(known);
             if found != Some(Ok(*version)) {
                 return Some(format!("{name}/{file} was {version}, is {found:?}"));
             }
@@ -159,15 +168,14 @@ pub fn differs(states: &BTreeMap<String, State>, seen: &Seen) -> Option<String> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::content::Version;
     use super::super::journal::Op;
     use super::*;
 
     #[test]
     fn losses_are_noticed() {
         let version = |id| Version { id, len: 2000 };
-        let files = |files: &[(&str, u64)]| -> BTreeMap<String, Vec<u8>> {
-            files.iter().map(|(name, id)| ((*name).to_owned(), version(*id).bytes())).collect()
+        let files = |files: &[(&str, u64)]| -> Files {
+            files.iter().map(|(name, id)| ((*name).to_owned(), Ok(version(*id).bytes()))).collect()
         };
         let base: State = [("s0".to_owned(), version(1))].into();
         let put = (0, Line::Begin(1, Op::Put("s1".into(), version(2))));
@@ -178,8 +186,11 @@ mod tests {
         assert_eq!(judge("w1", &base, &synced, &files(&[("s0", 1)])).unwrap_err().bytes, 2000);
         assert_eq!(judge("w1", &base, &synced, &files(&[])).unwrap_err().bytes, 4000);
         let mut torn = whole.clone();
-        torn.get_mut("s1").unwrap()[1000] ^= 1;
+        torn.get_mut("s1").unwrap().as_mut().unwrap()[1000] ^= 1;
         assert_eq!(judge("w1", &base, &synced, &torn).unwrap_err().bytes, 2000);
+        torn.insert("s1".into(), Err("EIO".into()));
+        assert_eq!(judge("w1", &base, &synced, &torn).unwrap_err().bytes, 2000);
+        torn.insert("s1".into(), Ok(vec![7; 100]));
         assert_eq!(judge("r", &base, &[], &torn).unwrap_err().bytes, 0, "nobody wrote s1");
         assert_eq!(judge("r", &base, &[], &files(&[])).unwrap_err().bytes, 2000);
 

@@ -118,12 +118,21 @@ pub fn mixture_of(versions: &[Version], bytes: &[u8]) -> Result<(), String> {
     if bytes.len() as u64 > versions.iter().map(|version| version.len).max().unwrap_or(0) {
         return Err(format!("{} bytes, longer than every version that was written", bytes.len()));
     }
-    let mut expected = [0; BLOCK];
+    let is = |version: Version, at: u64, block: &[u8], from: usize, to: usize| {
+        let mut expected = [0; BLOCK];
+        version.fill(at, &mut expected);
+        block[from..to] == expected[from..to]
+    };
     for (at, block) in (0..).step_by(BLOCK).zip(bytes.chunks(BLOCK)) {
+        // A file cut short ends within a block; and where a version ends within one, a longer one may go on until the file is cut.
+        let held = |version: Version| (version.len.saturating_sub(at) as usize).min(block.len());
         let matches = versions.iter().any(|version| {
-            // A file cut short ends within a block.
-            version.fill(at, &mut expected);
-            block == &expected[..block.len()]
+            let end = held(*version);
+            let rest = end == block.len()
+                || versions
+                    .iter()
+                    .any(|other| held(*other) == block.len() && is(*other, at, block, end, block.len()));
+            end > 0 && is(*version, at, block, 0, end) && rest
         });
         if !matches {
             return Err(format!("block at {at} is {}", describe(block)));
@@ -211,6 +220,14 @@ mod tests {
         assert!(identify(&mixed).unwrap_err().contains("version 8"));
         mixture_of(&[old, new], &mixed).unwrap();
         mixture_of(&[old, new], &mixed[..700]).unwrap();
+        // Written, and not yet cut to its length.
+        let short = Version { id: 9, len: 700 };
+        let mut uncut = old.bytes();
+        uncut[..700].copy_from_slice(&short.bytes());
+        mixture_of(&[old, short], &uncut).unwrap();
+        mixture_of(&[new, short], &uncut).unwrap_err();
+        uncut[701] ^= 1;
+        mixture_of(&[old, short], &uncut).unwrap_err();
         mixed[1024..1536].fill(0);
         assert!(mixture_of(&[old, new], &mixed).unwrap_err().contains("zeros"));
     }

@@ -181,7 +181,8 @@ pub struct Loss {
 pub type Found = BTreeMap<String, Result<Version, String>>;
 
 /// Whether `found` is what the directory was after one of the steps, and not before the last one that was made durable. A new file that was
-/// closed since then may be missing: its close may still have been on its way through the kernel, and until that is through it is in no snapshot.
+/// closed without an `fsync` of its own or a later one of the directory may be missing: its close takes a while in the background, and until
+/// that is through the file is in no snapshot.
 pub fn one_moment(base: &State, lines: &[(u64, Line)], found: &Found) -> Result<State, Loss> {
     let synced = lines.iter().filter_map(|(_, line)| match line {
         Line::Synced(seq) => Some(*seq),
@@ -194,11 +195,22 @@ pub fn one_moment(base: &State, lines: &[(u64, Line)], found: &Found) -> Result<
     if synced == 0 {
         candidates.push(state.clone());
     }
+    // A directory's `fsync`, or one within a session, comes after the end of a step; a file's own before it.
+    let (mut ended, mut all_synced) = (0, 0);
+    for (_, line) in lines {
+        match line {
+            Line::End(seq) => ended = *seq,
+            Line::Synced(seq) if *seq == ended => all_synced = *seq,
+            _ => {}
+        }
+    }
+    let own = |seq: u64| lines.iter().any(|(_, line)| *line == Line::Synced(seq));
     let mut closing: Vec<(&String, Version)> = Vec::new();
     for (_, line) in lines {
         let Line::Begin(seq, op) = line else { continue };
         if let Op::Put(name, version) = op
-            && *seq > synced
+            && *seq > all_synced
+            && !own(*seq)
             && !state.contains_key(name)
         {
             closing.push((name, *version));
@@ -241,6 +253,7 @@ pub fn one_moment(base: &State, lines: &[(u64, Line)], found: &Found) -> Result<
         match found.get(name) {
             Some(Ok(same)) if same == version => {}
             _ if touched(name) => {}
+            None if closing.iter().any(|(put, new)| *put == name && new == version) => {}
             other => {
                 loss.bytes += version.len;
                 loss.what += &format!("{name}: {version} was promised, found: {}; ", shown(other));

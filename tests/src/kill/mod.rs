@@ -68,10 +68,11 @@ impl Totals {
 
     /// The closing line.
     pub fn line(&self) -> String {
-        format!(
+        let line = format!(
             "kill: {} rounds, {} lost committed bytes, {} hung clients, {} unclean mounts",
             self.rounds, self.lost_bytes, self.hung, self.unclean
-        )
+        );
+        if self.is_clean() { line } else { format!("{line}; FAILED, {} findings", self.findings.len()) }
     }
 }
 

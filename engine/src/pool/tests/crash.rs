@@ -66,7 +66,7 @@ fn a_snapshot_between_creation_and_writing_holds_no_empty_file() {
             if path.is_dir() {
                 copy_tree(&path, &to)
             } else {
-                drop(std::fs::copy(&path, &to).unwrap())
+                assert!(std::fs::copy(&path, &to).unwrap() > 0)
             }
             open(&to)
         };
