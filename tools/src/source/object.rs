@@ -122,6 +122,8 @@ pub fn parse_url(text: &str, options: &ObjectOptions) -> Outcome<Source> {
 fn redacted(text: &str) -> String {
     let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
     let (rest, hidden) = match rest.find(['?', '#']) {
+        // Of a password, or of a query? Nobody knows.
+        Some(at) if rest[at..].contains('@') => ("", "***"),
         Some(at) => (&rest[..at], "?***"),
         None => (rest, ""),
     };
