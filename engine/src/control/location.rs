@@ -20,6 +20,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::net::sockopt::socket_peercred;
@@ -65,17 +66,26 @@ impl Location {
         Ok((directory, path))
     }
 
-    /// The same, with the directory locked against others that bind or sweep there. The lock goes with the descriptor.
-    fn locked(&self) -> io::Result<(OwnedFd, PathBuf)> {
+    /// The same, with the directory locked against others that bind or sweep there, and whether it is. The lock goes with the descriptor.
+    /// Who has it keeps it for a moment; one that is stopped meanwhile (`SIGSTOP`) holds nobody up for longer than `patience`.
+    fn locked(&self, patience: Duration) -> io::Result<(OwnedFd, PathBuf, bool)> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(&self.directory, flags, Mode::empty())?;
-        match flock(&directory, FlockOperation::LockExclusive) {
-            // NFS and some FUSE file systems know no flock.
-            Ok(()) | Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::NOLCK) => {}
-            Err(error) => return Err(error.into()),
-        }
         let path = through(&directory);
-        Ok((directory, path))
+        let start = Instant::now();
+        loop {
+            match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok((directory, path, true)),
+                Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < patience => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                // NFS and some FUSE file systems know no flock.
+                Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::NOTSUP | rustix::io::Errno::NOLCK) => {
+                    return Ok((directory, path, false));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Connects to a process of one of the `trusted` users.
@@ -104,7 +114,8 @@ impl Location {
     /// Listens; what a dead owner left at the name is replaced. The caller owns the pool.
     pub fn bind(&self) -> Result<UnixListener> {
         let doing = || format!("listen on the control socket {}", self.path().display());
-        let (_directory, directory) = self.locked().map_err(|e| Error::io(doing(), e))?;
+        let (_directory, directory, locked) =
+            self.locked(Duration::from_secs(1)).map_err(|e| Error::io(doing(), e))?;
         let path = directory.join(&self.name);
         // Read-only owners may be several: the first one serves.
         if path.symlink_metadata().is_ok() && !is_dead(&path) {
@@ -126,13 +137,16 @@ impl Location {
             let _ = fs::remove_file(&binding);
             return Err(Error::io(doing(), error));
         }
-        self.sweep_in(&directory);
+        if locked {
+            self.sweep_in(&directory);
+        }
         Ok(listener)
     }
 
     /// Removes what killed owners left: the pool's own socket, in a runtime directory those of all pools.
     pub fn sweep(&self) {
-        if let Ok((_directory, path)) = self.locked() {
+        // The next one does it otherwise.
+        if let Ok((_directory, path, true)) = self.locked(Duration::ZERO) {
             self.sweep_in(&path);
         }
     }
@@ -340,7 +354,12 @@ mod tests {
         left.sort();
         assert_eq!(left, ["full.sock", "living.sock", "mount.json", "record.sock"]);
         at("living").connect(&[me()]).unwrap();
-        drop(living);
+        // Whoever has the lock and does not let go holds nobody up.
+        let held = at("living").locked(Duration::ZERO).unwrap();
+        at("late").bind().unwrap();
+        at("late").sweep();
+        assert!(at("late").path().exists());
+        drop((held, living));
         let _next = at("next").bind().unwrap();
         assert!(!at("living").path().exists(), "who serves next sweeps too");
     }
