@@ -28,7 +28,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -483,6 +483,7 @@ pub(crate) fn write_through(
         .write(true)
         .create(kind == MemberKind::Directory)
         .truncate(false)
+        .mode(0o600)
         .open(&at)
         .map_err(|error| Error::io(what(), error))?;
     let len = length(&mut file).map_err(|error| Error::io(what(), error))?;

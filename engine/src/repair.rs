@@ -20,6 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::file_draft::read_file;
 use crate::format;
 use crate::layout::Layout;
+use crate::member::directory::private_directories;
 use crate::pool::live::{Current, Live};
 use crate::pool::stored::Stored;
 use crate::pool::{Shared, Storage, lock, read};
@@ -414,7 +415,7 @@ fn write_in_place(
             let file = match open() {
                 // The file is gone, and with it maybe its directory: both come back.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| open())
+                    path.parent().map_or(Ok(()), private_directories).and_then(|()| open())
                 }
                 opened => opened,
             };

@@ -173,6 +173,9 @@ impl Session {
         if !options.read_only {
             partial::sweep(&pool);
         }
+        if !options.read_only && !options.serve {
+            crate::control::location::sweep(&pool.info());
+        }
         let server = options.serve.then(|| crate::control::serve(pool.clone()));
         let server = match server.transpose() {
             Ok(server) => server,

@@ -3,12 +3,12 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use engine::control::{Client, ControlServer, serve};
+use engine::control::{Client, ControlServer, location, serve};
 use engine::{ErrorKind, FormatOptions, OpenOptions, Pool, Session, SessionOptions, WriterOptions};
 
 /// Only so long is waited for anything; failures are told before.
@@ -135,6 +135,14 @@ fn child() {
             let mut answer = Vec::new();
             let _ = socket.read_to_end(&mut answer);
             say("answer", String::from_utf8_lossy(answer.get(8..).unwrap_or_default()));
+        }
+        "impostor" => {
+            let listener = UnixListener::bind(&path).unwrap();
+            say("listening", "");
+            // Whatever is said to him is told.
+            let mut heard = Vec::new();
+            let _ = listener.accept().unwrap().0.read_to_end(&mut heard);
+            say("heard", heard.len());
         }
         other => panic!("no role {other}"),
     }
@@ -572,14 +580,73 @@ fn another_user_is_turned_away() {
         fs::set_permissions(open, fs::Permissions::from_mode(0o755)).unwrap();
     }
     fs::set_permissions(server.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let program = dir.path().join("test-program");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    let mut command = Command::new("setpriv");
-    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);
-    let mut stranger = Other::start(command, "stranger", &server.path());
+    let mut stranger = Other::start(as_another_user(dir.path()), "stranger", &server.path());
     let answer = stranger.says("answer");
     assert!(answer.contains("permission_denied") && answer.contains("user 65534"), "{answer}");
     stranger.finish();
     until("he is gone", || server.clients() == 0);
+}
+
+/// This test program as user 65534, from a copy in `folder` that he can run. `cp` makes it: a process that another test starts meanwhile
+/// would inherit our descriptor that writes, and nothing that is being written can be run.
+fn as_another_user(folder: &Path) -> Command {
+    let program = folder.join("test-program");
+    let copied = Command::new("cp").arg(std::env::current_exe().unwrap()).arg(&program).status().unwrap();
+    assert!(copied.success());
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);
+    command
+}
+
+#[test]
+fn a_client_speaks_to_no_strangers_socket() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: a_client_speaks_to_no_strangers_socket needs root to become another user");
+        return;
+    }
+    // A pool's directory that everybody can write, which is a mistake.
+    let (dir, path) = directory_pool();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+    let mut impostor =
+        Other::start(as_another_user(dir.path()), "impostor", &path.join(location::SOCKET_NAME));
+    impostor.says("listening");
+    let refused = Client::connect(&path).expect_err("a refusal");
+    assert_eq!(refused.kind(), ErrorKind::PermissionDenied, "{refused}");
+    assert!(refused.chain().to_string().contains("user 65534"), "{}", refused.chain());
+    assert_eq!(impostor.says("heard"), "0");
+    impostor.finish();
+}
+
+#[test]
+fn the_socket_of_a_killed_owner_goes_with_the_next_one() {
+    for (kind, dir, path) in pools() {
+        let mut owner = Other::role("owner", &path);
+        owner.says("ready");
+        let pool = Pool::probe(&path).unwrap();
+        let runtime = format!("{}.sock", pool.id);
+        let sockets = || {
+            let mut found = vec![pool.members[0].path.join(location::SOCKET_NAME)];
+            found.push(Path::new("/run/nvtier").join(&runtime));
+            found.push(
+                std::env::temp_dir()
+                    .join(format!("nvtier-{}", rustix::process::geteuid().as_raw()))
+                    .join(&runtime),
+            );
+            found.extend(
+                std::env::var_os("XDG_RUNTIME_DIR").map(|dir| Path::new(&dir).join("nvtier").join(&runtime)),
+            );
+            found.retain(|path| path.symlink_metadata().is_ok());
+            found
+        };
+        assert_eq!(sockets().len(), 1, "{kind}: {:?}", sockets());
+        owner.child.kill().unwrap();
+        owner.child.wait().unwrap();
+        assert_eq!(sockets().len(), 1, "{kind}: a process that is killed cannot clean up");
+        // One that serves nobody.
+        Session::open(&path, options()).unwrap().close().unwrap();
+        assert_eq!(sockets(), Vec::<PathBuf>::new(), "{kind}");
+        drop(dir);
+    }
 }

@@ -274,8 +274,15 @@ impl fuser::Filesystem for Adapter {
         let mut register = |file: &File| reply.open_backing(file);
         let node = NewNodeRequest { kind: NodeKind::Region, mode, rdev: 0, target: None };
         let caller = caller(request);
-        let result = self.fs.make_node(parent.0, name, node, caller).and_then(|entry| {
-            let opened = self.fs.open(entry.attr.node, access(OpenFlags(flags)), caller, &mut register);
+        let access = access(OpenFlags(flags));
+        let made = if access.write {
+            self.fs.make_file(parent.0, name, node, caller).map(|(entry, created)| (entry, Some(created)))
+        } else {
+            self.fs.make_node(parent.0, name, node, caller).map(|entry| (entry, None))
+        };
+        // `_created` goes when the file is open.
+        let result = made.and_then(|(entry, _created)| {
+            let opened = self.fs.open(entry.attr.node, access, caller, &mut register);
             // The kernel hears of the node only with a success.
             opened.map(|opened| (entry, opened)).inspect_err(|_| self.fs.forget(entry.attr.node, 1))
         });

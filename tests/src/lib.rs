@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
+pub mod kill;
+
 /// How long anything may take before a test calls it a hang.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
@@ -128,27 +130,37 @@ impl Ran {
 /// When it cannot start or does not end.
 #[track_caller]
 pub fn run(command: &mut Command) -> Ran {
+    try_run(command).unwrap_or_else(|what| panic!("{what}"))
+}
+
+/// As [`run`], for those who go on when it cannot start or does not end.
+///
+/// # Errors
+/// Which of the two, in words.
+pub fn try_run(command: &mut Command) -> Result<Ran, String> {
     let words = format!("{command:?}");
     // Files, not pipes: a daemon that a command leaves behind would hold a pipe open.
-    let (out, err) = (tempfile::tempfile().expect("file"), tempfile::tempfile().expect("file"));
+    let file = || tempfile::tempfile().map_err(|error| format!("a temporary file: {error}"));
+    let (out, err) = (file()?, file()?);
+    let copy = |file: &fs::File| file.try_clone().map_err(|error| format!("a temporary file: {error}"));
     let mut child = command
         .stdin(Stdio::null())
-        .stdout(out.try_clone().expect("file"))
-        .stderr(err.try_clone().expect("file"))
+        .stdout(copy(&out)?)
+        .stderr(copy(&err)?)
         .spawn()
-        .unwrap_or_else(|error| panic!("cannot start {words}: {error}"));
+        .map_err(|error| format!("cannot start {words}: {error}"))?;
     let pid = Pid::from_child(&child);
-    let status = wait_for(|| child.try_wait().expect("wait")).unwrap_or_else(|| {
+    let status = wait_for(|| child.try_wait().expect("wait")).ok_or_else(|| {
         let _ = kill_process(pid, Signal::KILL);
-        panic!("{words} did not end within {} s", LIMIT.as_secs())
-    });
+        format!("{words} did not end within {} s", LIMIT.as_secs())
+    })?;
     let read = |mut file: fs::File| {
         use std::io::{Read, Seek};
         let mut bytes = Vec::new();
         file.rewind().and_then(|()| file.read_to_end(&mut bytes)).expect("output of the command");
         bytes
     };
-    Ran::from(Output { status, stdout: read(out), stderr: read(err) })
+    Ok(Ran::from(Output { status, stdout: read(out), stderr: read(err) }))
 }
 
 /// Runs `nvtier` with these arguments.
@@ -268,8 +280,7 @@ impl Mounted {
 
     /// Whether the kernel has a mount there, dead or alive.
     pub fn is_mounted(&self) -> bool {
-        let text = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-        text.lines().any(|line| line.split(' ').nth(4).map(Path::new) == Some(&self.point))
+        mounted_at(&self.point)
     }
 
     /// Process id of the daemon, as the pool's owner record gives it.
@@ -323,6 +334,15 @@ impl Drop for Mounted {
     }
 }
 
+/// Whether the kernel has a mount at `point`, dead or alive.
+///
+/// # Panics
+/// Without /proc.
+pub fn mounted_at(point: &Path) -> bool {
+    let text = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+    text.lines().any(|line| line.split(' ').nth(4).map(Path::new) == Some(point))
+}
+
 /// Waits for the end of a process that is not our child; false after [`LIMIT`].
 pub fn ended(pid: Pid) -> bool {
     let gone = || {
@@ -334,7 +354,7 @@ pub fn ended(pid: Pid) -> bool {
 }
 
 /// Processes with an argument that is a path under `folder`.
-fn processes_naming(folder: &Path) -> Vec<Pid> {
+pub(crate) fn processes_naming(folder: &Path) -> Vec<Pid> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").expect("/proc").flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };

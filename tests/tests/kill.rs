@@ -100,6 +100,30 @@ fn every_write_that_was_acknowledged_by_fsync_survives_kills() {
 }
 
 #[test]
+fn names_of_files_that_were_closed_survive_after_an_fsync_of_their_directory() {
+    for kind in KINDS {
+        let mounted = Mounted::new(kind, &[]);
+        // Its checksums take a while after the close.
+        let bytes = pattern(11, 48 << 20);
+        let names = ["first", "second", "third"];
+        for name in names {
+            fs::write(mounted.point.join(name), &bytes).unwrap();
+        }
+        File::open(&mounted.point).unwrap().sync_all().unwrap();
+        mounted.signal(Signal::KILL);
+        mounted.mount(&[]).ok();
+        for name in names {
+            let found = fs::read(mounted.point.join(name));
+            assert!(
+                found.unwrap_or_else(|error| panic!("{kind:?}, {name}: {error}")) == bytes,
+                "{kind:?}, {name}"
+            );
+        }
+        mounted.finish();
+    }
+}
+
+#[test]
 fn signals_that_ask_to_stop_unmount_cleanly() {
     for kind in KINDS {
         for signal in [Signal::TERM, Signal::INT] {

@@ -6,6 +6,7 @@ mod exec;
 mod external;
 mod fuzz;
 mod guest;
+mod kill;
 mod lint;
 mod paths;
 mod pyenv;
@@ -38,6 +39,8 @@ enum Task {
     Bindgen(bindgen::Args),
     /// Simulated power cuts against a model, bit flips at rest; see docs/reliability.md.
     Sim(sim::Args),
+    /// Kill daemons, importers and owners under load and look at what is left; see docs/reliability.md.
+    Kill(kill::Args),
     /// Search for inputs that break a parser: libFuzzer over the targets of `fuzz/`.
     Fuzz(fuzz::FuzzArgs),
     /// NVMe drives of an emulated machine: passthrough, raw pools, removal, medium errors, kills, power cuts; see docs/hardware.md.
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Task::Setup => suites::setup(),
         Task::Bindgen(args) => bindgen::run(&args),
         Task::Sim(args) => sim::run(&args),
+        Task::Kill(args) => kill::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Guest(args) => guest::run(&args),
         Task::Sweep => sweep::abandoned().map(|()| true),

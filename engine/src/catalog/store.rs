@@ -283,7 +283,13 @@ fn copy_zone(device: &Arc<dyn Device>, from: (u64, u64), to: (u64, u64)) -> Resu
 }
 
 fn copy_file(from: &Path, to: &Path) -> Result<()> {
-    let copied = fs::copy(from, to).and_then(|_| File::open(to)?.sync_all());
+    let copy = || {
+        // Closed to others from its first byte on, also where the original, of an older version, is not.
+        let mut target = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(to)?;
+        io::copy(&mut File::open(from)?, &mut target)?;
+        target.sync_all()
+    };
+    let copied = copy();
     copied.map_err(|error| {
         let _ = fs::remove_file(to);
         Error::io(format!("copy {} to {}", from.display(), to.display()), error)

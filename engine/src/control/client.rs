@@ -227,9 +227,10 @@ impl Client {
 /// Connects and says hello.
 fn dial(path: &Path) -> Result<(Connection, u32)> {
     let info = Pool::probe(path).ok();
+    let trusted = location::trusted(path);
     let mut refused = None;
     for location in location::to_connect(path, info.as_ref()) {
-        let stream = match location.connect() {
+        let stream = match location.connect(&trusted) {
             Ok(stream) => stream,
             Err(error) => {
                 use io::ErrorKind as Os;

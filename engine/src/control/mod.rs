@@ -3,7 +3,8 @@
 //! [`serve`] lets them in ([`ControlServer`]), [`Client`] is their side; [`Session`](crate::Session) chooses. What goes over the
 //! socket is in [`protocol`], where the socket is in [`location`].
 //!
-//! - The kernel tells each side who the other is (`SO_PEERCRED`, `unix(7)`); the owner's user and root may enter, nobody else.
+//! - The kernel tells each side who the other is (`SO_PEERCRED`, `unix(7)`); the owner's user and root may enter, nobody else, and a
+//!   client speaks to nobody but root and its own user (root also to the user whom the pool belongs to).
 //! - A connection holds at most one open region to read and one to write. When it ends, however it ends, they are
 //!   dropped: leases end, what was not committed is gone (or parked, where the writer asked to resume).
 //! - Bytes of a region that is one file of a directory member do not pass through the owner: the client gets a lease, the file

@@ -14,7 +14,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 
@@ -47,6 +47,11 @@ pub struct FileDirectory {
     read_only: bool,
 }
 
+/// Makes directories of a pool, closed to everybody else whatever the umask says: what is in them may be worth as much as a file's bytes.
+pub fn private_directories(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
 /// Space and inodes of the file system under a directory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Space {
@@ -77,7 +82,7 @@ impl FileDirectory {
     pub fn open(path: &Path, quota: Option<u64>, next_file: u64, read_only: bool) -> Result<FileDirectory> {
         let regions = path.join(REGIONS);
         if !read_only {
-            fs::create_dir_all(&regions)
+            private_directories(&regions)
                 .map_err(|error| Error::io(format!("make {}", regions.display()), error))?;
         }
         Ok(FileDirectory {
@@ -128,7 +133,7 @@ impl FileDirectory {
             let open = || OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
             let opened = match open() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    fs::create_dir_all(self.folder_of(number)).and_then(|()| open())
+                    private_directories(&self.folder_of(number)).and_then(|()| open())
                 }
                 opened => opened,
             };
@@ -336,7 +341,7 @@ impl FileDirectory {
                 count += 1;
                 let gone = if keep {
                     let lost = self.path.join(LOST);
-                    fs::create_dir_all(&lost).and_then(|()| fs::rename(entry.path(), lost.join(&name)))
+                    private_directories(&lost).and_then(|()| fs::rename(entry.path(), lost.join(&name)))
                 } else {
                     fs::remove_file(entry.path())
                 };

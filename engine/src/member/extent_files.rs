@@ -16,6 +16,7 @@ use nvme::{Device, FileDevice};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
+use super::directory::private_directories;
 use super::{Hint, Member};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Extent;
@@ -74,7 +75,7 @@ impl ExtentDirectory {
     pub fn new(member: &Path, options: &ExtentDirectoryOptions) -> Result<ExtentDirectory> {
         let directory = member.join(DIRECTORY);
         if !options.read_only {
-            fs::create_dir_all(&directory)
+            private_directories(&directory)
                 .map_err(|e| Error::io(format!("making {}", directory.display()), e))?;
         }
         Ok(ExtentDirectory {

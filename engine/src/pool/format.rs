@@ -1,7 +1,7 @@
 //! Making a pool.
 
 use std::fs;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -105,6 +105,17 @@ fn refuse_foreign(path: &Path, kind: MemberKind, options: &FormatOptions) -> Res
     }
 }
 
+/// Makes a pool's directory, which is closed to others, and those above it, which are as the umask says.
+fn make_directory(path: &Path) -> std::io::Result<()> {
+    if let Some(above) = path.parent() {
+        fs::create_dir_all(above)?;
+    }
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        made => made,
+    }
+}
+
 /// Makes what does not exist yet, and refuses what must not be formatted. Returns its absolute path.
 fn prepare(path: &Path, kind: MemberKind, options: &FormatOptions, made: &mut Made) -> Result<PathBuf> {
     let what = |verb: &str| format!("{verb} {}", path.display());
@@ -112,7 +123,7 @@ fn prepare(path: &Path, kind: MemberKind, options: &FormatOptions, made: &mut Ma
         if kind == MemberKind::Directory {
             let first =
                 path.ancestors().take_while(|above| !above.exists() && !above.as_os_str().is_empty()).last();
-            fs::create_dir_all(path).map_err(|error| Error::io(what("make directory"), error))?;
+            make_directory(path).map_err(|error| Error::io(what("make directory"), error))?;
             made.directories.push(first.unwrap_or(path).to_path_buf());
         } else {
             let Some(size) = options.size else {
@@ -271,7 +282,7 @@ fn format_members(path: &Path, options: &FormatOptions, made: &mut Made) -> Resu
             }
             Ok(_) => refuse_foreign_pointer(path, &members, options)?,
             Err(_) => {
-                fs::create_dir_all(path)
+                make_directory(path)
                     .map_err(|error| Error::io(format!("make directory {}", path.display()), error))?;
                 made.directories.push(path.to_path_buf());
             }

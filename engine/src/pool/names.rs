@@ -6,9 +6,10 @@ use std::sync::Arc;
 use super::live::Live;
 use super::{Pool, Shared, read, write};
 use crate::error::{Error, ErrorKind, Result};
+use crate::handle::Handle;
 use crate::namespace::{self, Node};
 use crate::types::{
-    Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, SetAttr, Timestamp, XattrSet,
+    Access, Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, SetAttr, Timestamp, XattrSet,
 };
 
 /// The engine keeps notes of its own in attributes of this start: nobody else sees them.
@@ -126,6 +127,29 @@ impl Pool {
         let mut tree = write(&shared.tree);
         let node = tree.create(parent, name, new, Timestamp::now())?;
         Ok(tree.get(node)?.attr(node))
+    }
+
+    /// Makes a region and opens it for writing, as one step: no snapshot holds it empty before its writer came. It appears in snapshots with
+    /// its first content that is committed, as any new region does.
+    pub fn create_open(&self, parent: NodeId, name: &OsStr, new: &NewNode) -> Result<(Attr, Handle)> {
+        let shared = self.shared();
+        shared.check_writable()?;
+        let attr = {
+            let mut tree = write(&shared.tree);
+            let node = tree.create(parent, name, new, Timestamp::now())?;
+            let held = tree.get_mut(node)?;
+            if let Some(region) = held.region_mut() {
+                region.unborn = true;
+            }
+            held.attr(node)
+        };
+        match self.open_region(attr.node, Access::Write, false) {
+            Ok(handle) => Ok((attr, handle)),
+            Err(error) => {
+                write(&shared.tree).mark_born(attr.node);
+                Err(error)
+            }
+        }
     }
 
     /// Gives a node one more name.

@@ -303,7 +303,12 @@ impl<B: Send + Sync + 'static> Fs<B> {
     /// Makes the names of a directory durable (with everything else: the pool has one log).
     pub fn fsync_dir(&self, ino: u64) -> FsResult<()> {
         self.check_alive()?;
-        if is_virtual(ino) || self.options.read_only { Ok(()) } else { Ok(self.pool.sync()?) }
+        if is_virtual(ino) || self.options.read_only {
+            return Ok(());
+        }
+        // A new file is in no snapshot before it is closed, and its name is one of those that are promised now.
+        self.closer.settle();
+        Ok(self.pool.sync()?)
     }
 
     /// Reserves, punches or zeroes.

@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 
-use engine::{Attr, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Timestamp};
+use engine::{Attr, Handle, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Timestamp};
 
 use super::nodes::lock;
 use super::views::{VNode, may_hold_tensors};
@@ -113,6 +113,31 @@ impl<B: Send + Sync + 'static> Fs<B> {
         request: NewNodeRequest,
         caller: Caller,
     ) -> FsResult<Entry> {
+        let node = self.new_node(parent, name, request, caller)?;
+        let attr = self.pool.create(parent, name, &node)?;
+        Ok(self.remember(attr))
+    }
+
+    /// Creates a file for somebody who is going to write it. What is returned beside it keeps it out of snapshots until he has opened it.
+    pub fn make_file(
+        &self,
+        parent: u64,
+        name: &OsStr,
+        request: NewNodeRequest,
+        caller: Caller,
+    ) -> FsResult<(Entry, Handle)> {
+        let node = self.new_node(parent, name, request, caller)?;
+        let (attr, created) = self.pool.create_open(parent, name, &node)?;
+        Ok((self.remember(attr), created))
+    }
+
+    fn new_node(
+        &self,
+        parent: u64,
+        name: &OsStr,
+        request: NewNodeRequest,
+        caller: Caller,
+    ) -> FsResult<NewNode> {
         self.check_writable(parent)?;
         if reserved(parent, name).is_some() {
             return Err(Errno::EEXIST);
@@ -125,16 +150,14 @@ impl<B: Send + Sync + 'static> Fs<B> {
         if inherits && request.kind == NodeKind::Directory {
             mode |= SET_GID;
         }
-        let node = NewNode {
+        Ok(NewNode {
             kind: request.kind,
             mode,
             uid: caller.uid,
             gid,
             rdev: request.rdev,
             target: request.target,
-        };
-        let attr = self.pool.create(parent, name, &node)?;
-        Ok(self.remember(attr))
+        })
     }
 
     /// Gives a node one more name.

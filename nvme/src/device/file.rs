@@ -35,7 +35,7 @@ impl FileDevice {
     }
 
     /// Makes a new file of `len` bytes with its space allocated, so that later writes cannot find the disk full.
-    /// Refuses one that exists. Where the file system cannot preallocate, the file is sparse.
+    /// Refuses one that exists. Only its owner may read and write it, whatever the umask says. Where the file system cannot preallocate, the file is sparse.
     pub fn create(path: impl AsRef<Path>, len: u64, options: &DeviceOptions) -> Result<FileDevice> {
         let path = path.as_ref();
         if options.read_only {
@@ -43,6 +43,7 @@ impl FileDevice {
         }
         let file = Self::open_flags(options)
             .create_new(true)
+            .mode(0o600)
             .open(path)
             .map_err(|error| open_error(error, "create", path, options))?;
         let made = Self::new(file, path.display().to_string(), options).and_then(|device| {

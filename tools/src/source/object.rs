@@ -53,7 +53,7 @@ pub struct ObjectSource {
 
 /// Makes a source of a URL. `file://` is a local path.
 pub fn parse_url(text: &str, options: &ObjectOptions) -> Outcome<Source> {
-    let wrong = |why: String| Failure::usage(format!("`{text}` cannot be imported: {why}"));
+    let wrong = |why: String| Failure::usage(format!("`{}` cannot be imported: {why}", redacted(text)));
     let url = Url::parse(text).map_err(|error| wrong(error.to_string()))?;
     if url.scheme() == "file" {
         let path = url.to_file_path().map_err(|()| wrong("write file:///absolute/path".to_owned()))?;
@@ -116,6 +116,35 @@ pub fn parse_url(text: &str, options: &ObjectOptions) -> Outcome<Source> {
         .map_err(|error| Failure::io("start the network threads", &error))?;
     let source = ObjectSource { store, path, url, options: *options, runtime: Arc::new(runtime) };
     Ok(Source::Object(source))
+}
+
+/// A URL as it may be shown and logged: without what stands before an `@` or after a `?` or `#`, where passwords, tokens and signatures are.
+fn redacted(text: &str) -> String {
+    let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+    let (rest, hidden) = match rest.find(['?', '#']) {
+        // Of a password, or of a query? Nobody knows.
+        Some(at) if rest[at..].contains('@') => ("", "***"),
+        Some(at) => (&rest[..at], "?***"),
+        None => (rest, ""),
+    };
+    // The last one: an `@` or a `/` in a password may have been written as it is.
+    let (user, rest) = match rest.rsplit_once('@') {
+        Some((_, rest)) => ("***@", rest),
+        None => ("", rest),
+    };
+    format!("{scheme}://{user}{rest}{hidden}")
+}
+
+/// A text with its URLs [`redacted`].
+fn scrubbed(text: &str) -> String {
+    let shown = |word: &str| match word.split_once("://") {
+        Some(_) => {
+            let end = word.trim_end().len();
+            redacted(&word[..end]) + &word[end..]
+        }
+        None => word.to_owned(),
+    };
+    text.split_inclusive(char::is_whitespace).map(shown).collect()
 }
 
 /// Hugging Face's token goes to Hugging Face only.
@@ -388,7 +417,8 @@ impl ObjectStream {
 /// Says what a store's error means and what can be done about it.
 fn failure(tried: String, error: &object_store::Error) -> Failure {
     use object_store::Error as E;
-    let message = format!("{tried}: {}", describe(error));
+    // It may name what a server redirected to, signature and all.
+    let message = format!("{tried}: {}", scrubbed(&describe(error)));
     match error {
         E::NotFound { .. } => Failure::not_found(message),
         E::Precondition { .. } => Failure::failed(message).hint("the object was replaced meanwhile: start the import again"),
@@ -421,6 +451,33 @@ mod tests {
             assert_eq!(failure.code, code::USAGE, "{text}: {failure}");
             assert!(failure.message.contains(word), "{text}: {failure}");
         }
+    }
+
+    #[test]
+    fn refused_urls_are_shown_without_their_secrets() {
+        for text in [
+            "https://user:s3cret@host/x",
+            "https://s3cret@host/x",
+            "https://user:s3cret@host:port/x",
+            "https://user:a/s3cret@host/x",
+            "s3://user:s3cret?@bucket/x",
+            "https://host/x?X-Amz-Signature=s3cret",
+            "https://host/x?a@b=s3cret",
+            "https://host/x#s3cret",
+            "ftp://user:s3cret@host/x",
+            "file://user:s3cret@host/x",
+        ] {
+            let failure = parse_url(text, &OPTIONS).err().unwrap();
+            assert!(!format!("{failure:?}").contains("s3cret"), "{text}: {failure:?}");
+        }
+        assert_eq!(redacted("https://u:p@host/models/x?sig=1"), "https://***@host/models/x?***");
+        let text =
+            "error sending request for url (https://cdn/x?Sig=s3cret,)s3cret): timed out\nsee https://u:p@h/";
+        assert_eq!(
+            scrubbed(text),
+            "error sending request for url (https://cdn/x?*** timed out\nsee https://***@h/"
+        );
+        assert_eq!(redacted("https://host/models/x"), "https://host/models/x");
     }
 
     #[test]

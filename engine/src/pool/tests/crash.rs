@@ -55,6 +55,43 @@ fn committed_content_is_whole_and_the_rest_invisible() {
 }
 
 #[test]
+fn a_snapshot_between_creation_and_writing_holds_no_empty_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = FormatOptions { raw: true, size: Some(64 << 20), ..FormatOptions::default() };
+    for (kind, options) in [("directory", FormatOptions::default()), ("image", raw)] {
+        let path = dir.path().join(kind);
+        Pool::format(&path, &options).unwrap();
+        let killed = |at: &str| {
+            let to = dir.path().join(format!("{kind} {at}"));
+            if path.is_dir() {
+                copy_tree(&path, &to)
+            } else {
+                assert!(std::fs::copy(&path, &to).unwrap() > 0)
+            }
+            open(&to)
+        };
+        let pool = open(&path);
+        let (attr, created) = pool.create_open(ROOT, name("new"), &region(0o644)).unwrap();
+        pool.sync().unwrap();
+        let gone = |pool: &Pool| pool.lookup(ROOT, name("new")).unwrap_err().kind();
+        assert_eq!(gone(&killed("before it is opened")), ErrorKind::NotFound, "{kind}");
+        // Its writer comes before that one goes, as in a mount.
+        let writer = pool.open_region(attr.node, Access::ReadWrite, false).unwrap();
+        drop(created);
+        pool.sync().unwrap();
+        assert_eq!(gone(&killed("before it is written")), ErrorKind::NotFound, "{kind}");
+        writer.write_at(0, &noise(1, 5000)).unwrap();
+        drop(writer);
+        pool.sync().unwrap();
+        assert_eq!(get(&killed("after it is closed"), "new"), noise(1, 5000), "{kind}");
+        // An empty file is one, once it is closed.
+        drop(pool.create_open(ROOT, name("empty"), &region(0o644)).unwrap());
+        pool.sync().unwrap();
+        assert_eq!(get(&killed("with an empty one"), "empty"), [0; 0], "{kind}");
+    }
+}
+
+#[test]
 fn fsync_keeps_what_is_still_open() {
     let (dir, path) = formatted();
     let pool = open(&path);
