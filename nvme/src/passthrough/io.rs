@@ -53,7 +53,7 @@ impl NvmeTarget<'_> {
         self.command(nvme_cmd_flush)
     }
 
-    /// Deallocates one range (Dataset Management), given as [`deallocate_range`].
+    /// Deallocates one range (Dataset Management), given as [`Self::deallocate_range`].
     pub(crate) fn deallocate(&self) -> nvme_uring_cmd {
         let mut command = self.command(nvme_cmd_dsm);
         command.cdw10 = 0; // one range, 0's based
