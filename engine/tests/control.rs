@@ -627,24 +627,22 @@ fn the_socket_of_a_killed_owner_goes_with_the_next_one() {
         let pool = Pool::probe(&path).unwrap();
         let runtime = format!("{}.sock", pool.id);
         let sockets = || {
+            let user = rustix::process::geteuid().as_raw();
             let mut found = vec![pool.members[0].path.join(location::SOCKET_NAME)];
-            found.push(Path::new("/run/nvtier").join(&runtime));
-            found.push(
-                std::env::temp_dir()
-                    .join(format!("nvtier-{}", rustix::process::geteuid().as_raw()))
-                    .join(&runtime),
-            );
-            found.extend(
-                std::env::var_os("XDG_RUNTIME_DIR").map(|dir| Path::new(&dir).join("nvtier").join(&runtime)),
-            );
+            let runtime_directories = [
+                std::env::var("XDG_RUNTIME_DIR").map_or("/run".into(), |dir| format!("{dir}/nvtier")),
+                "/run/nvtier".into(),
+                format!("/run/user/{user}/nvtier"),
+                format!("/tmp/nvtier-{user}"),
+            ];
+            found.extend(runtime_directories.map(|dir| Path::new(&dir).join(&runtime)));
             found.retain(|path| path.symlink_metadata().is_ok());
             found
         };
         assert_eq!(sockets().len(), 1, "{kind}: {:?}", sockets());
         owner.child.kill().unwrap();
         owner.child.wait().unwrap();
-        assert_eq!(sockets().len(), 1, "{kind}: a process that is killed cannot clean up");
-        // One that serves nobody.
+        // It could not clean up. The next owner does, one that serves nobody; where the directory is shared, an owner of another pool may be first.
         Session::open(&path, options()).unwrap().close().unwrap();
         assert_eq!(sockets(), Vec::<PathBuf>::new(), "{kind}");
         drop(dir);
