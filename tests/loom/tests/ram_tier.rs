@@ -118,6 +118,36 @@ fn forgetting_during_a_fill_keeps_nothing_and_strands_nobody() {
 }
 
 #[test]
+fn a_fill_from_before_a_forget_does_not_come_back_beside_a_new_one() {
+    check("a fill outlives its frame", 4, || {
+        let tier = tier(2 << 20, CHUNK);
+        let mut parts = Vec::new();
+        tier.claim(key(0), 0..1, &mut parts);
+        let Some(Part::Fill(old)) = parts.pop() else { panic!("nobody else reads") };
+        let others: Vec<_> = [true, false]
+            .into_iter()
+            .map(|forgets| {
+                let tier = tier.clone();
+                thread::spawn(move || {
+                    if forgets {
+                        tier.forget(7, 1, 1);
+                    }
+                    read(&tier, key(0), 0..1, CHUNK, false)
+                })
+            })
+            .collect();
+        let mut buffer = tier.buffer(CHUNK, &key(0)).unwrap();
+        buffer[0] = 1;
+        drop(old.publish(buffer));
+        let fills: usize = others.into_iter().map(|thread| thread.join().unwrap()).sum();
+        assert!(fills <= 1, "the chunk was read {fills} times after one forget");
+        assert!(tier.stats().used_bytes <= CHUNK as u64, "the chunk is kept twice");
+        tier.forget(7, 1, 1);
+        assert_eq!(tier.arena().unwrap().free_bytes(), 2 << 20, "all memory came back");
+    });
+}
+
+#[test]
 fn eviction_under_readers_gives_right_bytes_and_all_memory_back() {
     check("eviction", 4, || {
         // Room for two frames and two readers of three frames.
