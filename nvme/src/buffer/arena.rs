@@ -35,6 +35,7 @@ impl Default for ArenaOptions {
 
 /// What kind of pages back the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(miri, allow(dead_code))]
 enum Pages {
     /// Reserved huge pages of `HUGE_PAGE`.
     Hugetlb,
