@@ -357,14 +357,20 @@ mod tests {
         UpTo(u64),
         Extend(u64, u64),
         Release(usize),
+        /// Of chunks that may be free, taken or both: refused unless all are taken.
+        ReleaseAny(u64, u64),
+        /// As when a pool is opened: refused unless all are free.
+        Take(u64, u64),
     }
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            (1u64..600, 1usize..8).prop_map(|(n, p)| Step::Alloc(n, p)),
-            (1u64..5000).prop_map(Step::UpTo),
-            (0u64..9000, 1u64..100).prop_map(|(s, n)| Step::Extend(s, n)),
-            any::<usize>().prop_map(Step::Release),
+            2 => (1u64..600, 1usize..8).prop_map(|(n, p)| Step::Alloc(n, p)),
+            2 => (1u64..5000).prop_map(Step::UpTo),
+            2 => (0u64..9000, 1u64..100).prop_map(|(s, n)| Step::Extend(s, n)),
+            2 => any::<usize>().prop_map(Step::Release),
+            1 => (0u64..9100, 0u64..100).prop_map(|(s, n)| Step::ReleaseAny(s, n)),
+            1 => (0u64..9100, 0u64..100).prop_map(|(s, n)| Step::Take(s, n)),
         ]
     }
 
@@ -426,9 +432,40 @@ mod tests {
                         model[r.start as usize..r.end() as usize].fill(0);
                     }
                     Step::Release(_) => {}
+                    Step::ReleaseAny(start, count) => {
+                        let inside = count > 0 && start + count <= chunks;
+                        if inside && model[start as usize..(start + count) as usize].iter().all(|s| *s == 1) {
+                            // Somebody's: not given back under the owner here, else the steps above would free it twice.
+                            prop_assert!((start..start + count).all(|c| a.is_taken(c)));
+                        } else {
+                            let error = a.release(Run { start, count }).unwrap_err();
+                            prop_assert_eq!(error.kind(), ErrorKind::Corrupt, "freed what was free");
+                        }
+                    }
+                    Step::Take(start, count) => {
+                        let inside = count > 0 && start + count <= chunks;
+                        let free = inside && model[start as usize..(start + count) as usize].iter().all(|s| *s == 0);
+                        match a.take(Run { start, count }) {
+                            Ok(()) => {
+                                prop_assert!(free, "took what has an owner");
+                                model[start as usize..(start + count) as usize].fill(1);
+                                owned.push(Run { start, count });
+                            }
+                            Err(error) => {
+                                prop_assert!(!free);
+                                prop_assert_eq!(error.kind(), ErrorKind::Corrupt);
+                            }
+                        }
+                    }
                 }
                 prop_assert_eq!(a.free(), model.iter().filter(|s| **s == 0).count() as u64);
             }
+            // Chunk by chunk, and then everything back: the whole area is one run again.
+            prop_assert!((0..chunks).all(|c| a.is_taken(c) == (model[c as usize] == 1)));
+            for run in owned {
+                a.release(run).unwrap();
+            }
+            prop_assert_eq!(a.alloc(chunks, 1).unwrap(), [Run { start: 0, count: chunks }]);
         }
     }
 }

@@ -25,6 +25,7 @@ pub mod region_read;
 pub mod repair;
 pub mod scrub;
 pub mod session;
+mod sync;
 pub mod tensors;
 pub mod types;
 pub mod verify;

@@ -12,13 +12,14 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
 use nvme::{Arena, ArenaOptions, Buffer};
 
 use crate::error::{Error, Result};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// Bytes of a frame where chunks are not larger. As much as the largest request of a mount: such a read is one operation, one page, and one slice to
 /// reply with.
@@ -547,4 +548,5 @@ impl RamTier {
 }
 
 #[cfg(test)]
+#[path = "ram_tier/tests.rs"] // said, because tests/loom takes this file by its path
 mod tests;

@@ -7,13 +7,13 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use nvme::{Arena, Buffer, Device, Op, Queue};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Condvar, Mutex, MutexGuard, thread};
 
 /// How long a writer waits for room. Every operation ends by its own deadline, so room comes or a device is gone.
 const WAIT: Duration = Duration::from_secs(120);
@@ -91,7 +91,7 @@ impl Shared {
 #[derive(Debug)]
 pub struct WriteBehind {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl WriteBehind {
@@ -111,11 +111,11 @@ impl WriteBehind {
         let mut writers = WriteBehind { shared: shared.clone(), threads: Vec::new() };
         for index in 0..threads.max(1) {
             let shared = shared.clone();
-            let thread = std::thread::Builder::new()
+            let handle = thread::Builder::new()
                 .name(format!("nvtier-write-{index}"))
                 .spawn(move || if shared.in_step { teller(&shared) } else { writer(&shared) })
                 .map_err(|e| Error::io("starting a writer thread", e))?;
-            writers.threads.push(thread);
+            writers.threads.push(handle);
         }
         Ok(writers)
     }
@@ -194,9 +194,9 @@ impl Drop for WriteBehind {
     fn drop(&mut self) {
         self.shared.lock().stop = true;
         self.shared.work.notify_all();
-        for thread in self.threads.drain(..) {
+        for handle in self.threads.drain(..) {
             // The last holder of all this may be a draft that a writer thread lets go: that thread ends by itself.
-            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+            if handle.thread().id() != thread::current().id() && handle.join().is_err() {
                 tracing::error!("a writer thread panicked");
             }
         }

@@ -8,6 +8,7 @@ mod fuzz;
 mod guest;
 mod kill;
 mod lint;
+mod memory;
 mod paths;
 mod pyenv;
 mod sim;
@@ -45,6 +46,12 @@ enum Task {
     Fuzz(fuzz::FuzzArgs),
     /// NVMe drives of an emulated machine: passthrough, raw pools, removal, medium errors, kills, power cuts; see docs/hardware.md.
     Guest(guest::Args),
+    /// Every interleaving of the threads of the RAM tier and write-behind; see docs/testing.md.
+    Loom,
+    /// Unit tests of buffers, queues and the engine under AddressSanitizer.
+    Asan,
+    /// Unit tests of buffers under Miri, where the toolchain has it.
+    Miri,
     /// Remove mounts, processes and loop devices that an interrupted test run left behind.
     Sweep,
 }
@@ -59,6 +66,9 @@ fn main() -> ExitCode {
         Task::Kill(args) => kill::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Guest(args) => guest::run(&args),
+        Task::Loom => memory::loom(),
+        Task::Asan => memory::asan(),
+        Task::Miri => memory::miri(),
         Task::Sweep => sweep::abandoned().map(|()| true),
     };
     match outcome {

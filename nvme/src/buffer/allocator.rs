@@ -151,7 +151,18 @@ mod tests {
         assert_eq!(allocator.free_bytes(), 0);
     }
 
+    /// Miri is a thousand times slower, and shows it no files to keep seeds in.
+    fn config() -> ProptestConfig {
+        if cfg!(miri) {
+            ProptestConfig { cases: 4, failure_persistence: None, ..ProptestConfig::default() }
+        } else {
+            ProptestConfig::default()
+        }
+    }
+
     proptest! {
+        #![proptest_config(config())]
+
         /// Against a model that marks every granule: no overlap, nothing lost, and a refusal only when no
         /// contiguous range is free.
         #[test]
@@ -183,6 +194,48 @@ mod tests {
                 allocator.free(offset, len);
             }
             prop_assert_eq!(allocator.alloc(CAPACITY), Some(0));
+        }
+
+        /// Nearly full and in pieces: whatever order ranges of a few sizes come back in, what is free in a row can be had, at
+        /// multiples of the granule, and a full arena gives nothing.
+        #[test]
+        fn a_full_arena_in_pieces_gives_exactly_what_comes_back(
+            sizes in prop::collection::vec(prop::sample::select(vec![1usize, 2, 3, 5, 8, 13]), 1..60),
+            order in prop::collection::vec(any::<prop::sample::Index>(), 60),
+        ) {
+            const GRANULE: usize = 4096;
+            let capacity = sizes.iter().sum::<usize>() * GRANULE;
+            let mut allocator = Allocator::new(capacity);
+            let mut live = Vec::new();
+            for size in &sizes {
+                let offset = allocator.alloc(size * GRANULE);
+                prop_assert!(offset.is_some_and(|offset| offset % GRANULE == 0), "the whole arena can be cut up");
+                live.extend(offset.map(|offset| (offset, size * GRANULE)));
+            }
+            prop_assert_eq!(allocator.free_bytes(), 0);
+            prop_assert_eq!(allocator.alloc(GRANULE), None);
+            for index in order {
+                if live.is_empty() {
+                    break;
+                }
+                let (offset, len) = live.swap_remove(index.index(live.len()));
+                allocator.free(offset, len);
+                // All of it is free in a row, and nothing else is: it comes back at the same place.
+                prop_assert_eq!(allocator.alloc(len), Some(offset));
+                prop_assert_eq!(allocator.alloc(GRANULE), None);
+                // Cut in two and joined again.
+                allocator.free(offset, len);
+                if len > GRANULE {
+                    let first = allocator.alloc(len - GRANULE);
+                    let second = allocator.alloc(GRANULE);
+                    prop_assert!(first.is_some() && second.is_some());
+                    prop_assert_eq!(allocator.free_bytes(), 0);
+                    for (offset, len) in [(first, len - GRANULE), (second, GRANULE)] {
+                        allocator.free(offset.unwrap_or_default(), len);
+                    }
+                }
+                prop_assert_eq!(allocator.alloc(len), Some(offset), "neighbours did not join");
+            }
         }
     }
 }

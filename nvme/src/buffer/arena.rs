@@ -4,7 +4,9 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::mm::Advice;
+#[cfg(not(miri))]
+use rustix::mm::{MapFlags, ProtFlags};
 
 use super::allocator::Allocator;
 use super::{Buffer, Owner, PAGE};
@@ -33,6 +35,7 @@ impl Default for ArenaOptions {
 
 /// What kind of pages back the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(miri, allow(dead_code))]
 enum Pages {
     /// Reserved huge pages of `HUGE_PAGE`.
     Hugetlb,
@@ -73,9 +76,12 @@ impl ArenaInner {
 impl Drop for ArenaInner {
     fn drop(&mut self) {
         // SAFETY: `map` and `map_len` are what mmap gave; every Buffer holds an Arc of this, so none is left.
+        #[cfg(not(miri))]
         if let Err(error) = unsafe { rustix::mm::munmap(self.map.as_ptr().cast(), self.map_len) } {
             tracing::error!("munmap of an arena of {} bytes: {error}", self.map_len);
         }
+        #[cfg(miri)]
+        plain::unmap(self.map, self.map_len);
     }
 }
 
@@ -89,7 +95,11 @@ impl Arena {
     pub fn new(bytes: usize, options: ArenaOptions) -> Result<Arena> {
         let too_big = || Error::new(ErrorKind::NoMemory, format!("map an arena of {bytes} bytes"));
         let len = bytes.max(1).checked_next_multiple_of(PAGE).ok_or_else(too_big)?;
+        #[cfg(not(miri))]
         let huge = options.huge && len >= HUGE_PAGE;
+        #[cfg(miri)]
+        let (map, map_len, base, pages) = plain::map(len)?;
+        #[cfg(not(miri))]
         let (map, map_len, base, pages) = match huge.then(|| map_hugetlb(len)).flatten() {
             Some((map, map_len)) => (map, map_len, map, Pages::Hugetlb),
             None => map_base(len, huge)?,
@@ -97,7 +107,7 @@ impl Arena {
         let prefaulted = options.prefault || options.lock;
         let inner =
             ArenaInner { map, map_len, base, len, pages, prefaulted, state: Mutex::new(Allocator::new(len)) };
-        if options.prefault {
+        if options.prefault && !cfg!(miri) {
             prefault(inner.base, len).map_err(|error| {
                 Error::os(
                     error,
@@ -105,7 +115,7 @@ impl Arena {
                 )
             })?;
         }
-        if options.lock {
+        if options.lock && !cfg!(miri) {
             lock(inner.base, len)?;
         }
         Ok(Arena(Arc::new(inner)))
@@ -193,7 +203,31 @@ fn huge_bytes_in_smaps(smaps: &str, address: usize) -> usize {
     0
 }
 
+/// Memory of the heap in place of a mapping, since Miri knows no madvise and few flags of mmap.
+#[cfg(miri)]
+mod plain {
+    use std::alloc::Layout;
+
+    use super::*;
+
+    pub(super) fn map(len: usize) -> Result<(NonNull<u8>, usize, NonNull<u8>, Pages)> {
+        let too_big = || Error::new(ErrorKind::NoMemory, format!("allocate an arena of {len} bytes"));
+        let layout = Layout::from_size_align(len, HUGE_PAGE).map_err(|_| too_big())?;
+        // SAFETY: an arena is at least a page long, so the size is not zero.
+        let map = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).ok_or_else(too_big)?;
+        Ok((map, len, map, Pages::Base))
+    }
+
+    pub(super) fn unmap(map: NonNull<u8>, len: usize) {
+        if let Ok(layout) = Layout::from_size_align(len, HUGE_PAGE) {
+            // SAFETY: `map` came from `map` above with this very layout, and is freed once.
+            unsafe { std::alloc::dealloc(map.as_ptr(), layout) };
+        }
+    }
+}
+
 /// Reserved huge pages, when enough are free. MAP_HUGETLB reserves at mmap time, so touching cannot SIGBUS.
+#[cfg(not(miri))]
 fn map_hugetlb(len: usize) -> Option<(NonNull<u8>, usize)> {
     let map_len = len.checked_next_multiple_of(HUGE_PAGE)?;
     // MAP_HUGE_2MB: log2 of the size from bit 26, see mmap(2).
@@ -206,6 +240,7 @@ fn map_hugetlb(len: usize) -> Option<(NonNull<u8>, usize)> {
 }
 
 /// Base pages, with room to align to a huge page when those are wanted transparently.
+#[cfg(not(miri))]
 fn map_base(len: usize, huge: bool) -> Result<(NonNull<u8>, usize, NonNull<u8>, Pages)> {
     let fail = |error: rustix::io::Errno| {
         Error::os(error, format!("map an arena of {len} bytes; ask for less, or raise RLIMIT_AS"))
@@ -293,6 +328,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel about its pages")]
     fn an_arena_of_huge_pages_is_aligned_to_them() {
         let arena = Arena::new(6 << 20, ArenaOptions::default()).unwrap();
         assert_eq!(arena.as_ptr() as usize % HUGE_PAGE, 0);
