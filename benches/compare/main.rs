@@ -26,7 +26,7 @@ pub type Result<T> = std::result::Result<T, String>;
 /// Compares nvtier with fio, ext4 and cp on this machine.
 #[derive(Debug, Parser)]
 pub struct Options {
-    /// Groups to run: bench, pool, mount-dir, mount-raw, mount-shm, metadata, import, rss; all when left out
+    /// Groups to run: bench, pool, mount-dir, mount-raw, mount-shm, checksums, metadata, import, rss; all when left out
     #[arg(long, value_delimiter = ',')]
     rows: Vec<String>,
     /// Runs of each side of a row

@@ -19,6 +19,7 @@ pub const GROUPS: &[(&str, Group)] = &[
     ("mount-dir", mount_dir),
     ("mount-raw", mount_raw),
     ("mount-shm", mount_shm),
+    ("checksums", checksums),
     ("metadata", metadata_rows),
     ("import", import),
     ("rss", rss),
@@ -372,6 +373,37 @@ fn mount_shm(context: &Context<'_>) -> Result<Vec<Row>> {
     let rows = raw(context, &context.shm, &data, bytes, [wanted, wanted, wanted, wanted, None, None, None]);
     fs::remove_file(&data).map_err(|error| format!("cannot remove {}: {error}", data.display()))?;
     rows
+}
+
+/// The same reads of an image pool in memory, its checksums compared or not: no drive hides what they cost.
+fn checksums(context: &Context<'_>) -> Result<Vec<Row>> {
+    let data = context.shm.join("data");
+    let bytes = context.options.shm_size_mib << 20;
+    context.fill(&data, bytes)?;
+    let image = context.shm.join("sums.img");
+    let size = format!("{}MiB", (bytes >> 20) + (bytes >> 24) + 512);
+    pools::format(&context.nvtier, &context.dir, &image, &["--raw".into(), "--size".into(), size])?;
+    pools::import(&context.nvtier, &context.dir, &data, "data", &image)?;
+    let pool_option = format!("--pool={}", image.display());
+    let mut rows = Vec::new();
+    for (what, options) in [
+        ("read 4 MiB, 1 thread", ["--bs=4m", "--iodepth=1"]),
+        ("read 4 MiB, 2 threads", ["--bs=4m", "--iodepth=2"]),
+        ("read 1 MiB, 8 threads", ["--bs=1m", "--iodepth=8"]),
+    ] {
+        let line = |verify: &str| {
+            let mut job = vec!["--rw=read", "--ioengine=pool", &pool_option, verify];
+            job.extend(options);
+            context.bench(Path::new("data"), bytes, &job)
+        };
+        let a = context.side("checksums compared", line("--pool_verify=1"), Figure::Bandwidth, None);
+        let b = context.side("not compared", line("--pool_verify=0"), Figure::Bandwidth, None);
+        rows.push(context.row(what, "MB/s", Some(0.9), false, [a, b])?);
+    }
+    for path in [image, data] {
+        fs::remove_file(&path).map_err(|error| format!("cannot remove {}: {error}", path.display()))?;
+    }
+    Ok(rows)
 }
 
 fn metadata_rows(context: &Context<'_>) -> Result<Vec<Row>> {

@@ -17,17 +17,22 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Instant;
 
-use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError};
+use redb::{
+    Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend, TableDefinition,
+    TableError,
+};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::layout::Layout;
-use crate::layout::record::Changes;
+use crate::layout::record::{Changes, Scan};
+use crate::layout::{Extent, Layout};
 use crate::namespace::Tree;
 use crate::namespace::record::{node_key, split_key};
 use crate::types::NodeId;
 
+mod ahead;
 pub(crate) mod backend;
 mod checked;
 pub(crate) mod store;
@@ -44,8 +49,9 @@ const LAYOUTS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("layouts");
 const META_KEY: &str = "pool";
 const META_VERSION: u8 = 1;
 const META_LEN: usize = 1 + 16 + 8 + 8 + 8 + 8;
-/// Up to this size redb checks every page at open.
-const CHECK_BYTES: u64 = 64 << 20;
+/// Up to this size redb checks every page at open, unless told otherwise. A larger catalog is committed with what redb calls quick repair: in two
+/// phases, and with the state of its page allocator, so that opening it after a crash needs no walk over all pages.
+pub(crate) const CHECK_BYTES: u64 = 64 << 20;
 /// redb's page cache in bytes: the tree is in memory, so only layouts and commits read pages.
 const CACHE_BYTES: usize = 16 << 20;
 
@@ -163,6 +169,43 @@ pub(crate) struct Catalog {
     closed: AtomicBool,
     /// It could be opened again for reading only: what is written to it stays in memory.
     reads_only: AtomicBool,
+    check_bytes: u64,
+    window: Arc<ahead::Window>,
+}
+
+/// Says how long the parts of an open take.
+#[derive(Debug)]
+pub(crate) struct Clock(Instant);
+
+impl Clock {
+    pub(crate) fn start() -> Clock {
+        Clock(Instant::now())
+    }
+
+    pub(crate) fn lap(&mut self, what: &str) {
+        tracing::debug!(target: "nvtier::open", micros = self.0.elapsed().as_micros() as u64, "{what}");
+        self.0 = Instant::now();
+    }
+}
+
+/// The extents of all regions, in order of the nodes.
+#[derive(Debug, Default)]
+pub(crate) struct Extents {
+    all: Vec<Extent>,
+    /// How many each node has.
+    nodes: Vec<(NodeId, usize)>,
+}
+
+impl Extents {
+    /// Node by node.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (NodeId, &[Extent])> {
+        let mut rest = self.all.as_slice();
+        self.nodes.iter().map(move |(node, count)| {
+            let (own, others) = rest.split_at(*count);
+            rest = others;
+            (*node, own)
+        })
+    }
 }
 
 fn corrupt(context: impl Into<String>) -> Error {
@@ -204,10 +247,13 @@ fn convert(what: &str, error: redb::Error) -> Error {
 impl Catalog {
     /// Makes a catalog in an empty backend.
     pub(crate) fn create(backend: Box<dyn StorageBackend>, first: &Batch) -> Result<Catalog> {
+        let window = Arc::new(ahead::Window::default());
+        let watched = ahead::Ahead::new(backend, window.clone())
+            .map_err(|error| Error::io("make the catalog", error))?;
         let db = guard("make the catalog", || {
             let db = Database::builder()
                 .set_cache_size(CACHE_BYTES)
-                .create_with_backend(backend::Boxed(backend))?;
+                .create_with_backend(backend::Boxed(Box::new(watched)))?;
             let txn = db.begin_write()?;
             txn.open_table(META)?;
             txn.open_table(NODES)?;
@@ -217,13 +263,22 @@ impl Catalog {
             txn.commit()?;
             Ok(db)
         })?;
-        let catalog = Catalog::over(db);
+        let catalog = Catalog::over(db, window, CHECK_BYTES);
         catalog.apply(first)?;
         Ok(catalog)
     }
 
     /// Opens a catalog; redb repairs it first where a crash left it open. `read_only` keeps every write in memory.
     pub(crate) fn open(backend: Box<dyn StorageBackend>, read_only: bool) -> Result<Catalog> {
+        Catalog::open_checked(backend, read_only, CHECK_BYTES)
+    }
+
+    /// The same, where catalogs of up to `check_bytes` are checked whole.
+    pub(crate) fn open_checked(
+        backend: Box<dyn StorageBackend>,
+        read_only: bool,
+        check_bytes: u64,
+    ) -> Result<Catalog> {
         let what = "open the catalog";
         let io = |error| Error::io(what, error);
         let len = backend.len().map_err(io)?;
@@ -232,17 +287,27 @@ impl Catalog {
         }
         let backend: Box<dyn StorageBackend> =
             if read_only { Box::new(backend::Overlay::new(backend).map_err(io)?) } else { backend };
+        let mut clock = Clock::start();
+        let window = Arc::new(ahead::Window::default());
+        let backend = ahead::Ahead::new(backend, window.clone()).map_err(io)?;
+        if len > CHECK_BYTES {
+            // Until all is loaded.
+            window.open();
+        }
         let db = guard(what, || {
             Ok(Database::builder()
                 .set_cache_size(CACHE_BYTES)
-                .set_check_integrity_on_open(len <= CHECK_BYTES)
-                .create_with_backend(backend::Boxed(backend))?)
+                .set_check_integrity_on_open(len <= check_bytes)
+                .create_with_backend(backend::Boxed(Box::new(backend)))?)
         })?;
-        Ok(Catalog::over(db))
+        clock.lap("catalog opened");
+        Ok(Catalog::over(db, window, check_bytes))
     }
 
-    fn over(db: Database) -> Catalog {
+    fn over(db: Database, window: Arc<ahead::Window>, check_bytes: u64) -> Catalog {
         Catalog {
+            window,
+            check_bytes,
             db: RwLock::new(Some(db)),
             closed: AtomicBool::new(false),
             reads_only: AtomicBool::new(false),
@@ -277,10 +342,12 @@ impl Catalog {
                 }
                 false => backend,
             };
+            let backend = ahead::Ahead::new(backend, self.window.clone())
+                .map_err(|error| Error::io("open the catalog again", error))?;
             guard("open the catalog again", || {
                 Ok(Database::builder()
                     .set_cache_size(CACHE_BYTES)
-                    .create_with_backend(backend::Boxed(backend))?)
+                    .create_with_backend(backend::Boxed(Box::new(backend)))?)
             })
         };
         let opened = open(false);
@@ -300,11 +367,15 @@ impl Catalog {
         let db = self.db()?;
         let meta = self.meta()?;
         let mut tree = Tree::empty(meta.next_node);
+        // What the table says of itself may be anything; a record of a node has more than 64 bytes.
+        let room = guard("read the catalog", || Ok(db.begin_read()?.open_table(NODES)?.len()?))?;
+        tree.reserve(room.min(self.window.len() / 64) as usize);
         let mut each = |table: TableDefinition<&[u8], &[u8]>, load: Load<'_, L>| {
             let mut bad = None;
             guard("read the catalog", || {
                 let txn = db.begin_read()?;
-                for record in txn.open_table(table)?.iter()? {
+                let table = txn.open_table(table)?;
+                for record in table.iter()? {
                     let (key, value) = record?;
                     if let Err(error) = load(&mut tree, key.value(), value.value()) {
                         bad = Some(error);
@@ -315,11 +386,77 @@ impl Catalog {
             })?;
             bad.map_or(Ok(()), Err)
         };
+        let mut clock = Clock::start();
         each(NODES, &mut Tree::load_node)?;
+        clock.lap("nodes read");
         each(ENTRIES, &mut Tree::load_entry)?;
+        clock.lap("entries read");
         each(XATTRS, &mut Tree::load_xattr)?;
         tree.check()?;
+        clock.lap("tree checked");
         Ok((meta, tree))
+    }
+
+    /// [`load`](Self::load), and the extents of all layouts beside it: a large catalog is read by two threads. What is wrong with the
+    /// layouts is told apart from what is wrong with the rest.
+    pub(crate) fn load_all<L>(&self) -> Result<(Meta, Tree<L>, Result<Extents>)> {
+        let loaded = if self.window.len() > CHECK_BYTES {
+            std::thread::scope(|scope| {
+                let extents = scope.spawn(|| self.extents());
+                let loaded = self.load();
+                let extents = extents.join().unwrap_or_else(|_| Err(corrupt("reading the layouts failed")));
+                loaded.map(|(meta, tree)| (meta, tree, extents))
+            })
+        } else {
+            self.load().map(|(meta, tree)| (meta, tree, self.extents()))
+        };
+        loaded
+    }
+
+    /// No more reads of all of it are to come: gives back the memory that made them fast.
+    pub(crate) fn loaded(&self) {
+        self.window.close();
+    }
+
+    /// The extents of all layouts, whose records are checked as [`layout`](Self::layout) does.
+    pub(crate) fn extents(&self) -> Result<Extents> {
+        let db = self.db()?;
+        let mut clock = Clock::start();
+        let mut extents = Extents::default();
+        let mut bad = None;
+        guard("read the catalog", || {
+            let txn = db.begin_read()?;
+            let table = txn.open_table(LAYOUTS)?;
+            let mut at: Option<(NodeId, Scan)> = None;
+            let mut take = |at: &mut Option<(NodeId, Scan)>, key: &[u8], value: &[u8]| -> Result<()> {
+                let (node, _) = split_key(key)?;
+                if at.as_ref().is_none_or(|(current, _)| *current != node) {
+                    finish(at.take())?;
+                    extents.nodes.push((node, 0));
+                    *at = Some((node, Scan::default()));
+                }
+                let Some((_, scan)) = at else { return Ok(()) };
+                // As `layout` reads it: a short part counts as 0.
+                let part = u32::from_be_bytes(key[8..].try_into().unwrap_or_default());
+                let before = extents.all.len();
+                let done = scan.record(part, value, &mut |extent| extents.all.push(extent));
+                if let Some((_, count)) = extents.nodes.last_mut() {
+                    *count += extents.all.len() - before;
+                }
+                done.map_err(|error| of_layout(node, error))
+            };
+            for record in table.iter()? {
+                let (key, value) = record?;
+                if let Err(error) = take(&mut at, key.value(), value.value()) {
+                    bad = Some(error);
+                    return Ok(());
+                }
+            }
+            bad = finish(at).err();
+            Ok(())
+        })?;
+        clock.lap("layouts read");
+        bad.map_or(Ok(extents), Err)
     }
 
     /// The meta record.
@@ -390,7 +527,8 @@ impl Catalog {
             ));
         }
         guard("write the catalog", || {
-            let txn = db.begin_write()?;
+            let mut txn = db.begin_write()?;
+            txn.set_quick_repair(self.window.len() > self.check_bytes);
             {
                 txn.open_table(META)?.insert(META_KEY, batch.meta.encode().as_slice())?;
                 let mut nodes = txn.open_table(NODES)?;
@@ -458,6 +596,15 @@ impl std::ops::Deref for Open<'_> {
             None => unreachable!("the catalog was closed under its lock"),
         }
     }
+}
+
+fn of_layout(node: NodeId, error: Error) -> Error {
+    error.context(format!("read the layout of node {node}"))
+}
+
+/// Ends the layout of a node.
+fn finish(at: Option<(NodeId, Scan)>) -> Result<()> {
+    at.map_or(Ok(()), |(node, scan)| scan.finish().map_err(|error| of_layout(node, error)))
 }
 
 fn layout_key(node: NodeId, part: u32) -> [u8; 12] {

@@ -16,8 +16,10 @@ use crate::types::{Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, SetAttr, Tim
 
 mod attributes;
 mod links;
+mod numbers;
 pub(crate) use links::Gone;
 pub(crate) mod record;
+use numbers::Numbers;
 
 #[cfg(test)]
 mod model_test;
@@ -44,7 +46,7 @@ pub(crate) type Name = Arc<OsStr>;
 /// The tree; `L` is what an open region carries.
 #[derive(Debug)]
 pub(crate) struct Tree<L> {
-    nodes: HashMap<NodeId, Node<L>>,
+    nodes: HashMap<NodeId, Node<L>, Numbers>,
     next_node: NodeId,
     regions: u64,
     unsealed: u64,
@@ -285,7 +287,12 @@ impl<L> Tree<L> {
 
     /// A tree without even a root, for loading.
     pub(crate) fn empty(next_node: NodeId) -> Tree<L> {
-        Tree { nodes: HashMap::new(), next_node, regions: 0, unsealed: 0, dirty: Dirty::default() }
+        Tree { nodes: HashMap::default(), next_node, regions: 0, unsealed: 0, dirty: Dirty::default() }
+    }
+
+    /// Makes room for so many nodes.
+    pub(crate) fn reserve(&mut self, nodes: usize) {
+        self.nodes.reserve(nodes);
     }
 
     pub(crate) fn next_node(&self) -> NodeId {

@@ -17,7 +17,7 @@ use redb::StorageBackend;
 use super::backend::FileStore;
 use super::checked::Checked;
 use super::zone::ZoneBackend;
-use super::{Batch, Catalog, Meta};
+use super::{Batch, Catalog, Extents, Meta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::member::raw::RawGeometry;
 use crate::namespace::Tree;
@@ -46,8 +46,20 @@ pub(crate) struct Loaded<L> {
     pub catalog: Catalog,
     pub meta: Meta,
     pub tree: Tree<L>,
+    /// Of all regions, where they were asked for.
+    pub extents: Result<Extents>,
     /// Why the copy had to be used.
     pub restored: Option<String>,
+}
+
+/// How a catalog is opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct How {
+    pub read_only: bool,
+    /// Up to this size all pages are checked.
+    pub check_bytes: u64,
+    /// Read the extents of all regions as well.
+    pub extents: bool,
 }
 
 fn open_file(path: &Path, read_only: bool) -> Result<File> {
@@ -61,19 +73,19 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     })
 }
 
-fn load<L>(
-    backend: Box<dyn StorageBackend>,
-    name: &str,
-    pool: &[u8; 16],
-    read_only: bool,
-) -> Result<Loaded<L>> {
+fn load<L>(backend: Box<dyn StorageBackend>, name: &str, pool: &[u8; 16], how: How) -> Result<Loaded<L>> {
     let context = |error: Error| error.context(name);
-    let catalog = Catalog::open(backend, read_only).map_err(context)?;
-    let (meta, tree) = catalog.load().map_err(context)?;
+    let catalog = Catalog::open_checked(backend, how.read_only, how.check_bytes).map_err(context)?;
+    let loaded = match how.extents {
+        true => catalog.load_all(),
+        false => catalog.load().map(|(meta, tree)| (meta, tree, Ok(Extents::default()))),
+    };
+    let (meta, tree, extents) = loaded.map_err(context)?;
+    catalog.loaded();
     if meta.pool != *pool {
         return Err(Error::new(ErrorKind::WrongMember, format!("{name} is the catalog of another pool")));
     }
-    Ok(Loaded { catalog, meta, tree, restored: None })
+    Ok(Loaded { catalog, meta, tree, extents, restored: None })
 }
 
 impl CatalogStore {
@@ -140,10 +152,10 @@ impl CatalogStore {
     }
 
     /// Opens the catalog; falls back to the copy where it is damaged.
-    pub(crate) fn open<L>(&self, pool: &[u8; 16], read_only: bool) -> Result<Loaded<L>> {
+    pub(crate) fn open<L>(&self, pool: &[u8; 16], how: How) -> Result<Loaded<L>> {
+        let read_only = how.read_only;
         let name = self.name(false);
-        let attempt =
-            || self.backend(false, read_only).and_then(|backend| load(backend, &name, pool, read_only));
+        let attempt = || self.backend(false, read_only).and_then(|backend| load(backend, &name, pool, how));
         let error = match attempt() {
             Ok(loaded) => return Ok(loaded),
             // The copy is older: before it takes the catalog's place, a bit that flipped on its way gets a second chance.
@@ -167,8 +179,10 @@ impl CatalogStore {
         };
         // First without writing to it: it is the last one there is.
         let copy = self.name(true);
-        let loaded: Loaded<L> =
-            self.backend(true, true).and_then(|backend| load(backend, &copy, pool, true)).map_err(both)?;
+        let loaded: Loaded<L> = self
+            .backend(true, true)
+            .and_then(|backend| load(backend, &copy, pool, How { read_only: true, ..how }))
+            .map_err(both)?;
         let restored =
             format!("{}; the copy of generation {} was used instead", error.chain(), loaded.meta.generation);
         if read_only {
@@ -177,14 +191,15 @@ impl CatalogStore {
         drop(loaded);
         self.restore()?;
         let loaded =
-            self.backend(false, false).and_then(|backend| load(backend, &name, pool, false)).map_err(both)?;
+            self.backend(false, false).and_then(|backend| load(backend, &name, pool, how)).map_err(both)?;
         Ok(Loaded { restored: Some(restored), ..loaded })
     }
 
     /// Reads the whole copy. No transaction may run.
     pub(crate) fn check_copy(&self, pool: &[u8; 16]) -> Result<()> {
+        let how = How { read_only: true, check_bytes: super::CHECK_BYTES, extents: false };
         let copy: Loaded<()> =
-            self.backend(true, true).and_then(|backend| load(backend, &self.name(true), pool, true))?;
+            self.backend(true, true).and_then(|backend| load(backend, &self.name(true), pool, how))?;
         copy.catalog.layout_nodes().map(drop)
     }
 

@@ -88,6 +88,13 @@ fn state(catalog: &Catalog) -> (u64, u64) {
         assert_eq!(layout.sum(1), meta.generation as u32);
     }
     assert_eq!(catalog.layout_nodes().unwrap().len() as u64, tree.region_count());
+    // What the scan of all layouts says is what they say one by one.
+    let of_layout = |node: &NodeId| catalog.layout(*node).unwrap().unwrap().extents().copied().collect();
+    let one_by_one: Vec<(NodeId, Vec<Extent>)> =
+        catalog.layout_nodes().unwrap().iter().map(|node| (*node, of_layout(node))).collect();
+    let (again, _, extents) = catalog.load_all::<()>().unwrap();
+    let at_once: Vec<_> = extents.unwrap().iter().map(|(node, extents)| (node, extents.to_vec())).collect();
+    assert_eq!((again.generation, at_once), (meta.generation, one_by_one));
     (meta.generation, tree.region_count())
 }
 
@@ -103,6 +110,34 @@ fn a_snapshot_is_there_whole_or_not_at_all() {
         let spent = store.budget.swap(u64::MAX, Relaxed) > 0;
         let after = state(&Catalog::open(Box::new(store.clone()), false).unwrap());
         match after {
+            (1, 20) => {
+                assert!(applied.is_err(), "{allowed} writes: it was said to be durable");
+                outcomes[0] += 1;
+            }
+            (2, 40) => outcomes[1] += 1,
+            other => panic!("{allowed} writes: neither before nor after: {other:?}"),
+        }
+        if applied.is_ok() && spent {
+            break;
+        }
+    }
+    assert!(outcomes[0] > 3 && outcomes[1] > 0, "{outcomes:?}");
+}
+
+/// A large catalog, whose pages nobody walks after a crash: each commit leaves it ready to be opened.
+#[test]
+fn a_large_catalog_is_whole_after_a_crash_at_any_write() {
+    let mut outcomes = [0; 2];
+    for allowed in 0.. {
+        let store = Faulty::new(io::ErrorKind::Other);
+        drop(Catalog::create(Box::new(store.clone()), &batch(1, 20)).unwrap());
+        let catalog = Catalog::open_checked(Box::new(store.clone()), false, 0).unwrap();
+        catalog.apply(&batch(1, 20)).unwrap();
+        store.budget.store(allowed, Relaxed);
+        let applied = catalog.apply(&batch(2, 40));
+        drop(catalog);
+        let spent = store.budget.swap(u64::MAX, Relaxed) > 0;
+        match state(&Catalog::open_checked(Box::new(store), false, 0).unwrap()) {
             (1, 20) => {
                 assert!(applied.is_err(), "{allowed} writes: it was said to be durable");
                 outcomes[0] += 1;

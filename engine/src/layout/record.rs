@@ -85,57 +85,27 @@ impl Layout {
 
     /// Reads a layout back; `get` gives the value of a key.
     pub fn from_records(mut get: impl FnMut(u32) -> Result<Option<Vec<u8>>>) -> Result<Layout> {
-        let mut need = |key: u32, part: u8| -> Result<Vec<u8>> {
-            let value = get(key)?.ok_or_else(|| corrupt(format!("layout record {key:#x} is missing")))?;
-            open(key, part, value)
-        };
-        let head = need(0, HEAD)?;
-        if head.len() != 28 {
-            return Err(corrupt(format!("layout head has {} bytes, not 28", head.len())));
-        }
-        let u64_at = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().unwrap_or_default());
-        let u32_at = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap_or_default());
+        let mut need = |key: u32| -> Result<Vec<u8>> { get(key)?.ok_or_else(|| missing(key)) };
+        let head = Head::decode(&need(0)?)?;
         let mut layout = Layout {
-            size: u64_at(0),
-            generation: u64_at(8),
-            chunk_size: u32_at(16),
+            size: head.size,
+            generation: head.generation,
+            chunk_size: head.chunk_size,
             extents: BTreeMap::new(),
             sums: Vec::new(),
         };
-        if !layout.chunk_size.is_power_of_two() {
-            return Err(corrupt(format!("layout has a chunk size of {}", layout.chunk_size)));
-        }
-        let (extents, segments) = (u32_at(20) as usize, u32_at(24));
         let mut at = 0u64;
-        for index in 0..extents.div_ceil(EXTENTS_PER_RECORD) {
-            let body = need(EXTENTS_KEY + index as u32, EXTENTS)?;
-            let mut body = body.as_slice();
-            while !body.is_empty() {
-                let mut next =
-                    || varint(&mut body).ok_or_else(|| corrupt("layout extents end in the middle"));
-                let (gap, len, member, file, offset) = (next()?, next()?, next()?, next()?, next()?);
-                let logical = at.checked_add(gap).ok_or_else(|| corrupt("extent beyond 2^64"))?;
-                let member =
-                    u16::try_from(member).map_err(|_| corrupt(format!("extent on member {member}")))?;
-                at = logical
-                    .checked_add(len)
-                    .filter(|_| len > 0)
-                    .ok_or_else(|| corrupt("extent of impossible length"))?;
-                layout.extents.insert(logical, Extent { logical, member, file, offset, len });
-            }
+        for index in 0..head.extent_records() {
+            let key = EXTENTS_KEY + index;
+            each_extent(key, &need(key)?, &mut at, &mut |extent| {
+                layout.extents.insert(extent.logical, extent);
+            })?;
         }
-        if layout.extents.len() != extents {
-            return Err(corrupt(format!(
-                "layout has {} extents, its head says {extents}",
-                layout.extents.len()
-            )));
-        }
-        for index in 0..segments {
-            let body = need(SUMS_KEY + index, SUMS)?;
-            if body.len() % 4 != 0 || body.len() as u64 / 4 > SEGMENT_CHUNKS {
-                return Err(corrupt(format!("layout sums have {} bytes", body.len())));
-            }
-            let sums = body
+        head.check_count(layout.extents.len())?;
+        for index in 0..head.segments {
+            let key = SUMS_KEY + index;
+            let value = need(key)?;
+            let sums = sums(key, &value)?
                 .chunks_exact(4)
                 .map(|sum| u32::from_le_bytes(sum.try_into().unwrap_or_default()))
                 .collect();
@@ -143,6 +113,125 @@ impl Layout {
         }
         Ok(layout)
     }
+}
+
+#[derive(Debug)]
+struct Head {
+    size: u64,
+    generation: u64,
+    chunk_size: u32,
+    extents: usize,
+    segments: u32,
+}
+
+impl Head {
+    fn decode(value: &[u8]) -> Result<Head> {
+        let head = open(0, HEAD, value)?;
+        if head.len() != 28 {
+            return Err(corrupt(format!("layout head has {} bytes, not 28", head.len())));
+        }
+        let u64_at = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().unwrap_or_default());
+        let u32_at = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap_or_default());
+        let head = Head {
+            size: u64_at(0),
+            generation: u64_at(8),
+            chunk_size: u32_at(16),
+            extents: u32_at(20) as usize,
+            segments: u32_at(24),
+        };
+        if !head.chunk_size.is_power_of_two() {
+            return Err(corrupt(format!("layout has a chunk size of {}", head.chunk_size)));
+        }
+        Ok(head)
+    }
+
+    fn extent_records(&self) -> u32 {
+        self.extents.div_ceil(EXTENTS_PER_RECORD) as u32
+    }
+
+    fn check_count(&self, found: usize) -> Result<()> {
+        if found != self.extents {
+            return Err(corrupt(format!("layout has {found} extents, its head says {}", self.extents)));
+        }
+        Ok(())
+    }
+}
+
+fn each_extent(key: u32, value: &[u8], at: &mut u64, each: &mut dyn FnMut(Extent)) -> Result<()> {
+    let mut body = open(key, EXTENTS, value)?;
+    while !body.is_empty() {
+        let mut next = || varint(&mut body).ok_or_else(|| corrupt("layout extents end in the middle"));
+        let (gap, len, member, file, offset) = (next()?, next()?, next()?, next()?, next()?);
+        let logical = at.checked_add(gap).ok_or_else(|| corrupt("extent beyond 2^64"))?;
+        let member = u16::try_from(member).map_err(|_| corrupt(format!("extent on member {member}")))?;
+        *at = logical
+            .checked_add(len)
+            .filter(|_| len > 0)
+            .ok_or_else(|| corrupt("extent of impossible length"))?;
+        each(Extent { logical, member, file, offset, len });
+    }
+    Ok(())
+}
+
+fn sums(key: u32, value: &[u8]) -> Result<&[u8]> {
+    let body = open(key, SUMS, value)?;
+    if body.len() % 4 != 0 || body.len() as u64 / 4 > SEGMENT_CHUNKS {
+        return Err(corrupt(format!("layout sums have {} bytes", body.len())));
+    }
+    Ok(body)
+}
+
+/// Takes the records of one layout in order of their keys and gives its extents, without building the layout. What
+/// [`Layout::from_records`] refuses is refused.
+#[derive(Debug, Default)]
+pub(crate) struct Scan {
+    head: Option<Head>,
+    at: u64,
+    found: usize,
+    extent_records: u32,
+    segments: u32,
+}
+
+impl Scan {
+    /// The next record.
+    pub(crate) fn record(&mut self, key: u32, value: &[u8], each: &mut dyn FnMut(Extent)) -> Result<()> {
+        if key == 0 {
+            self.head = Some(Head::decode(value)?);
+            return Ok(());
+        }
+        let Some(head) = &self.head else { return Err(missing(0)) };
+        if key == EXTENTS_KEY + self.extent_records && self.extent_records < head.extent_records() {
+            self.extent_records += 1;
+            let found = &mut self.found;
+            each_extent(key, value, &mut self.at, &mut |extent| {
+                *found += 1;
+                each(extent);
+            })
+        } else if key == SUMS_KEY + self.segments && self.segments < head.segments {
+            self.segments += 1;
+            sums(key, value).map(drop)
+        } else {
+            // Of no use to anyone, or after a gap that the end finds.
+            Ok(())
+        }
+    }
+
+    /// That was the last one.
+    pub(crate) fn finish(self) -> Result<()> {
+        let head = self.head.ok_or_else(|| missing(0))?;
+        if self.extent_records < head.extent_records() {
+            return Err(missing(EXTENTS_KEY + self.extent_records));
+        }
+        head.check_count(self.found)?;
+        if self.segments < head.segments {
+            return Err(missing(SUMS_KEY + self.segments));
+        }
+        Ok(())
+    }
+}
+
+fn missing(key: u32) -> Error {
+    corrupt(format!("layout record {key:#x} is missing"))
 }
 
 fn extent_records(layout: &Layout) -> Vec<Vec<u8>> {
@@ -173,7 +262,7 @@ fn seal(part: u8, body: Vec<u8>) -> Vec<u8> {
     value
 }
 
-fn open(key: u32, part: u8, mut value: Vec<u8>) -> Result<Vec<u8>> {
+fn open(key: u32, part: u8, value: &[u8]) -> Result<&[u8]> {
     if value.len() < 6 {
         return Err(corrupt(format!("layout record {key:#x} has {} bytes", value.len())));
     }
@@ -190,9 +279,7 @@ fn open(key: u32, part: u8, mut value: Vec<u8>) -> Result<Vec<u8>> {
     if bytes[1] != part {
         return Err(corrupt(format!("layout record {key:#x} is of part {}, not {part}", bytes[1])));
     }
-    value.truncate(value.len() - 4);
-    value.drain(..2);
-    Ok(value)
+    Ok(&bytes[2..])
 }
 
 fn corrupt(context: impl Into<String>) -> Error {

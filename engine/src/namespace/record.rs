@@ -4,6 +4,7 @@
 //! CRC-32 over its key and all bytes before the sum: a record under a wrong key is found as well. `docs/format.md` draws them.
 
 use std::ffi::{OsStr, OsString};
+use std::fmt::Display;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::{Body, Directory, MAX_TARGET, Name, Node, Region, Tree, check_name};
@@ -53,7 +54,7 @@ fn seal(key: &[u8], mut value: Vec<u8>) -> Vec<u8> {
 }
 
 /// Checks sum and version; returns what is between them.
-fn open<'a>(what: &str, key: &[u8], value: &'a [u8]) -> Result<&'a [u8]> {
+fn open<'a>(what: &dyn Display, key: &[u8], value: &'a [u8]) -> Result<&'a [u8]> {
     let Some((body, stored)) = value.split_last_chunk::<4>() else {
         return Err(corrupt(format!("{what} has {} bytes", value.len())));
     };
@@ -73,7 +74,7 @@ fn open<'a>(what: &str, key: &[u8], value: &'a [u8]) -> Result<&'a [u8]> {
 /// Reads integers off a slice.
 struct Reader<'a> {
     bytes: &'a [u8],
-    what: &'a str,
+    what: &'a dyn Display,
 }
 
 impl Reader<'_> {
@@ -134,7 +135,7 @@ pub(crate) fn encode_node<L>(id: NodeId, node: &Node<L>) -> Vec<u8> {
 /// Reads a node back. A directory has no entries yet and no parent.
 pub(crate) fn decode_node<L>(key: &[u8], value: &[u8]) -> Result<(NodeId, Node<L>)> {
     let (id, _) = split_key(key)?;
-    let what = format!("record of node {id}");
+    let what = format_args!("record of node {id}");
     let mut reader = Reader { bytes: open(&what, key, value)?, what: &what };
     let kind = reader.u8()?;
     let kind = NodeKind::from_u8(kind).ok_or_else(|| corrupt(format!("{what} has kind {kind}")))?;
@@ -213,8 +214,8 @@ impl<L> Tree<L> {
     /// Loading, step 2, after all nodes: an entry.
     pub(crate) fn load_entry(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
         let (parent, name) = split_key(key)?;
-        let what = format!("entry {name:?} of directory {parent}");
-        check_name(name).map_err(|error| Error::with_source(ErrorKind::Corrupt, what.clone(), error))?;
+        let what = format_args!("entry {name:?} of directory {parent}");
+        check_name(name).map_err(|error| Error::with_source(ErrorKind::Corrupt, what.to_string(), error))?;
         let mut reader = Reader { bytes: open(&what, key, value)?, what: &what };
         let kind = NodeKind::from_u8(reader.u8()?);
         let id = reader.u64()?;
@@ -224,10 +225,13 @@ impl<L> Tree<L> {
                 if let Body::Directory(directory) = &mut node.body {
                     directory.parent = parent;
                 }
+                if node.links.is_empty() {
+                    node.links.reserve_exact(1); // most nodes have no other name
+                }
                 node.links.push((parent, name.clone()));
                 let kind = node.kind;
                 self.directory_mut(parent)
-                    .map_err(|error| Error::with_source(ErrorKind::Corrupt, what, error))?
+                    .map_err(|error| Error::with_source(ErrorKind::Corrupt, what.to_string(), error))?
                     .insert(name, id, kind);
                 Ok(())
             }
@@ -239,7 +243,7 @@ impl<L> Tree<L> {
     /// Loading, step 3: an extended attribute.
     pub(crate) fn load_xattr(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
         let (id, name) = split_key(key)?;
-        let what = format!("extended attribute {name:?} of node {id}");
+        let what = format_args!("extended attribute {name:?} of node {id}");
         let data = open(&what, key, value)?;
         let node =
             self.nodes.get_mut(&id).ok_or_else(|| corrupt(format!("{what}: there is no such node")))?;

@@ -1,6 +1,6 @@
 //! Opening a pool: find its members, take ownership, read the catalog, clear away what a crash left.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -15,8 +15,8 @@ use super::{
     DeviceHook, Inner, MemberInfo, MemberKind, OpenOptions, Pool, PoolCounters, PoolInfo, Shared, Storage,
     Verify, commit, lock,
 };
-use crate::catalog::Batch;
-use crate::catalog::store::{CatalogStore, Loaded};
+use crate::catalog::store::{CatalogStore, How, Loaded};
+use crate::catalog::{Batch, Clock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent_io::{ExtentIo, ExtentIoOptions};
 use crate::format::{self, Found, POINTER, Superblock, uuid_text};
@@ -313,15 +313,18 @@ fn open_located(
     let Opened { members, devices, mut mended } = opened;
     let store =
         CatalogStore::new(&members[0].path, devices[0].clone(), &geometry_of(&members[0].found.superblock));
-    let loaded: Loaded<Live> = store.open(&superblock.pool, options.read_only)?;
+    let files = members.len() == 1 && members[0].kind == MemberKind::Directory;
+    let how = How { read_only: options.read_only, check_bytes: options.catalog_check_bytes, extents: !files };
+    let mut clock = Clock::start();
+    let loaded: Loaded<Live> = store.open(&superblock.pool, how)?;
+    clock.lap("catalog loaded in all");
     if let Some(restored) = &loaded.restored {
         tracing::error!(pool = %path.display(), "{restored}: what was made after it is lost; run verify");
         mended.push(format!("{restored}: what was made after it is lost"));
     }
-    let Loaded { catalog, mut meta, mut tree, restored } = loaded;
+    let Loaded { catalog, mut meta, mut tree, extents, restored } = loaded;
     let in_catalog = |error: Error| error.context(store.name(false));
     let next_file = meta.next_file;
-    let files = members.len() == 1 && members[0].kind == MemberKind::Directory;
     let storage = if files {
         let quota = Some(superblock.data_len).filter(|quota| *quota > 0);
         let quota = quota.or(Some(superblock.members[0].bytes).filter(|quota| *quota > 0));
@@ -359,12 +362,9 @@ fn open_located(
             directory.charge_fact(used);
         }
         Storage::Extents(io) => {
-            let stored = catalog.layout_nodes().map_err(in_catalog)?;
-            for node in stored {
-                if let Some(layout) = catalog.layout(node).map_err(in_catalog)? {
-                    take_extents(io, layout.extents().copied())
-                        .map_err(|error| error.context(format!("the layout of node {node}")))?;
-                }
+            for (node, extents) in extents.map_err(in_catalog)?.iter() {
+                take_extents(io, extents)
+                    .map_err(|error| error.context(format!("the layout of node {node}")))?;
             }
             // Files that the restored catalog does not know may hold what it lost.
             if restored.is_none() {
@@ -374,6 +374,7 @@ fn open_located(
             }
         }
     }
+    clock.lap("members opened, extents taken");
     let reserved_file = next_file.saturating_add(FILE_RESERVE);
     if !options.read_only {
         // Reserves file numbers; also proves that the catalog can be written.
@@ -382,6 +383,7 @@ fn open_located(
         meta.saved = Timestamp::now().secs;
         catalog.apply(&Batch::new(meta.clone())).map_err(in_catalog)?;
         store.keep_reserve();
+        clock.lap("first commit");
     }
     let scrub = crate::scrub::load(tree.getxattr(ROOT, crate::scrub::attribute()).ok());
     let mut info = info_of(path, &superblock, &members);
@@ -533,20 +535,25 @@ fn open_extents(
     )
 }
 
-fn take_extents(io: &ExtentIo, extents: impl Iterator<Item = Extent>) -> Result<()> {
-    let mut of_member: HashMap<u16, Vec<Extent>> = HashMap::new();
-    for extent in extents {
-        of_member.entry(extent.member).or_default().push(extent);
-    }
-    for (member, extents) in of_member {
-        let place = io.stripes().members().get(member as usize);
+fn take_extents(io: &ExtentIo, extents: &[Extent]) -> Result<()> {
+    let take = |extents: &[Extent]| {
+        let Some(first) = extents.first() else { return Ok(()) };
+        let place = io.stripes().members().get(first.member as usize);
         place
             .ok_or_else(|| {
-                Error::new(ErrorKind::Corrupt, format!("an extent on member {member}, which does not exist"))
+                let text = format!("an extent on member {}, which does not exist", first.member);
+                Error::new(ErrorKind::Corrupt, text)
             })?
-            .take(&extents)?;
+            .take(extents)
+    };
+    if extents.iter().all(|extent| extent.member == extents[0].member) {
+        return take(extents);
     }
-    Ok(())
+    let mut of_member: BTreeMap<u16, Vec<Extent>> = BTreeMap::new();
+    for extent in extents {
+        of_member.entry(extent.member).or_default().push(*extent);
+    }
+    of_member.values().try_for_each(|extents| take(extents))
 }
 
 /// Free bytes of all members, where directories on one file system share what that has.

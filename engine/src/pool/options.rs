@@ -61,6 +61,8 @@ pub enum Verify {
     /// On every read that the engine serves; passed-through files by [`Pool::verify`](crate::Pool::verify) only.
     #[default]
     Scrub,
+    /// On no read that the engine serves from extents: to see what verification costs, and for nothing else.
+    Never,
 }
 
 /// How [`Pool::open`](crate::Pool::open) opens a pool.
@@ -79,6 +81,10 @@ pub struct OpenOptions {
     pub copy_limit_bytes: u64,
     /// Most time between a change and the snapshot that holds it, in milliseconds. 0: snapshots only when asked for. Default: 2000.
     pub commit_interval_ms: u64,
+    /// Up to this size all pages of the catalog are checked at open; a larger one is committed so that a crash leaves it ready to be opened.
+    /// Default: 64 MiB.
+    #[doc(hidden)]
+    pub catalog_check_bytes: u64,
     /// Tests put a device that fails between the pool and its raw members. Default: none.
     #[doc(hidden)]
     pub device_hook: Option<DeviceHook>,
@@ -127,6 +133,7 @@ impl Default for OpenOptions {
             queue_depth: 64,
             copy_limit_bytes: 64 << 20,
             commit_interval_ms: 2000,
+            catalog_check_bytes: crate::catalog::CHECK_BYTES,
             device_hook: None,
         }
     }

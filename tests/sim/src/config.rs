@@ -55,7 +55,14 @@ impl Config {
 
     /// How its pools are opened: no snapshots but those that are asked for.
     pub fn open_options(&self) -> OpenOptions {
-        OpenOptions { commit_interval_ms: 0, ram_bytes: self.ram, ..OpenOptions::default() }
+        // Every other kind of pool has its catalog treated as a large one: no check of all pages at open, and commits that need none.
+        let large = self.lba == 512;
+        OpenOptions {
+            commit_interval_ms: 0,
+            ram_bytes: self.ram,
+            catalog_check_bytes: if large { 0 } else { OpenOptions::default().catalog_check_bytes },
+            ..OpenOptions::default()
+        }
     }
 
     /// How its pools are made.

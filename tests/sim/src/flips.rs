@@ -1,7 +1,7 @@
 //! Bits that turn over at rest: in content, where a read must say so and name the chunk, and in superblocks and catalogs, where the
 //! pool must open as it was (repaired from the other copy, or the bit did not matter) or refuse.
 
-use engine::{Access, ErrorKind, Pool, Session, SessionOptions, lease::Source};
+use engine::{Access, ErrorKind, OpenOptions, Pool, Session, SessionOptions, lease::Source};
 use nvme::{SimImage, SimRng};
 
 use crate::act::{Act, Memory, Taste, draw};
@@ -64,7 +64,12 @@ fn filled(config: &Config, seed: u64) -> Result<(Vec<SimImage>, State), String> 
 
 fn open(config: &Config, images: &[SimImage]) -> (Machine, engine::Result<Pool>) {
     let machine = Machine::new(config, images, None);
-    let pool = Pool::open_devices(&machine.as_devices(), &config.open_options());
+    // A small catalog, treated as one: all its pages are checked.
+    let options = OpenOptions {
+        catalog_check_bytes: OpenOptions::default().catalog_check_bytes,
+        ..config.open_options()
+    };
+    let pool = Pool::open_devices(&machine.as_devices(), &options);
     (machine, pool)
 }
 

@@ -15,6 +15,7 @@
 //! - `model.rs`: what is promised. `check.rs`: what is looked at after a cut.
 //! - `driver.rs`: a plan from beginning to end; `shrink.rs`: the smallest plan that still fails.
 //! - `exhaustive.rs`: short workloads with a cut after every write. `flips.rs`: bits that turn over at rest.
+//! - `large.rs`: the time to open a large pool after a crash.
 //!
 //! Several actors have handles open at a time and their acts interleave as the seed says; they all run on one thread, so that a seed
 //! repeats itself to the last write. Races of real threads are not simulated here.
@@ -30,6 +31,7 @@ pub mod content;
 pub mod driver;
 pub mod exhaustive;
 pub mod flips;
+pub mod large;
 pub mod model;
 pub mod plan;
 pub mod sabotage;

@@ -1,6 +1,7 @@
 //! `nvtier-sim`: what `cargo xtask sim` runs.
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -8,6 +9,7 @@ use clap::Parser;
 use sim_tests::driver::{Options, run};
 use sim_tests::exhaustive::{self, workloads};
 use sim_tests::flips;
+use sim_tests::large;
 use sim_tests::plan::Plan;
 use sim_tests::shrink::shrink;
 
@@ -39,10 +41,31 @@ struct Cli {
     /// Go on after a violation.
     #[arg(long)]
     keep_going: bool,
+    /// Measure the time to open a pool of 1 TiB after a crash instead.
+    #[arg(long)]
+    open_benchmark: bool,
+    /// Regions in that pool.
+    #[arg(long, default_value_t = 1_000_000, value_name = "N")]
+    regions: u64,
+    /// How many times to open it.
+    #[arg(long, default_value_t = 5, value_name = "COUNT")]
+    rounds: usize,
+    /// Directory of its image file.
+    #[arg(long, default_value = "/var/tmp", value_name = "DIR")]
+    dir: PathBuf,
+    /// What the benchmark's other processes do.
+    #[arg(long, hide = true)]
+    large_part: Option<String>,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Some(part) = &cli.large_part {
+        return told(large::part(part, &cli.dir, cli.regions));
+    }
+    if cli.open_benchmark {
+        return told(open_benchmark(&cli));
+    }
     // A panic within is a violation, and told with it.
     std::panic::set_hook(Box::new(|_| {}));
     let violations = match cli.bit_flips {
@@ -54,6 +77,32 @@ fn main() -> ExitCode {
         0 => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
     }
+}
+
+fn told(done: Result<(), String>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("sim: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn open_benchmark(cli: &Cli) -> Result<(), String> {
+    let options = large::Options { regions: cli.regions, rounds: cli.rounds.max(1), dir: cli.dir.clone() };
+    let outcome = large::run(&options)?;
+    let mut seconds: Vec<f64> = outcome.opens.iter().map(|open| open.as_secs_f64()).collect();
+    seconds.sort_by(f64::total_cmp);
+    println!(
+        "sim: open after a crash, 1 TiB, {} regions: median {:.3} s ({:.3} to {:.3} s, {} opens)",
+        outcome.regions,
+        seconds[seconds.len() / 2],
+        seconds[0],
+        seconds[seconds.len() - 1],
+        seconds.len()
+    );
+    Ok(())
 }
 
 fn exhaustive() -> u64 {

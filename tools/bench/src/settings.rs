@@ -217,6 +217,8 @@ pub struct Settings {
     pub pool: Option<PathBuf>,
     /// RAM tier given to the pool, bytes.
     pub pool_ram_bytes: u64,
+    /// Compare the pool's checksums on read.
+    pub pool_verify: bool,
     /// Remove the file afterwards.
     pub unlink: bool,
     /// Preallocate files that are laid out.
@@ -290,6 +292,7 @@ impl Default for Settings {
             hipri: false,
             pool: None,
             pool_ram_bytes: 256 << 20,
+            pool_verify: true,
             unlink: false,
             fallocate: true,
             create_only: false,

@@ -28,7 +28,7 @@ impl PoolSource {
     pub fn open(settings: &Settings, path: &Path) -> Result<PoolSource> {
         let options = OpenOptions {
             ram_bytes: settings.pool_ram_bytes,
-            verify: engine::Verify::Always,
+            verify: if settings.pool_verify { engine::Verify::Always } else { engine::Verify::Never },
             ..OpenOptions::default()
         };
         let pool = Pool::open(path, &options)

@@ -337,6 +337,17 @@ pub static OPTIONS: &[Spec] = &[
         s.pool_ram_bytes = parse_bytes(v, s.kb_base)?;
         Ok(())
     }),
+    spec!(
+        "pool_verify",
+        [],
+        Value::Bool,
+        "1",
+        "checksums of the pool are compared on read; 0 only to see what that costs (not in fio)",
+        |s, v| {
+            s.pool_verify = boolean(v)?;
+            Ok(())
+        }
+    ),
     spec!("unlink", [], Value::Bool, "0", "remove the files afterwards", |s, v| {
         s.unlink = boolean(v)?;
         Ok(())
