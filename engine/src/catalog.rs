@@ -400,7 +400,7 @@ impl Catalog {
     /// [`load`](Self::load), and the extents of all layouts beside it: a large catalog is read by two threads. What is wrong with the
     /// layouts is told apart from what is wrong with the rest.
     pub(crate) fn load_all<L>(&self) -> Result<(Meta, Tree<L>, Result<Extents>)> {
-        let loaded = if self.window.len() > CHECK_BYTES {
+        if self.window.len() > CHECK_BYTES {
             std::thread::scope(|scope| {
                 let extents = scope.spawn(|| self.extents());
                 let loaded = self.load();
@@ -409,8 +409,7 @@ impl Catalog {
             })
         } else {
             self.load().map(|(meta, tree)| (meta, tree, self.extents()))
-        };
-        loaded
+        }
     }
 
     /// No more reads of all of it are to come: gives back the memory that made them fast.
