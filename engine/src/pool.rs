@@ -408,6 +408,12 @@ impl Pool {
         }
     }
 
+    /// Whether closing it would close the pool.
+    #[cfg(test)]
+    pub(crate) fn is_last(&self) -> bool {
+        Arc::strong_count(&self.inner) == 1
+    }
+
     /// Waits until what a crash left is cleared away.
     #[cfg(test)]
     fn join_sweeper(&self) {

@@ -32,6 +32,11 @@ pub fn run() -> Result<bool> {
     // Private items are documented here, so links to them work.
     doc.env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private-intra-doc-links");
     fine &= check("documentation", doc)?;
+    // A workspace of its own, which nothing else here builds.
+    fine &= check(
+        "lock file of fuzz/libfuzzer",
+        cargo(&["tree", "--locked", "--quiet", "--manifest-path", "fuzz/libfuzzer/Cargo.toml"]),
+    )?;
     fine &= bindgen::run(&bindgen::Args { check: true })?;
     match cargo_deny() {
         Ok(program) => {

@@ -51,6 +51,12 @@ struct Shared {
     pool: Pool,
     user: u32,
     stopping: AtomicBool,
+    registry: Arc<Registry>,
+}
+
+/// The clients that are connected. Holds no pool: a thread that has just given its place back keeps none open.
+#[derive(Debug, Default)]
+struct Registry {
     clients: Mutex<Clients>,
     /// Told when a client goes.
     gone: Condvar,
@@ -62,7 +68,7 @@ struct Clients {
     streams: HashMap<u64, UnixStream>,
 }
 
-impl Shared {
+impl Registry {
     fn clients(&self) -> MutexGuard<'_, Clients> {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -87,8 +93,7 @@ impl ControlServer {
             pool,
             user: rustix::process::geteuid().as_raw(),
             stopping: AtomicBool::new(false),
-            clients: Mutex::default(),
-            gone: Condvar::new(),
+            registry: Arc::default(),
         });
         let listener = Arc::new(listener);
         let accept = {
@@ -109,7 +114,7 @@ impl ControlServer {
 
     /// Clients that are connected.
     pub fn clients(&self) -> usize {
-        self.shared.clients().streams.len()
+        self.shared.registry.clients().streams.len()
     }
 }
 
@@ -124,7 +129,7 @@ impl Drop for ControlServer {
         if let Some(accept) = self.accept.take() {
             let _ = accept.join();
         }
-        let mut clients = self.shared.clients();
+        let mut clients = self.shared.registry.clients();
         for stream in clients.streams.values() {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
@@ -138,7 +143,13 @@ impl Drop for ControlServer {
                 );
                 break;
             }
-            clients = self.shared.gone.wait_timeout(clients, left).unwrap_or_else(PoisonError::into_inner).0;
+            clients = self
+                .shared
+                .registry
+                .gone
+                .wait_timeout(clients, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }
@@ -175,7 +186,7 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream) -> Result<()> {
             ErrorKind::PermissionDenied,
             format!("process {pid} of user {uid} may not use a pool that user {} owns", shared.user),
         ))
-    } else if shared.clients().streams.len() >= CLIENTS_MAX {
+    } else if shared.registry.clients().streams.len() >= CLIENTS_MAX {
         Some(Error::new(ErrorKind::Busy, format!("the pool's owner serves {CLIENTS_MAX} clients already")))
     } else {
         None
@@ -186,21 +197,21 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream) -> Result<()> {
     }
     let stream = connection.stream().try_clone().map_err(|e| Error::io("a control client's socket", e))?;
     let registration = {
-        let mut clients = shared.clients();
+        let mut clients = shared.registry.clients();
         let id = clients.next;
         clients.next += 1;
         clients.streams.insert(id, stream);
-        Registration { shared: shared.clone(), id }
+        Registration { registry: shared.registry.clone(), id }
     };
     let who = Who { uid, gid: peer.gid.as_raw() };
+    let pool = shared.pool.clone();
     let spawned = thread::Builder::new().name(format!("nvtier-client-{pid}")).spawn(move || {
-        let mut client = Served { connection, registration, who, reader: None, writer: None };
+        let mut client = Served { connection, pool, who, reader: None, writer: None };
         if let Err(error) = client.serve() {
             tracing::debug!("control client {pid}: {}", error.chain());
         }
-        // Reader and writer first, the registration after them: who waits for it to go waits for them.
-        let Served { reader, writer, registration, .. } = client;
-        drop((reader, writer));
+        // The registration after all that keeps the pool open: who waits for it to go can close the pool then.
+        drop(client);
         drop(registration);
     });
     spawned.map(drop).map_err(|e| Error::io("start a thread for a control client", e))
@@ -208,21 +219,21 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream) -> Result<()> {
 
 /// A client's place in [`Clients`], given back on drop.
 struct Registration {
-    shared: Arc<Shared>,
+    registry: Arc<Registry>,
     id: u64,
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.shared.clients().streams.remove(&self.id);
-        self.shared.gone.notify_all();
+        self.registry.clients().streams.remove(&self.id);
+        self.registry.gone.notify_all();
     }
 }
 
 /// One client being served. Dropping it drops what it had open.
 struct Served {
     connection: Connection,
-    registration: Registration,
+    pool: Pool,
     who: Who,
     reader: Option<Reader>,
     writer: Option<PartialWriter>,
@@ -256,7 +267,7 @@ impl Served {
         };
         let hello = match message {
             Request::Hello { version } if version == VERSION => {
-                Reply::Hello { version: VERSION, pid: std::process::id(), pool: self.pool().info().id }
+                Reply::Hello { version: VERSION, pid: std::process::id(), pool: self.pool.info().id }
             }
             Request::Hello { version } => Reply::error(&Error::new(
                 ErrorKind::Protocol,
@@ -287,12 +298,8 @@ impl Served {
         }
     }
 
-    fn pool(&self) -> Pool {
-        self.registration.shared.pool.clone()
-    }
-
     fn answer(&mut self, request: Request, payload: &[u8]) -> Result<Answer> {
-        let pool = self.pool();
+        let pool = self.pool.clone();
         let reply = match request {
             Request::Hello { .. } => return Err(Error::new(ErrorKind::Protocol, "hello was said already")),
             Request::Info => Reply::Info(pool.info()),
@@ -385,7 +392,7 @@ impl Served {
 
     fn list(&self, path: &str, recursive: bool) -> Result<Reply> {
         let mut entries = Vec::new();
-        local::walk(&self.pool(), path, recursive, &mut |entry| {
+        local::walk(&self.pool, path, recursive, &mut |entry| {
             entries.push(entry);
             if entries.len() == ENTRIES {
                 let reply = Reply::Entries { entries: std::mem::take(&mut entries), more: true };
@@ -397,7 +404,7 @@ impl Served {
     }
 
     fn open_reader(&mut self, path: &str) -> Result<Answer> {
-        let pool = self.pool();
+        let pool = self.pool.clone();
         let handle = local::open_read(&pool, path)?;
         // No lease of what is being written: then the bytes pass through here, as they do from raw and striped pools.
         let lease = pool.lease(handle.node(), 0, u64::MAX).ok().filter(|lease| lease.file().is_some());

@@ -9,8 +9,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::frame::{Connection, Frame};
-use super::protocol::{PAYLOAD_MAX, REQUEST_MAX, Reply, Request};
+use super::protocol::{PAYLOAD_MAX, REQUEST_MAX, Reply, Request, VERSION};
+use super::serve;
 use crate::error::{Error, ErrorKind};
+use crate::pool::{FormatOptions, OpenOptions, Pool};
 
 fn pair() -> (Connection, UnixStream) {
     let (a, b) = UnixStream::pair().unwrap();
@@ -73,6 +75,25 @@ fn bad_frames_are_refused_before_memory_is_taken() {
     assert_eq!(kind(&head(10, 0)), ErrorKind::Stale);
     assert_eq!(kind(&[head(13, 4), b"{\"op\":\"sync\"}".to_vec()].concat()), ErrorKind::Stale);
     assert!(received(b"").unwrap().is_none());
+}
+
+/// The thread of a client that has just gone may live on for a moment; the pool must not.
+#[test]
+fn no_client_keeps_the_pool_open_after_its_server_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pool");
+    Pool::format(&path, &FormatOptions::default()).unwrap();
+    let pool = Pool::open(&path, &OpenOptions::default()).unwrap();
+    for round in 0..300 {
+        let server = serve(pool.clone()).unwrap();
+        let client = Connection::new(UnixStream::connect(server.path()).unwrap(), PAYLOAD_MAX);
+        client.send(&Request::Hello { version: VERSION }, &[], None).unwrap();
+        assert!(client.receive::<Reply>(SOON).unwrap().is_some());
+        drop(client);
+        drop(server);
+        assert!(pool.is_last(), "round {round}");
+    }
+    pool.close().unwrap();
 }
 
 #[test]
