@@ -48,6 +48,8 @@ const XATTRS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("xattrs");
 const LAYOUTS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("layouts");
 const META_KEY: &str = "pool";
 const META_VERSION: u8 = 1;
+/// No pool ever comes to it, counting nodes, files or generations.
+const NUMBER_LIMIT: u64 = 1 << 62;
 const META_LEN: usize = 1 + 16 + 8 + 8 + 8 + 8;
 /// Up to this size redb checks every page at open, unless told otherwise. A larger catalog is committed with what redb calls quick repair: in two
 /// phases, and with the state of its page allocator, so that opening it after a crash needs no walk over all pages.
@@ -104,6 +106,10 @@ impl Meta {
         let field = |index: usize| {
             u64::from_le_bytes(body[17 + index * 8..25 + index * 8].try_into().unwrap_or_default())
         };
+        // One is added to each of them for as long as the pool is used.
+        if let Some(absurd) = (0..3).map(field).find(|number| *number >= NUMBER_LIMIT) {
+            return Err(corrupt(format!("the catalog's meta record counts to {absurd}")));
+        }
         Ok(Meta {
             pool: body[1..17].try_into().unwrap_or_default(),
             next_node: field(0),
@@ -617,7 +623,10 @@ fn remove_prefix(
     table: &mut redb::Table<&[u8], &[u8]>,
     node: NodeId,
 ) -> std::result::Result<(), redb::Error> {
-    let (start, end) = (node_key(node), node_key(node + 1));
-    table.retain_in(start.as_slice()..end.as_slice(), |_, _| false)?;
+    let start = node_key(node);
+    match node.checked_add(1).map(node_key) {
+        Some(end) => table.retain_in(start.as_slice()..end.as_slice(), |_, _| false)?,
+        None => table.retain_in(start.as_slice().., |_, _| false)?,
+    }
     Ok(())
 }

@@ -190,6 +190,12 @@ fn meta_records_are_checked() {
     for len in 0..good.len() {
         assert_eq!(Meta::decode(&good[..len]).unwrap_err().kind(), ErrorKind::Corrupt);
     }
+    // Numbers that the next creation, file or commit would carry beyond 64 bits, under a right sum.
+    for absurd in
+        [Meta { next_node: u64::MAX, ..meta(5) }, Meta { next_file: 1 << 62, ..meta(5) }, meta(1 << 63)]
+    {
+        assert_eq!(Meta::decode(&absurd.encode()).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
 }
 
 #[test]
