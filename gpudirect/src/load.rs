@@ -46,7 +46,7 @@ pub struct Loaded {
 
 /// Loads what a plan says. On an error nothing is on the device, and nothing is taken there.
 pub fn load(lane: &mut Lane, plan: &Plan, control: &mut Control<'_>) -> Result<Loaded> {
-    let started = Instant::now();
+    let (started, cpu_before) = (Instant::now(), cpu_seconds());
     let device = lane.driver().info()?;
     let memory = Arc::new(DeviceMemory::new(lane.driver(), plan.device_bytes()).map_err(|error| {
         error.context(format!("load {} tensors of {} sources", plan.tensors().len(), plan.sources().len()))
@@ -96,6 +96,7 @@ pub fn load(lane: &mut Lane, plan: &Plan, control: &mut Control<'_>) -> Result<L
         read_wait_seconds: transfer.io_wait.as_secs_f64(),
         copy_wait_seconds: transfer.copy_wait.as_secs_f64(),
         verify_seconds: transfer.verify.as_secs_f64(),
+        cpu_seconds: cpu_seconds() - cpu_before,
         bound_by: bound_by(&transfer),
         reads: transfer.reads,
         batches: transfer.batches,
@@ -110,4 +111,10 @@ pub fn load(lane: &mut Lane, plan: &Plan, control: &mut Control<'_>) -> Result<L
         notes: notes.map(str::to_owned).collect(),
     };
     Ok(Loaded { tensors, report })
+}
+
+/// Processor time of this process so far.
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }

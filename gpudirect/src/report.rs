@@ -47,6 +47,8 @@ pub struct Report {
     pub copy_wait_seconds: f64,
     /// Comparing checksums.
     pub verify_seconds: f64,
+    /// Processor time of the whole process meanwhile, seconds.
+    pub cpu_seconds: f64,
     /// What bound: `source`, `device` (its bus), or `cpu`.
     pub bound_by: &'static str,
     /// Reads, batches of copies, copies.
