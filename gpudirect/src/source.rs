@@ -134,8 +134,7 @@ impl Source {
             return Err(Error::new(ErrorKind::Invalid, format!("load {name}: it is {what}")));
         }
         let len = metadata.len();
-        let in_memory =
-            rustix::fs::fstatfs(&file).is_ok_and(|stat| IN_MEMORY.contains(&(stat.f_type as i64)));
+        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|stat| IN_MEMORY.contains(&stat.f_type));
         let cached = match policy {
             CachePolicy::Auto => in_memory || is_cached(&file, len),
             CachePolicy::Buffered => true,

@@ -83,7 +83,7 @@ fn filters_choose_and_parts_are_those_of_the_whole() {
         for rank in 0..world {
             let shard = Shard { rank, world, rules: vec![("*.proj".into(), dim)] };
             let options = PlanOptions { filters: vec!["a.*".into()], shard: Some(shard) };
-            let plan = plan(&[path.clone()], CachePolicy::Auto, &options).unwrap();
+            let plan = plan(std::slice::from_ref(&path), CachePolicy::Auto, &options).unwrap();
             let loaded = load(&mut lane, &plan).unwrap();
             assert_eq!(loaded.tensors.len(), 1);
             let part = shape[dim] / world as usize;
@@ -101,9 +101,12 @@ fn filters_choose_and_parts_are_those_of_the_whole() {
             );
         }
     }
-    let none =
-        plan(&[path.clone()], CachePolicy::Auto, &PlanOptions { filters: vec!["c*".into()], shard: None })
-            .unwrap_err();
+    let none = plan(
+        std::slice::from_ref(&path),
+        CachePolicy::Auto,
+        &PlanOptions { filters: vec!["c*".into()], shard: None },
+    )
+    .unwrap_err();
     assert_eq!(none.kind(), ErrorKind::NotFound);
     let twice = plan(&[path.clone(), path], CachePolicy::Auto, &PlanOptions::default()).unwrap_err();
     assert!(twice.to_string().contains("is both in"), "{twice}");
@@ -179,7 +182,8 @@ fn a_device_that_fails_anywhere_leaks_nothing_and_loads_the_next_time() {
     let (device, driver) = fake(FakeOptions::default());
     let attempt = || {
         let mut lane = Lane::new(driver.clone(), small())?;
-        let loaded = load(&mut lane, &plan(&[path.clone()], CachePolicy::Auto, &PlanOptions::default())?)?;
+        let loaded =
+            load(&mut lane, &plan(std::slice::from_ref(&path), CachePolicy::Auto, &PlanOptions::default())?)?;
         Ok::<_, gpudirect::Error>((contents(&lane, &loaded), loaded.tensors.len()))
     };
     attempt().unwrap();
@@ -201,8 +205,10 @@ fn a_device_that_fails_anywhere_leaks_nothing_and_loads_the_next_time() {
     for fail in 1.. {
         device.set(FakeOptions { fail_batch: fail, ..FakeOptions::default() });
         let mut lane = Lane::new(driver.clone(), small()).unwrap();
-        let result =
-            load(&mut lane, &plan(&[path.clone()], CachePolicy::Auto, &PlanOptions::default()).unwrap());
+        let result = load(
+            &mut lane,
+            &plan(std::slice::from_ref(&path), CachePolicy::Auto, &PlanOptions::default()).unwrap(),
+        );
         let failed = result.map(drop);
         drop(lane);
         assert_eq!(device.leaks(), [""; 0], "after batch {fail} failed");
@@ -294,7 +300,7 @@ fn a_file_that_changes_while_it_is_loaded_is_an_error_that_says_how() {
             checkpoint(&path, &[("a", bytes.clone())]);
             let (device, driver) = fake(FakeOptions::default());
             let mut lane = Lane::new(driver, small()).unwrap();
-            let plan = plan(&[path.clone()], policy, &PlanOptions::default()).unwrap();
+            let plan = plan(std::slice::from_ref(&path), policy, &PlanOptions::default()).unwrap();
             // Once some of it is there.
             let mut todo = Some(change);
             let mut progress = |done: u64, _| {
@@ -325,7 +331,8 @@ fn files_that_are_no_tensor_files_are_refused() {
     let whole = std::fs::read(&path).unwrap();
     for cut in [1, 7, 9, 50, whole.len() - 1] {
         std::fs::write(&path, &whole[..cut]).unwrap();
-        let error = plan(&[path.clone()], CachePolicy::Auto, &PlanOptions::default()).unwrap_err();
+        let error =
+            plan(std::slice::from_ref(&path), CachePolicy::Auto, &PlanOptions::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Malformed, "{cut} bytes: {error}");
     }
     std::fs::write(&path, b"").unwrap();

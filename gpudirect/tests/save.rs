@@ -55,7 +55,7 @@ fn a_saved_file_is_byte_for_byte_the_reference_librarys() {
     for (lag, chunk) in [(0, 64 << 10), (50, 64 << 10), (2, 1 << 20)] {
         let (device, driver) = fake(FakeOptions { lag, ..FakeOptions::default() });
         let mut lane = Lane::new(driver, LaneOptions { chunk, ring: 8 * chunk, ..small() }).unwrap();
-        let plan = plan(&[path.clone()], CachePolicy::Auto, &PlanOptions::default()).unwrap();
+        let plan = plan(std::slice::from_ref(&path), CachePolicy::Auto, &PlanOptions::default()).unwrap();
         let loaded = load(&mut lane, &plan).unwrap();
         let out = folder.path().join("out.safetensors");
         let report =

@@ -207,14 +207,14 @@ impl Driver for CudaDriver {
                 .unwrap_or_default()
         };
         let mut name = [0u8; 128];
-        // SAFETY: the buffer is valid for writes of the length passed.
         check(
+            // SAFETY: the buffer is valid for writes of the length passed.
             unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as c_int, cuda.device) },
             tried,
         )?;
         let mut pci = [0u8; 32];
-        // SAFETY: as above.
         check(
+            // SAFETY: the buffer is valid for writes of the length passed.
             unsafe { sys::cuDeviceGetPCIBusId(pci.as_mut_ptr().cast(), pci.len() as c_int, cuda.device) },
             tried,
         )?;
@@ -444,8 +444,8 @@ impl Stream for CudaStream {
         self.cuda.enter()?;
         let mut count = 0;
         while let Some(&(_, event)) = self.running.front() {
-            // SAFETY: the event was recorded and is alive.
             let result = match wait && count == 0 {
+                // SAFETY: the event was recorded and is alive.
                 true => unsafe { sys::cuEventSynchronize(event) },
                 // SAFETY: as above.
                 false => unsafe { sys::cuEventQuery(event) },
