@@ -85,6 +85,8 @@ pub enum Command {
     Import(Import),
     /// Write a region or directory of a pool to local files
     Export(Export),
+    /// Load tensors into a GPU's memory (or the host's) and say how fast and by which way
+    Load(Load),
     /// List a directory of a pool
     Ls(Ls),
     /// Say everything about one region: size, generation, tensors
@@ -238,6 +240,70 @@ pub struct Export {
     /// Replace files that exist
     #[arg(short, long)]
     pub force: bool,
+}
+
+/// `nvtier load`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+PATH is a safetensors or GGUF file on any file system, or a directory, which stands for all of its safetensors files (or
+else its GGUF files); with --pool it is a region or directory of that pool. All of them are loaded as one: past the page
+cache, through a ring of pinned memory, into one allocation on the device. The memory is given back when the command ends:
+this is for measuring, and for seeing that a checkpoint loads.
+
+  nvtier load ~/models/m --check
+  nvtier load models/m --pool /mnt/nvme0/pool --device cuda:1 --filter '*.layers.0.*'
+  nvtier load m.safetensors --device cpu --json")]
+pub struct Load {
+    /// Files, directories, or with --pool regions
+    #[arg(required = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    pub paths: Vec<PathBuf>,
+    /// Where to: cuda:N, or cpu for host memory
+    #[arg(long, default_value = "cuda:0")]
+    pub device: String,
+    /// The pool that PATH is in (NVTIER_POOL is not heeded here: PATH is a file otherwise)
+    #[arg(long, value_name = "POOL", value_hint = ValueHint::AnyPath)]
+    pub pool: Option<PathBuf>,
+    /// Only tensors whose names fit this pattern with * and ? (may be given several times)
+    #[arg(long, value_name = "GLOB")]
+    pub filter: Vec<String>,
+    /// Compare every byte on the device with a plain read of the source
+    #[arg(long)]
+    pub check: bool,
+    /// Measure how fast pinned memory is copied to the device, to compare with
+    #[arg(long)]
+    pub ceilings: bool,
+    /// Write what was loaded from the device to a safetensors file, flushed, in place of what is there
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub save: Option<PathBuf>,
+    /// Whether files are read past the page cache
+    #[arg(long, value_enum, default_value_t = CacheMode::Auto, value_name = "HOW")]
+    pub cache: CacheMode,
+    /// Do not compare a pool's checksums, to see what they cost
+    #[arg(long, requires = "pool")]
+    pub no_verify: bool,
+    /// Bytes of one read [default: 2MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub chunk: Option<u64>,
+    /// Reads in flight [default: 32]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub depth: Option<u32>,
+    /// Pinned memory [default: 128MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub ring: Option<u64>,
+    /// Threads that read what is in memory already [default: the cores, at most 16]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub threads: Option<u32>,
+}
+
+/// Whether files are read past the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum CacheMode {
+    /// Past it, unless they are in it already
+    Auto,
+    /// Past it, or not at all
+    Direct,
+    /// Through it
+    Buffered,
 }
 
 /// `nvtier ls`
@@ -419,6 +485,8 @@ mod tests {
             "import s n --pool P",
             "export n d --pool P",
             "ls --pool P",
+            "load F G --device cuda:1 --filter a.* --filter b --check --json",
+            "load n --pool P --device cpu --no-verify --save F --ceilings",
             "ls a/b --pool P --json",
             "stat n --pool P",
             "rm n --pool P",

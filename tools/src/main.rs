@@ -64,6 +64,7 @@ fn run(cli: Cli) -> Outcome<ExitCode> {
         Command::Umount(args) => cmd::umount::run(global, args)?,
         Command::Format(args) => cmd::format::run(global, args)?,
         Command::Demo(args) => demo::run(global, args)?,
+        Command::Load(args) => cmd::load::run(global, args)?,
         Command::Mount(args) => cmd::mount::run(global, &Config::load()?, args)?,
         Command::Info(args) => cmd::info::run(global, &Config::load()?, args)?,
         Command::Import(args) => cmd::import::run(global, &Config::load()?, args)?,

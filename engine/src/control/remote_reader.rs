@@ -60,6 +60,19 @@ impl RemoteReader {
         self.file.as_ref()
     }
 
+    /// Bytes under one checksum.
+    pub fn chunk_size(&self) -> u64 {
+        self.chunk_size
+    }
+
+    /// CRC-32 of a chunk: of its bytes up to the end of the region. For who reads [`file`](Self::file) himself.
+    pub fn sum(&self, chunk: u64) -> Result<u32> {
+        let sums = self.sums(chunk / SUMS)?;
+        sums.get((chunk % SUMS) as usize).copied().ok_or_else(|| {
+            Error::new(ErrorKind::OutOfRange, format!("the region has no checksum of chunk {chunk}"))
+        })
+    }
+
     /// See [`RegionReader::read_at`](crate::RegionReader::read_at).
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let len = self.size.saturating_sub(offset).min(buf.len() as u64) as usize;

@@ -41,6 +41,14 @@ impl RegionReader {
         self.len() == 0
     }
 
+    /// The lease behind it, where another process owns the pool.
+    pub fn as_remote(&self) -> Option<&RemoteReader> {
+        match &self.source {
+            Source::Local(_) => None,
+            Source::Remote(reader) => Some(reader),
+        }
+    }
+
     /// Reads up to the end; returns how many bytes. `Corrupt` where a checksum does not match.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         match &self.source {

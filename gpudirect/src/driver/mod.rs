@@ -1,0 +1,198 @@
+//! What is asked of a device's driver, and nothing more.
+//!
+//! A [`Driver`] stands for one device: [`cuda`] is the real one, [`host`] takes the machine's own memory for a device, and
+//! [`fake`] is a simulated device for tests. Copies are owned operations, as those of [`nvme::Queue`] are: a [`Batch`] owns
+//! its pinned buffers from [`Stream::copy`] until [`Stream::reap`] hands them back, so that nobody can write to memory that
+//! a copy engine still reads. Nothing is said to be on the device before `reap` gave its batch back.
+
+mod copier;
+pub mod cuda;
+pub mod fake;
+pub mod host;
+
+use std::fmt;
+use std::sync::Arc;
+
+use nvme::{Arena, Buffer};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct DeviceInfo {
+    /// `cuda:0`, `cpu`.
+    pub id: String,
+    /// The vendor's name for it.
+    pub name: String,
+    /// Where it is, `0000:3b:00.0`; empty where it is on no bus.
+    pub pci: String,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Bytes of memory that were free when it was asked.
+    pub free_bytes: u64,
+    /// The version of the driver, `13.0`; empty where there is none.
+    pub driver: String,
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From pinned memory to the device.
+    ToDevice,
+    /// From the device to pinned memory.
+    ToHost,
+}
+
+/// One contiguous copy of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which of the batch's buffers.
+    pub buffer: u32,
+    /// First byte in that buffer.
+    pub offset: usize,
+    /// Address on the device.
+    pub device: u64,
+    /// Bytes, not 0.
+    pub len: usize,
+}
+
+/// Copies that start and end together, with the memory they use.
+#[derive(Debug)]
+pub struct Batch {
+    /// Which way.
+    pub direction: Direction,
+    /// Pinned memory.
+    pub buffers: Vec<Buffer>,
+    /// What goes where.
+    pub parts: Vec<Part>,
+    /// The caller's own.
+    pub tag: u64,
+}
+
+impl Batch {
+    /// Bytes of all parts.
+    pub fn len(&self) -> u64 {
+        self.parts.iter().map(|part| part.len as u64).sum()
+    }
+
+    /// Whether there is nothing to copy.
+    pub fn is_empty(&self) -> bool {
+        self.parts.is_empty()
+    }
+
+    /// Refuses parts that are not inside their buffers.
+    pub(crate) fn check(&self) -> Result<()> {
+        for part in &self.parts {
+            let len = self.buffers.get(part.buffer as usize).map_or(0, |buffer| buffer.len());
+            if part.len == 0 || part.offset.checked_add(part.len).is_none_or(|end| end > len) {
+                let context = format!("copy {} bytes at {} of a buffer of {len}", part.len, part.offset);
+                return Err(Error::new(ErrorKind::Invalid, context));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One device.
+pub trait Driver: Send + Sync + fmt::Debug {
+    /// What it is, and how much memory is free now.
+    fn info(&self) -> Result<DeviceInfo>;
+    /// Makes an arena known to the device, so that copies run at the bus's speed and without waiting. An arena may be
+    /// pinned once.
+    fn pin(&self, arena: &Arena) -> Result<()>;
+    /// Takes [`pin`](Self::pin) back. No copy may use the arena any more.
+    fn unpin(&self, arena: &Arena) -> Result<()>;
+    /// Takes memory on the device, aligned to 256 bytes at least. Its bytes are anything. `len` is not 0.
+    fn alloc(&self, len: u64) -> Result<u64>;
+    /// Gives memory back.
+    fn free(&self, address: u64) -> Result<()>;
+    /// A queue of copies, which run in order and beside what the host does.
+    fn stream(&self) -> Result<Box<dyn Stream>>;
+}
+
+/// A batch that did not start, handed back.
+#[derive(Debug)]
+pub struct Refused {
+    /// Untouched.
+    pub batch: Batch,
+    /// Why.
+    pub error: Error,
+}
+
+/// Copies in order. Dropping it waits for them.
+pub trait Stream: Send {
+    /// Starts a batch.
+    #[allow(clippy::result_large_err)] // the batch itself is what comes back
+    fn copy(&mut self, batch: Batch) -> std::result::Result<(), Refused>;
+    /// Hands out batches that are done, in order; with `wait` at least one where any is in flight. An error means that no
+    /// copy in flight can be relied on; their memory comes back when the stream is dropped.
+    fn reap(&mut self, wait: bool, each: &mut dyn FnMut(Batch)) -> Result<usize>;
+    /// Batches started and not handed out.
+    fn in_flight(&self) -> usize;
+}
+
+/// Memory of a device, given back when the last owner is gone.
+pub struct DeviceMemory {
+    driver: Arc<dyn Driver>,
+    address: u64,
+    len: u64,
+}
+
+impl DeviceMemory {
+    /// Takes `len` bytes; none is fine and takes nothing.
+    pub fn new(driver: &Arc<dyn Driver>, len: u64) -> Result<DeviceMemory> {
+        let address = if len == 0 { 0 } else { driver.alloc(len)? };
+        Ok(DeviceMemory { driver: driver.clone(), address, len })
+    }
+
+    /// Where it starts; 0 when it is empty.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whose it is.
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        if self.len > 0
+            && let Err(error) = self.driver.free(self.address)
+        {
+            tracing::warn!("free {} bytes of device memory: {error}", self.len);
+        }
+    }
+}
+
+impl fmt::Debug for DeviceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeviceMemory").field("address", &self.address).field("len", &self.len).finish()
+    }
+}
+
+/// Opens a device by its name as frameworks write it: `cpu`, `cuda`, `cuda:1`.
+pub fn open(name: &str) -> Result<Arc<dyn Driver>> {
+    match name {
+        "cpu" => Ok(Arc::new(host::HostDriver::new())),
+        "cuda" => Ok(Arc::new(cuda::CudaDriver::open(0)?)),
+        _ => match name.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
+            Some(ordinal) => Ok(Arc::new(cuda::CudaDriver::open(ordinal)?)),
+            None => {
+                let context = format!("there is no device {name:?}: write cpu, cuda or cuda:N");
+                Err(Error::new(ErrorKind::Invalid, context))
+            }
+        },
+    }
+}

@@ -1,0 +1,360 @@
+//! `nvtier load PATH...`: tensors into the memory of a device, with a report of how fast and by which way.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use engine::{Session, SessionOptions};
+use gpudirect::{
+    CachePolicy, Control, Error, ErrorKind, Lane, LaneOptions, Loaded, Plan, PlanOptions, Report,
+    SaveOptions, SaveReport, SaveTensor, Source, Verify,
+};
+use serde_json::json;
+
+use crate::cli::{CacheMode, Global, Load};
+use crate::failure::{Failure, Outcome, code};
+use crate::progress::Progress;
+use crate::{ceiling, interrupt, names, output, size};
+
+/// How long the ceiling of copies is measured.
+const CEILING_TIME: Duration = Duration::from_millis(500);
+/// Bytes that are compared at a time.
+const CHECK_BLOCK: usize = 8 << 20;
+
+/// Loads, reports, and gives the memory back.
+pub fn run(global: &Global, args: &Load) -> Outcome {
+    let driver = gpudirect::driver::open(&args.device).map_err(|error| {
+        let failure = failure(error);
+        if args.device == "cpu" {
+            failure
+        } else {
+            failure.hint("`--device cpu` loads into host memory, without CUDA")
+        }
+    })?;
+    let pool = args.pool.as_deref().map(open_pool).transpose()?;
+    let sources = match &pool {
+        Some(session) => regions(session, args)?,
+        None => files(&args.paths)?
+            .iter()
+            .map(|path| Source::file(path, policy(args.cache)).map_err(failure))
+            .collect::<Outcome<_>>()?,
+    };
+    let options = PlanOptions { filters: args.filter.clone(), shard: None };
+    let plan = Plan::new(sources, &options).map_err(failure)?;
+    let defaults = LaneOptions::default();
+    let lane = LaneOptions {
+        chunk: args.chunk.map_or(defaults.chunk, |size| size as usize),
+        ring: args.ring.map_or(defaults.ring, |size| size as usize),
+        depth: args.depth.unwrap_or(defaults.depth),
+        threads: args.threads.unwrap_or(defaults.threads),
+        ..defaults
+    };
+    let mut lane = Lane::new(driver, lane).map_err(failure)?;
+    let total = plan.tensors().iter().map(|tensor| tensor.len).sum();
+    let drive = args.pool.as_ref().or(args.paths.first()).and_then(|path| ceiling::of_path(path));
+    let mut progress = Progress::new(global, format!("load to {}", args.device), total, drive);
+    let loaded = {
+        let mut watch = |done: u64, _: u64| {
+            progress.set(done);
+            !interrupt::requested()
+        };
+        gpudirect::load(&mut lane, &plan, &mut Control { progress: Some(&mut watch), ..Control::default() })
+    };
+    let loaded = loaded.map_err(failure)?;
+    progress.finish();
+    let checked = if args.check { Some(check(&lane, &plan, &loaded, pool.as_ref())?) } else { None };
+    let saved = args.save.as_deref().map(|path| save(global, &mut lane, &loaded, path)).transpose()?;
+    let copy_ceiling =
+        if args.ceilings { Some(lane.copy_ceiling(CEILING_TIME).map_err(failure)?) } else { None };
+    let ceilings = Ceilings { copy: copy_ceiling, drive };
+    if global.json {
+        return output::json(&json!({
+            "load": loaded.report,
+            "checked_bytes": checked,
+            "save": saved,
+            "ceilings": {
+                "copy_bytes_per_second": ceilings.copy,
+                "drive_bytes_per_second": ceilings.drive,
+            },
+        }));
+    }
+    output::line(&describe(&loaded.report, checked, saved.as_ref(), &ceilings))
+}
+
+struct Ceilings {
+    /// Pinned memory to the device, measured now.
+    copy: Option<f64>,
+    /// The drive's, as it was measured by the demo or the benchmark last.
+    drive: Option<f64>,
+}
+
+fn policy(mode: CacheMode) -> CachePolicy {
+    match mode {
+        CacheMode::Auto => CachePolicy::Auto,
+        CacheMode::Direct => CachePolicy::Direct,
+        CacheMode::Buffered => CachePolicy::Buffered,
+    }
+}
+
+fn open_pool(path: &Path) -> Outcome<Session> {
+    let options = SessionOptions { read_only: true, ram_bytes: 64 << 20, ..SessionOptions::default() };
+    Session::open(path, options)
+        .map_err(|error| Failure::from(error).while_doing(format!("open the pool {}", path.display())))
+}
+
+/// Whether a name is of a tensor file that a directory stands for, by the extension: safetensors first.
+fn is_tensor_file(name: &str, extension: &str) -> bool {
+    name.rsplit_once('.').is_some_and(|(stem, end)| !stem.is_empty() && end.eq_ignore_ascii_case(extension))
+}
+
+/// The files that are meant: a directory stands for its safetensors files, or else its GGUF files, in order of their names.
+fn files(paths: &[PathBuf]) -> Outcome<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    for path in paths {
+        if !path.is_dir() {
+            all.push(path.clone());
+            continue;
+        }
+        let tried = || format!("list {}", path.display());
+        let mut inside = Vec::new();
+        for entry in path.read_dir().map_err(|error| Failure::io(tried(), &error))? {
+            inside.push(entry.map_err(|error| Failure::io(tried(), &error))?.path());
+        }
+        inside.sort();
+        let of = |extension: &str| -> Vec<PathBuf> {
+            inside.iter().filter(|path| is_tensor_file(&path.to_string_lossy(), extension)).cloned().collect()
+        };
+        all.extend(choose(of("safetensors"), of("gguf"), &path.display().to_string())?);
+    }
+    Ok(all)
+}
+
+fn choose<T>(safetensors: Vec<T>, gguf: Vec<T>, place: &str) -> Outcome<Vec<T>> {
+    let found = if safetensors.is_empty() { gguf } else { safetensors };
+    if found.is_empty() {
+        return Err(Failure::not_found(format!(
+            "load {place}: there is no .safetensors and no .gguf file in it"
+        )));
+    }
+    Ok(found)
+}
+
+fn regions(session: &Session, args: &Load) -> Outcome<Vec<Source>> {
+    let verify = if args.no_verify { Verify::Never } else { Verify::Always };
+    let mut sources = Vec::new();
+    for path in &args.paths {
+        let name = names::normalize(&path.to_string_lossy())?;
+        let tried = |error: engine::Error| {
+            Failure::from(error).while_doing(format!("load `{}`", output::printable(&name)))
+        };
+        let entry = session.stat_path(&name).map_err(tried)?;
+        let list = match entry.kind {
+            engine::NodeKind::Directory => {
+                let inside = session.list(&name, false).map_err(tried)?;
+                let of = |extension: &str| -> Vec<String> {
+                    let regions = inside.iter().filter(|entry| entry.kind == engine::NodeKind::Region);
+                    regions
+                        .filter(|entry| is_tensor_file(&entry.path, extension))
+                        .map(|entry| entry.path.clone())
+                        .collect()
+                };
+                choose(of("safetensors"), of("gguf"), &format!("`{}`", output::printable(&name)))?
+            }
+            _ => vec![name.clone()],
+        };
+        for region in list {
+            sources.push(Source::region(session, &region, verify).map_err(failure)?);
+        }
+    }
+    Ok(sources)
+}
+
+/// Compares every byte on the device with a plain read of its source.
+fn check(lane: &Lane, plan: &Plan, loaded: &Loaded, pool: Option<&Session>) -> Outcome<u64> {
+    let mut compared = 0;
+    let (mut expected, mut there) = (vec![0; CHECK_BLOCK], vec![0; CHECK_BLOCK]);
+    for (index, source) in plan.sources().iter().enumerate() {
+        let tried = |error: std::io::Error| Failure::io(format!("read {} to compare", source.name()), &error);
+        let reader = match pool {
+            Some(session) => Plain::Region(session.reader(source.name())?),
+            None => Plain::File(File::open(source.name()).map_err(tried)?),
+        };
+        for (planned, tensor) in plan.tensors().iter().zip(&loaded.tensors) {
+            if planned.source as usize != index {
+                continue;
+            }
+            let mut done = 0;
+            for (offset, len) in planned.ranges() {
+                let mut at = 0;
+                while at < len {
+                    interrupt::check()?;
+                    let part = (len - at).min(CHECK_BLOCK as u64) as usize;
+                    match &reader {
+                        Plain::Region(reader) => reader.read_exact_at(offset + at, &mut expected[..part])?,
+                        Plain::File(file) => {
+                            file.read_exact_at(&mut expected[..part], offset + at).map_err(tried)?
+                        }
+                    }
+                    lane.read_device(tensor.address + done, &mut there[..part]).map_err(failure)?;
+                    // Whole first: that is as fast as memory, and nearly always the end of it.
+                    if expected[..part] != there[..part]
+                        && let Some(bad) = (0..part).find(|&i| expected[i] != there[i])
+                    {
+                        return Err(Failure::corrupt(format!(
+                            "byte {} of tensor `{}` on the device is {:#04x}, in {} it is {:#04x}",
+                            done + bad as u64,
+                            output::printable(&tensor.name),
+                            there[bad],
+                            source.name(),
+                            expected[bad]
+                        )));
+                    }
+                    at += part as u64;
+                    done += part as u64;
+                }
+            }
+            compared += done;
+        }
+    }
+    Ok(compared)
+}
+
+enum Plain {
+    File(File),
+    Region(engine::RegionReader),
+}
+
+fn save(global: &Global, lane: &mut Lane, loaded: &Loaded, path: &Path) -> Outcome<SaveReport> {
+    let tensors: Vec<SaveTensor> = loaded
+        .tensors
+        .iter()
+        .map(|tensor| SaveTensor {
+            name: tensor.name.clone(),
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            address: tensor.address,
+            len: tensor.len,
+        })
+        .collect();
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    let mut progress = Progress::new(global, format!("save {}", path.display()), loaded.report.bytes, None);
+    let result = {
+        let mut watch = |done: u64, _: u64| {
+            progress.set(done);
+            !interrupt::requested()
+        };
+        let mut control = Control { progress: Some(&mut watch), ..Control::default() };
+        gpudirect::save(lane, path, &tensors, &SaveOptions { metadata }, &mut control)
+    };
+    let report = result.map_err(|error| failure(error).while_doing(format!("save {}", path.display())))?;
+    progress.set_total(report.bytes);
+    progress.set(report.bytes);
+    progress.finish();
+    Ok(report)
+}
+
+fn describe(
+    report: &Report,
+    checked: Option<u64>,
+    saved: Option<&SaveReport>,
+    ceilings: &Ceilings,
+) -> String {
+    let device = &report.device;
+    let place = if device.pci.is_empty() {
+        String::new()
+    } else {
+        format!(", {}, driver {}", device.pci, device.driver)
+    };
+    let rate = report.bytes as f64 / report.seconds.max(1e-9);
+    let share = |ceiling: f64| format!("{} ({:.0}%)", size::rate(ceiling), 100.0 * rate / ceiling.max(1.0));
+    let mut lines = vec![
+        format!("device      {} ({}{place})", device.id, device.name),
+        format!(
+            "loaded      {} tensors of {} files, {} in {} ({})",
+            report.tensors,
+            report.sources,
+            size::human(report.bytes),
+            size::duration(report.seconds),
+            size::rate(rate)
+        ),
+        format!("path        {}: drive, pinned memory, device", report.path),
+    ];
+    for other in &report.not_taken {
+        lines.push(format!("  not       {}: {}", other.path, other.why));
+    }
+    let what = match report.bound_by {
+        "source" if report.cached_sources == report.sources => "copies out of the page cache",
+        "source" => "the drive",
+        "device" => "copies to the device",
+        _ => "this thread's own work",
+    };
+    lines.push(format!("bound by    {what}"));
+    lines.push(format!(
+        "time        reads under way {:.2} s (waited for {:.2} s), copies {:.2} s (waited for {:.2} s), checksums {:.2} s",
+        report.read_busy_seconds,
+        report.read_wait_seconds,
+        report.copy_busy_seconds,
+        report.copy_wait_seconds,
+        report.verify_seconds
+    ));
+    if let Some(copy) = ceilings.copy {
+        lines.push(format!("ceiling     copies to the device, measured now: {}", share(copy)));
+    }
+    if let Some(drive) = ceilings.drive {
+        lines.push(format!("ceiling     the drive, measured earlier: {}", share(drive)));
+    }
+    lines.push(format!(
+        "memory      {} pinned (set up in {:.2} s), {} on the device, {} more than the tensors",
+        size::human(report.pinned_bytes),
+        report.setup_seconds,
+        size::human(report.device_bytes),
+        size::human(report.device_extra_bytes)
+    ));
+    if let Some(bytes) = checked {
+        lines.push(format!("checked     {} bytes equal those of a plain read", bytes));
+    }
+    if let Some(saved) = saved {
+        lines.push(format!(
+            "saved       {} in {} ({}), of that {:.2} s until it was flushed",
+            size::human(saved.bytes),
+            size::duration(saved.seconds),
+            size::rate(saved.bytes as f64 / saved.seconds.max(1e-9)),
+            saved.flush_seconds
+        ));
+    }
+    for note in report.notes.iter().chain(saved.iter().flat_map(|saved| &saved.notes)) {
+        lines.push(format!("note        {}", output::printable(note)));
+    }
+    lines.join("\n")
+}
+
+/// An error of the loader as this program's.
+fn failure(error: Error) -> Failure {
+    let kind = error.kind();
+    let code = match kind {
+        ErrorKind::NotFound => code::NOT_FOUND,
+        ErrorKind::Invalid => code::USAGE,
+        ErrorKind::Busy => code::BUSY,
+        ErrorKind::Corrupt => code::CORRUPT,
+        ErrorKind::NoSpace => code::NO_SPACE,
+        ErrorKind::NoDriver | ErrorKind::OldDriver | ErrorKind::NoDevice | ErrorKind::Unsupported => {
+            code::UNSUPPORTED
+        }
+        ErrorKind::Cancelled => code::INTERRUPTED,
+        _ => code::FAILED,
+    };
+    let hint = match kind {
+        ErrorKind::OutOfDeviceMemory => Some("load fewer tensors (--filter), or free memory on the device"),
+        ErrorKind::OutOfHostMemory => {
+            Some("take a smaller --ring, or raise RLIMIT_MEMLOCK: ulimit -l unlimited")
+        }
+        ErrorKind::Corrupt => Some("`nvtier verify` lists everything that is damaged"),
+        _ => None,
+    };
+    let failure = Failure::new(code, &format!("{kind:?}"), crate::failure::describe(&error));
+    match hint {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}
