@@ -31,7 +31,10 @@ pub fn records(input: &[u8]) -> u64 {
     match fuzzing::meta_again(&meta) {
         Ok(again) => assert_eq!(again, meta),
         Err(error) => {
-            assert!(plan.next_node.max(plan.next_file) >= 1 << 62, "a meta record of our own: {error:?}")
+            assert!(
+                plan.next_node.max(plan.next_file).max(plan.generation) >= 1 << 62,
+                "a meta record of our own: {error:?}"
+            )
         }
     }
     if fuzzing::meta_again(input).is_ok_and(|again| again != input) {
