@@ -9,23 +9,19 @@
 use std::any::Any;
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::IoSliceMut;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engine::{RegionReader, Session};
-use nvme::{Device, DeviceKind, FileDevice, InlineIo, InlineOutcome, Target};
+use nvme::{Device, DeviceKind, FileDevice, InlineIo, InlineOutcome, Target, is_cached};
 use rustix::fs::OFlags;
-use rustix::io::ReadWriteFlags;
 
 use crate::error::{Error, ErrorKind, Result};
 
 /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of linux/magic.h.
 const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
-/// Places that are asked to find out whether a file is cached.
-const SAMPLES: u64 = 16;
 
 /// Whether a file is read past the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -366,18 +362,6 @@ fn reopen(file: &File, name: &str) -> Result<FileDevice> {
     let flags = rustix::fs::fcntl_getfl(&copy)
         .map_err(|error| Error::io(format!("open the file of {name}"), error))?;
     Ok(FileDevice::from_file(copy, name, flags.contains(OFlags::DIRECT))?)
-}
-
-/// Asks for a few bytes here and there without waiting for the drive (`RWF_NOWAIT`, preadv2(2)).
-fn is_cached(file: &File, len: u64) -> bool {
-    let mut buffer = [0; 512];
-    let found = (0..SAMPLES).filter(|sample| {
-        let mut slices = [IoSliceMut::new(&mut buffer)];
-        // The middle of each part: headers at the start are always hot.
-        let offset = len / SAMPLES * sample + len / SAMPLES / 2;
-        rustix::io::preadv2(file, &mut slices, offset, ReadWriteFlags::NOWAIT).is_ok_and(|count| count > 0)
-    });
-    len > 0 && found.count() as u64 >= SAMPLES - 1
 }
 
 /// A region that is read by calling its reader.

@@ -39,6 +39,7 @@ pub mod device;
 pub mod error;
 pub mod fault;
 pub mod mapped;
+mod page_cache;
 pub mod passthrough;
 pub mod queue;
 mod sharing;
@@ -53,6 +54,7 @@ pub use device::{
 pub use error::{Error, ErrorKind, Result};
 pub use fault::{Fault, FaultDevice, FaultIo, FaultPlan};
 pub use mapped::MappedFile;
+pub use page_cache::is_cached;
 pub use queue::{Backend, Completion, Op, Queue, QueueBuilder, Refused, Verb, with_thread_queue};
 pub use sharing::is_open_elsewhere;
 pub use sim::{

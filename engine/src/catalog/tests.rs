@@ -98,18 +98,22 @@ fn state(catalog: &Catalog) -> (u64, u64) {
     (meta.generation, tree.region_count())
 }
 
-#[test]
-fn a_snapshot_is_there_whole_or_not_at_all() {
+fn created(store: &Faulty) -> Catalog {
+    Catalog::create(Box::new(store.clone()), &batch(1, 20)).unwrap()
+}
+
+/// Lets writes fail after each possible number of them during a commit: either snapshot is there then, whole. `begin` gives a catalog of the first
+/// one, `check_bytes` is that of the open after the crash.
+fn cut_at_every_write(begin: impl Fn(&Faulty) -> Catalog, check_bytes: u64) {
     let mut outcomes = [0; 2];
     for allowed in 0.. {
         let store = Faulty::new(io::ErrorKind::Other);
-        let catalog = Catalog::create(Box::new(store.clone()), &batch(1, 20)).unwrap();
+        let catalog = begin(&store);
         store.budget.store(allowed, Relaxed);
         let applied = catalog.apply(&batch(2, 40));
         drop(catalog);
         let spent = store.budget.swap(u64::MAX, Relaxed) > 0;
-        let after = state(&Catalog::open(Box::new(store.clone()), false).unwrap());
-        match after {
+        match state(&Catalog::open_checked(Box::new(store), false, check_bytes).unwrap()) {
             (1, 20) => {
                 assert!(applied.is_err(), "{allowed} writes: it was said to be durable");
                 outcomes[0] += 1;
@@ -124,32 +128,21 @@ fn a_snapshot_is_there_whole_or_not_at_all() {
     assert!(outcomes[0] > 3 && outcomes[1] > 0, "{outcomes:?}");
 }
 
+#[test]
+fn a_snapshot_is_there_whole_or_not_at_all() {
+    cut_at_every_write(created, CHECK_BYTES);
+}
+
 /// A large catalog, whose pages nobody walks after a crash: each commit leaves it ready to be opened.
 #[test]
 fn a_large_catalog_is_whole_after_a_crash_at_any_write() {
-    let mut outcomes = [0; 2];
-    for allowed in 0.. {
-        let store = Faulty::new(io::ErrorKind::Other);
-        drop(Catalog::create(Box::new(store.clone()), &batch(1, 20)).unwrap());
+    let large = |store: &Faulty| {
+        drop(created(store));
         let catalog = Catalog::open_checked(Box::new(store.clone()), false, 0).unwrap();
         catalog.apply(&batch(1, 20)).unwrap();
-        store.budget.store(allowed, Relaxed);
-        let applied = catalog.apply(&batch(2, 40));
-        drop(catalog);
-        let spent = store.budget.swap(u64::MAX, Relaxed) > 0;
-        match state(&Catalog::open_checked(Box::new(store), false, 0).unwrap()) {
-            (1, 20) => {
-                assert!(applied.is_err(), "{allowed} writes: it was said to be durable");
-                outcomes[0] += 1;
-            }
-            (2, 40) => outcomes[1] += 1,
-            other => panic!("{allowed} writes: neither before nor after: {other:?}"),
-        }
-        if applied.is_ok() && spent {
-            break;
-        }
-    }
-    assert!(outcomes[0] > 3 && outcomes[1] > 0, "{outcomes:?}");
+        catalog
+    };
+    cut_at_every_write(large, 0);
 }
 
 #[test]

@@ -7,21 +7,8 @@ use std::sync::Arc;
 
 use gpudirect::driver::fake::{FakeDriver, FakeOptions};
 use gpudirect::{CachePolicy, Control, Driver, Lane, LaneOptions, Loaded, Plan, PlanOptions, Result, Source};
+pub use nvtier_tests::pattern;
 use safetensors::tensor::{Dtype, TensorView};
-
-/// Bytes that differ everywhere and are the same in every run; never long stretches of zeros or of the poison.
-pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state >> 12;
-        state ^= state << 25;
-        state ^= state >> 27;
-        bytes.extend_from_slice(&state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
 
 /// A safetensors file of U8 tensors, written by the reference library.
 pub fn checkpoint(path: &Path, tensors: &[(&str, Vec<u8>)]) {

@@ -4,13 +4,11 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::IoSliceMut;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use nvme::{Arena, ArenaOptions, Buffer, Device, DeviceOptions, FileDevice, Op, Queue, Verb};
-use rustix::io::ReadWriteFlags;
+use nvme::{Arena, ArenaOptions, Buffer, Device, DeviceOptions, FileDevice, Op, Queue, Verb, is_cached};
 
 use crate::failure::{Failure, Outcome};
 
@@ -18,8 +16,6 @@ use crate::failure::{Failure, Outcome};
 pub const BLOCK: usize = 1 << 20;
 /// Reads in flight during an import; the writes need the drive, too.
 pub const IMPORT_DEPTH: usize = 8;
-/// Places that are asked to find out whether a file is cached.
-const SAMPLES: u64 = 16;
 
 /// Bytes of a file, in order.
 pub struct DirectReader {
@@ -194,17 +190,6 @@ impl DirectReader {
     fn failure(&self, error: nvme::Error) -> Failure {
         Failure::from(error).while_doing(format!("read {}", self.name))
     }
-}
-
-/// Asks for a few bytes here and there without waiting for the drive (`RWF_NOWAIT`, preadv2(2)).
-fn is_cached(file: &File, len: u64) -> bool {
-    let mut buffer = [0; 512];
-    let found = (0..SAMPLES).filter(|sample| {
-        let offset = (len / SAMPLES) * sample;
-        let mut slices = [IoSliceMut::new(&mut buffer)];
-        rustix::io::preadv2(file, &mut slices, offset, ReadWriteFlags::NOWAIT).is_ok_and(|count| count > 0)
-    });
-    len > 0 && found.count() as u64 >= SAMPLES - 1
 }
 
 #[cfg(test)]
