@@ -120,10 +120,13 @@ impl<L> Whole<L> {
     }
 }
 
+/// All that was loaded; of the layouts, or what is wrong with them.
+pub(crate) type Everything<L> = (Meta, Tree<L>, Result<Extents>);
+
 impl Catalog {
     /// Reads names and attributes, and the extents of all layouts with `layouts`, and checks that they fit together. What is wrong with the layouts is
     /// told apart from what is wrong with the rest.
-    pub(crate) fn load<L: Send + Sync>(&self, layouts: bool) -> Result<(Meta, Tree<L>, Result<Extents>)> {
+    pub(crate) fn load<L: Send + Sync>(&self, layouts: bool) -> Result<Everything<L>> {
         let large = self.window.len() > CHECK_BYTES;
         let threads = match large {
             true => std::thread::available_parallelism().map_or(1, |threads| threads.get().min(THREADS)),
@@ -141,7 +144,7 @@ impl Catalog {
         threads: usize,
         count: u64,
         layouts: bool,
-    ) -> Result<(Meta, Tree<L>, Result<Extents>)> {
+    ) -> Result<Everything<L>> {
         let mut clock = Clock::start();
         let meta = self.meta()?;
         let mut tree = Tree::empty(meta.next_node);
