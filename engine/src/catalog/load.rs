@@ -48,6 +48,9 @@ impl Extents {
     }
 }
 
+/// Takes one record.
+type Take<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<()>;
+
 /// What to read: records of these nodes.
 #[derive(Clone, Debug)]
 enum Part {
@@ -215,12 +218,7 @@ impl Catalog {
 
     /// Calls `take` with each record of nodes of `range`, in order of the keys, up to the first that it refuses. The range ends with the number
     /// `MAX` in it.
-    fn each(
-        &self,
-        table: TableDefinition<&[u8], &[u8]>,
-        range: Range<NodeId>,
-        take: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>,
-    ) -> Result<()> {
+    fn each(&self, table: TableDefinition<&[u8], &[u8]>, range: Range<NodeId>, take: Take<'_>) -> Result<()> {
         let db = self.db()?;
         let mut bad = None;
         guard("read the catalog", || {
