@@ -30,7 +30,7 @@ pub use names::describe;
 pub(crate) use read::{Files, read};
 pub(crate) use selftest::{FILE_MIN, Subject, self_test};
 pub use selftest::{SelfTest, Verdict};
-pub(crate) use staging::Staging;
+pub use staging::Staging;
 
 /// What the driver says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]

@@ -11,7 +11,7 @@ const ALIGN: u64 = 64 << 10;
 
 /// Slots of device memory that cuFile knows. Deregistered before it is freed: nvidia-fs can deadlock otherwise.
 #[derive(Debug)]
-pub(crate) struct Staging {
+pub struct Staging {
     cufile: Arc<dyn CuFile>,
     memory: Option<DeviceMemory>,
     /// Where the first slot starts in the memory.
@@ -40,6 +40,11 @@ impl Staging {
     /// Bytes taken on the device.
     pub fn len(&self) -> u64 {
         self.memory.as_ref().map_or(0, DeviceMemory::len)
+    }
+
+    /// Whether nothing was taken.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Where a slot starts, counted from [`base`](Self::base).

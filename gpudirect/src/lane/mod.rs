@@ -183,6 +183,11 @@ impl Lane {
     /// Copies the ring to the device again and again for about `time`, and says how fast that was, bytes per second: the
     /// ceiling of the bus, measured now with this lane's own settings.
     pub fn copy_ceiling(&self, time: Duration) -> Result<f64> {
+        self.copy_ceiling_of(Direction::ToDevice, time)
+    }
+
+    /// As [`copy_ceiling`](Self::copy_ceiling), in either direction.
+    pub fn copy_ceiling_of(&self, direction: Direction, time: Duration) -> Result<f64> {
         let len = self.options.chunk;
         let mut free = self.buffers(len)?;
         let room = crate::driver::DeviceMemory::new(&self.driver, len as u64 * free.len() as u64)?;
@@ -202,12 +207,7 @@ impl Lane {
             while let Some(buffer) = free.pop() {
                 let part = Part { buffer: 0, offset: 0, device: room.address() + place, len };
                 place = (place + len as u64) % room.len();
-                let batch = Batch {
-                    direction: Direction::ToDevice,
-                    buffers: vec![buffer],
-                    parts: vec![part],
-                    tag: 0,
-                };
+                let batch = Batch { direction, buffers: vec![buffer], parts: vec![part], tag: 0 };
                 stream.copy(batch).map_err(|refused| refused.error)?;
             }
             stream.reap(true, &mut |mut batch| {

@@ -306,6 +306,20 @@ impl Paths {
         keys.iter().for_each(|key| self.remembered.forget(key));
     }
 
+    /// cuFile for these sources, and the name of its way; an error where it cannot be trusted here, or would not be GPUDirect.
+    /// Makes its self-test where none is remembered.
+    pub fn cufile(
+        &self,
+        lane: &mut Lane,
+        sources: &[Source],
+        options: &PathOptions,
+        control: &mut Control<'_>,
+    ) -> Result<(Arc<dyn CuFile>, &'static str)> {
+        let options = PathOptions { choice: PathChoice::CuFile, ..*options };
+        let decision = self.decide(lane, sources, &options, control)?;
+        decision.cufile.ok_or_else(|| Error::new(ErrorKind::Unsupported, "cuFile was not taken"))
+    }
+
     /// Chooses the way of a load from these sources. With [`PathChoice::CuFile`] an error where it cannot be taken.
     pub(crate) fn decide(
         &self,
