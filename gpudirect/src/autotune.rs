@@ -283,7 +283,7 @@ fn rates(
                 })
                 .collect();
             let mut quiet =
-                Control { cancel: control.cancel.clone(), deadline: control.deadline, progress: None };
+                Control { cancel: control.cancel.clone(), deadline: control.deadline, ..Control::default() };
             let begun = Instant::now();
             lane.read(std::slice::from_ref(source), &runs, &name, &mut quiet)?;
             sums[index].0 += part;

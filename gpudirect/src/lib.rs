@@ -13,6 +13,7 @@
 //!
 //! Everything here is built and tested without a GPU. CUDA is loaded at run time; that it is not there is an ordinary error.
 
+pub mod admission;
 pub mod autotune;
 pub mod control;
 pub mod cufile;
@@ -27,6 +28,7 @@ pub mod report;
 pub mod save;
 pub mod source;
 
+pub use admission::Priority;
 pub use control::{Cancel, Control};
 pub use driver::{Batch, DeviceInfo, DeviceMemory, Direction, Driver, Part, Stream};
 pub use error::{Error, ErrorKind, Result};

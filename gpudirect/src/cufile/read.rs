@@ -20,6 +20,7 @@ use nvme::Target;
 use rustix::fs::OFlags;
 
 use super::{CuFile, CuFileOptions, FileHandle, Staging};
+use crate::admission::Admission;
 use crate::control::Control;
 use crate::driver::{Driver, Move};
 use crate::error::{Error, ErrorKind, Result};
@@ -70,6 +71,7 @@ struct Work<'a> {
     pieces: &'a Pieces,
     staging: &'a Staging,
     tensor: &'a (dyn Fn(u32) -> String + Sync),
+    admission: &'a Admission,
     next: AtomicUsize,
     stop: AtomicBool,
 }
@@ -96,6 +98,7 @@ pub(crate) fn read(
     let threads = options.threads.clamp(1, pieces.order.len().min(64) as u32);
     let slot = pieces.buffer_len.max(1) as u64;
     let staging = Staging::new(driver, cufile, slot, threads)?;
+    let admission = Admission::enter(control.priority);
     let work = Work {
         driver,
         sources,
@@ -103,6 +106,7 @@ pub(crate) fn read(
         pieces: &pieces,
         staging: &staging,
         tensor,
+        admission: &admission,
         next: AtomicUsize::new(0),
         stop: AtomicBool::new(false),
     };
@@ -184,6 +188,10 @@ impl Work<'_> {
             return;
         }
         while !self.stop.load(Ordering::Relaxed) {
+            if self.admission.paused() {
+                self.admission.wait();
+                continue;
+            }
             let index = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(piece) = self.pieces.order.get(index) else { return };
             let step = self.piece(piece, slot).map_err(|error| self.failed(piece, error));

@@ -241,7 +241,7 @@ fn race(
         let run =
             Run { source: 0, offset: index as u64 * part, len: part, device: memory.address(), tensor: 0 };
         let mut quiet =
-            Control { cancel: control.cancel.clone(), deadline: control.deadline, progress: None };
+            Control { cancel: control.cancel.clone(), deadline: control.deadline, ..Control::default() };
         let started = Instant::now();
         match way {
             0 => {

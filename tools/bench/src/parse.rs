@@ -381,9 +381,7 @@ fn check_device(job: &mut Settings) -> Result<(), String> {
         EngineKind::VramWrite if job.pattern.read => {
             return Err("ioengine=vram-write only writes: for the way there use ioengine=bounce".into());
         }
-        EngineKind::CuFile
-            if job.was_given("direct") && !job.direct || job.was_given("buffered") && !job.direct =>
-        {
+        EngineKind::CuFile if !job.direct && (job.was_given("direct") || job.was_given("buffered")) => {
             return Err("ioengine=cufile is past the page cache always: leave direct and buffered out".into());
         }
         _ => {}
