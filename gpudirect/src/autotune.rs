@@ -23,8 +23,11 @@ use crate::source::Source;
 pub const WORTH_IT: u64 = 1 << 30;
 /// A file of fewer bytes is no measure.
 const FILE_MIN: u64 = 64 << 20;
-/// The most bytes that are read with one setting at a time.
+/// The least and the most bytes that are read with one setting at a time.
+const PART_MIN: u64 = 16 << 20;
 const PART_MAX: u64 = 256 << 20;
+/// How long that is to take, about.
+const PART_TIME: f64 = 0.15;
 /// Device memory that is taken meanwhile.
 const SCRATCH: u64 = 64 << 20;
 /// No measurement starts after this time.
@@ -257,10 +260,17 @@ fn rates(
     control: &mut Control<'_>,
 ) -> Result<Vec<f64>> {
     let count = settings.len() as u64;
-    let part = (source.len() / count.max(1)).min(PART_MAX) / 4096 * 4096;
+    let mut part = (source.len() / count.max(1)).min(PART_MAX) / 4096 * 4096;
     let scratch = DeviceMemory::new(lane.driver(), part.clamp(4096, SCRATCH))?;
-    let (started, mut sums) = (Instant::now(), vec![(0u64, Duration::ZERO); settings.len()]);
     let name = |_| "a measurement".to_owned();
+    // How fast it is at all: slow drives get smaller parts, so that every setting has its turn.
+    let first = Run { source: 0, offset: 0, len: scratch.len(), device: scratch.address(), tensor: 0 };
+    let begun = Instant::now();
+    lane.read(std::slice::from_ref(source), &[first], &name, &mut quiet(control))?;
+    let rate = scratch.len() as f64 / begun.elapsed().as_secs_f64().max(1e-9);
+    let wanted = (rate * PART_TIME) as u64;
+    part = wanted.clamp(PART_MIN.min(part), part) / 4096 * 4096;
+    let (started, mut sums) = (Instant::now(), vec![(0u64, Duration::ZERO); settings.len()]);
     for round in 0..2u64 {
         let order: Vec<usize> =
             if round == 0 { (0..settings.len()).collect() } else { (0..settings.len()).rev().collect() };
@@ -282,16 +292,20 @@ fn rates(
                     tensor: 0,
                 })
                 .collect();
-            let mut quiet =
-                Control { cancel: control.cancel.clone(), deadline: control.deadline, ..Control::default() };
             let begun = Instant::now();
-            lane.read(std::slice::from_ref(source), &runs, &name, &mut quiet)?;
+            lane.read(std::slice::from_ref(source), &runs, &name, &mut quiet(control))?;
             sums[index].0 += part;
             sums[index].1 += begun.elapsed();
             control.check(0, source.len())?;
         }
     }
     Ok(sums.into_iter().map(|(bytes, time)| bytes as f64 / time.as_secs_f64().max(1e-9)).collect())
+}
+
+/// The same wishes of the caller, without its progress.
+fn quiet(control: &Control<'_>) -> Control<'static> {
+    let Control { cancel, deadline, priority, .. } = control;
+    Control { cancel: cancel.clone(), deadline: *deadline, priority: *priority, progress: None }
 }
 
 /// Which setting to take: the fastest, where it is clearly faster than the first.

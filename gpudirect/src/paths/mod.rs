@@ -15,7 +15,7 @@ mod system;
 
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nvme::Target;
 use serde::{Deserialize, Serialize};
@@ -103,11 +103,13 @@ pub fn survey(device: &DeviceInfo, path: &Path) -> Survey {
 
 type Open = Arc<dyn Fn() -> Result<Arc<dyn CuFile>> + Send + Sync>;
 
-/// A machine whose ways are looked at, and what is remembered of them.
+/// A machine whose ways are looked at, and what is remembered of them. Clones share the library once it is open: opening it
+/// takes a while.
 #[derive(Clone)]
 pub struct Paths {
     system: System,
     open: Open,
+    opened: Arc<Mutex<Option<(Arc<dyn CuFile>, Properties)>>>,
     remembered: Remembered,
     not_slower: f64,
 }
@@ -144,8 +146,9 @@ struct Candidate {
 impl Paths {
     /// This machine.
     pub fn here() -> Paths {
+        static HERE: OnceLock<Paths> = OnceLock::new();
         let open = || cufile::open().map(|library| Arc::new(library) as Arc<dyn CuFile>);
-        Paths::of(System::here(), open, Remembered::in_cache("paths.json"))
+        HERE.get_or_init(|| Paths::of(System::here(), open, Remembered::in_cache("paths.json"))).clone()
     }
 
     /// A machine that a test made up.
@@ -154,7 +157,7 @@ impl Paths {
         open: impl Fn() -> Result<Arc<dyn CuFile>> + Send + Sync + 'static,
         remembered: Remembered,
     ) -> Paths {
-        Paths { system, open: Arc::new(open), remembered, not_slower: NOT_SLOWER }
+        Paths { system, open: Arc::new(open), opened: Arc::default(), remembered, not_slower: NOT_SLOWER }
     }
 
     /// From which share of the bounce path's speed on cuFile is taken.
@@ -165,7 +168,7 @@ impl Paths {
     /// What is known of all ways from a path to a device.
     pub fn survey(&self, device: &DeviceInfo, path: &Path) -> Survey {
         let place = self.system.place(path);
-        let mut library = Lazy::new(&self.open);
+        let mut library = Lazy::new(self);
         let mut paths: Vec<PathState> = Vec::new();
         if is_gpu(device) {
             paths.extend(self.candidates(device, &place, &mut library).into_iter().map(|one| one.state));
@@ -196,7 +199,7 @@ impl Paths {
         control: &mut Control<'_>,
     ) -> Result<Option<SelfTest>> {
         let device = lane.driver().info()?;
-        let mut library = Lazy::new(&self.open);
+        let mut library = Lazy::new(self);
         let Some(place) = self.place_of(source) else { return Ok(None) };
         let options = PathOptions { retest: true, ..PathOptions::default() };
         for candidate in self.candidates(&device, &place, &mut library) {
@@ -352,7 +355,7 @@ impl Paths {
                 None => places.push((place, source)),
             }
         }
-        let mut library = Lazy::new(&self.open);
+        let mut library = Lazy::new(self);
         let mut not_taken: Vec<NotTaken> = Vec::new();
         for (way, name) in [NVIDIA_FS, PEER_TO_PEER].into_iter().enumerate() {
             let mut relied_on = Vec::new();
@@ -444,26 +447,28 @@ fn unmet(conditions: &[Condition]) -> String {
 
 /// The library, opened when it is first asked for.
 struct Lazy<'a> {
-    open: &'a Open,
+    paths: &'a Paths,
     state: Option<Opened>,
 }
 
 type Opened = std::result::Result<(Arc<dyn CuFile>, Properties), String>;
 
 impl<'a> Lazy<'a> {
-    fn new(open: &'a Open) -> Lazy<'a> {
-        Lazy { open, state: None }
+    fn new(paths: &'a Paths) -> Lazy<'a> {
+        Lazy { paths, state: None }
     }
 
     fn get(&mut self) -> std::result::Result<&(Arc<dyn CuFile>, Properties), &String> {
-        let open = self.open;
+        let paths = self.paths;
         self.state
             .get_or_insert_with(|| {
-                let opened = open().and_then(|cufile| {
-                    let properties = cufile.properties()?;
-                    Ok((cufile, properties))
-                });
-                opened.map_err(|error| error.to_string())
+                let mut opened = paths.opened.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(opened) = &*opened {
+                    return Ok(opened.clone());
+                }
+                let library = (paths.open)().map_err(|error| error.to_string())?;
+                let properties = library.properties().map_err(|error| error.to_string())?;
+                Ok(opened.insert((library, properties)).clone())
             })
             .as_ref()
     }

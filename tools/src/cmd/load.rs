@@ -125,7 +125,11 @@ fn explain(global: &Global, args: &Load, device: &gpudirect::DeviceInfo) -> Outc
     if global.json {
         return output::json(&json!(survey));
     }
-    output::line(&describe_survey(&survey))
+    let mut text = describe_survey(&survey);
+    if args.pool.is_some() && !args.no_verify {
+        text.push_str("\nThe pool's checksums are compared on the way (no --no-verify): by bounce, whatever else is usable.");
+    }
+    output::line(&text)
 }
 
 fn describe_survey(survey: &Survey) -> String {
@@ -143,6 +147,11 @@ fn describe_survey(survey: &Survey) -> String {
     let taken = paths.iter().position(|state| state.usable == Some(true));
     for (index, PathState { path, usable, why, conditions, .. }) in paths.iter().enumerate() {
         let state = match usable {
+            Some(true)
+                if Some(index) == taken && paths[..index].iter().any(|better| better.usable.is_none()) =>
+            {
+                "taken where the test fails"
+            }
             Some(true) if Some(index) == taken => "taken",
             Some(true) => "usable, not the best",
             Some(false) => "not taken",
