@@ -298,6 +298,21 @@ pub struct Load {
     /// Do not compare a pool's checksums, to see what they cost
     #[arg(long, requires = "pool")]
     pub no_verify: bool,
+    /// Which way the bytes go: cufile is NVIDIA's GPUDirect Storage, bounce goes by pinned host memory
+    #[arg(long, value_enum, default_value_t = PathMode::Auto, value_name = "WAY")]
+    pub path: PathMode,
+    /// Make cuFile's self-test again, whatever an earlier one found
+    #[arg(long)]
+    pub retest: bool,
+    /// Load nothing: say which ways there are from PATH to the device, what each needs, and what is missing
+    #[arg(long, conflicts_with_all = ["check", "save", "tune"])]
+    pub explain: bool,
+    /// Measure chunk, depth and threads now and remember them (otherwise at the first load of 1 GiB or more)
+    #[arg(long, conflicts_with = "no_tune")]
+    pub tune: bool,
+    /// Measure nothing, and use no settings that were measured
+    #[arg(long)]
+    pub no_tune: bool,
     /// Bytes of one read [default: 2MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
     pub chunk: Option<u64>,
@@ -307,7 +322,7 @@ pub struct Load {
     /// Pinned memory [default: 128MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
     pub ring: Option<u64>,
-    /// Threads that read what is in memory already [default: the cores, at most 16]
+    /// Threads that read what is in memory already [default: the cores, at most 32]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: Option<u32>,
 }
@@ -321,6 +336,17 @@ pub enum CacheMode {
     Direct,
     /// Through it
     Buffered,
+}
+
+/// Which way a load takes.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum PathMode {
+    /// The best that a self-test found right
+    Auto,
+    /// Drive, pinned memory, device
+    Bounce,
+    /// Straight to the device, or an error that says why not
+    Cufile,
 }
 
 /// `nvtier ls`
@@ -504,6 +530,8 @@ mod tests {
             "ls --pool P",
             "load F G --device cuda:1 --filter a.* --filter b --check --json",
             "load n --pool P --device cpu --no-verify --save F --ceilings",
+            "load F --path cufile --retest --tune",
+            "load F --explain --json",
             "ls a/b --pool P --json",
             "stat n --pool P",
             "rm n --pool P",

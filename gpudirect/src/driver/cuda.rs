@@ -17,11 +17,11 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUresult};
 use nvme::Arena;
 
-use super::{Batch, DeviceInfo, Direction, Driver, Refused, Stream};
+use super::{Batch, DeviceInfo, Direction, Driver, Move, Refused, Stream};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Every symbol that is called here, but for those that are optional.
-const NEEDED: [&CStr; 25] = [
+const NEEDED: [&CStr; 26] = [
     c"cuInit",
     c"cuDriverGetVersion",
     c"cuDeviceGetCount",
@@ -38,6 +38,7 @@ const NEEDED: [&CStr; 25] = [
     c"cuMemFree_v2",
     c"cuMemcpyHtoDAsync_v2",
     c"cuMemcpyDtoHAsync_v2",
+    c"cuMemcpyDtoDAsync_v2",
     c"cuStreamCreate",
     c"cuStreamDestroy_v2",
     c"cuStreamSynchronize",
@@ -290,6 +291,41 @@ impl Driver for CudaDriver {
             running: VecDeque::new(),
             events: Vec::new(),
         }))
+    }
+
+    fn enter(&self) -> Result<()> {
+        self.0.enter()
+    }
+
+    fn copy_within(&self, moves: &[Move]) -> Result<()> {
+        self.0.enter()?;
+        let mut stream = std::ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: `stream` is valid for writes; it is destroyed by `Once`.
+        check(unsafe { sys::cuStreamCreate(&mut stream, flags) }, || "make a copy stream".into())?;
+        Once(stream).copy(moves)
+    }
+}
+
+/// A stream of its own for a few copies, waited for when it goes.
+struct Once(sys::CUstream);
+
+impl Once {
+    fn copy(&self, moves: &[Move]) -> Result<()> {
+        for one in moves {
+            // SAFETY: the driver refuses addresses that are not allocated; the stream is alive.
+            let result = unsafe { sys::cuMemcpyDtoDAsync_v2(one.to, one.from, one.len as usize, self.0) };
+            check(result, || format!("copy {} bytes on the device to {:#x}", one.len, one.to))?;
+        }
+        // SAFETY: the stream is alive.
+        check(unsafe { sys::cuStreamSynchronize(self.0) }, || "wait for copies on the device".into())
+    }
+}
+
+impl Drop for Once {
+    fn drop(&mut self) {
+        // SAFETY: made in `copy_within`, destroyed once; what it still runs ends by itself, in memory of the device.
+        unsafe { sys::cuStreamDestroy_v2(self.0) };
     }
 }
 

@@ -12,7 +12,7 @@ use nvme::Arena;
 
 use super::copier::Copier;
 use super::host::Memory;
-use super::{Batch, DeviceInfo, Driver, Refused, Stream};
+use super::{Batch, DeviceInfo, Driver, Move, Refused, Stream};
 use crate::error::{Error, ErrorKind, Result};
 
 /// What fresh memory holds.
@@ -94,6 +94,16 @@ impl FakeDriver {
         found
     }
 
+    /// What a drive does that writes to the device's memory by itself.
+    pub(crate) fn poke(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.0.memory.poke(address, bytes)
+    }
+
+    /// What a drive does that reads the device's memory by itself.
+    pub(crate) fn peek(&self, address: u64, out: &mut [u8]) -> Result<()> {
+        self.0.memory.peek(address, out)
+    }
+
     fn options(&self) -> FakeOptions {
         self.0.options.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -166,6 +176,11 @@ impl Driver for FakeDriver {
         })?;
         self.0.streams.fetch_add(1, Ordering::SeqCst);
         Ok(Box::new(FakeStream { copier, driver: self.clone() }))
+    }
+
+    fn copy_within(&self, moves: &[Move]) -> Result<()> {
+        self.call("copy_within")?;
+        self.0.memory.copy_within(moves)
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nvme::{Arena, ArenaOptions, Buffer};
 
-use super::{Batch, DeviceInfo, Direction, Driver, Part, Stream};
+use super::{Batch, DeviceInfo, Direction, Driver, Move, Part, Stream};
 use crate::driver::copier::Copier;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -75,6 +75,31 @@ impl Memory {
                 Direction::ToHost => host.copy_from_slice(device),
             }
         }
+        Ok(())
+    }
+
+    /// Copies bytes from place to place.
+    pub(super) fn copy_within(&self, moves: &[Move]) -> Result<()> {
+        let mut bytes = Vec::new();
+        for one in moves {
+            bytes.resize(one.len as usize, 0);
+            self.peek(one.from, &mut bytes)?;
+            self.poke(one.to, &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Reads bytes.
+    pub(super) fn peek(&self, address: u64, out: &mut [u8]) -> Result<()> {
+        let (block, start) = self.find(&Part { buffer: 0, offset: 0, device: address, len: out.len() })?;
+        out.copy_from_slice(&locked(&block)[start..start + out.len()]);
+        Ok(())
+    }
+
+    /// Writes bytes.
+    pub(super) fn poke(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        let (block, start) = self.find(&Part { buffer: 0, offset: 0, device: address, len: bytes.len() })?;
+        locked(&block)[start..start + bytes.len()].copy_from_slice(bytes);
         Ok(())
     }
 
@@ -148,5 +173,9 @@ impl Driver for HostDriver {
     fn stream(&self) -> Result<Box<dyn Stream>> {
         let memory = self.memory.clone();
         Ok(Box::new(Copier::start(0, move |batch| memory.copy(batch))?))
+    }
+
+    fn copy_within(&self, moves: &[Move]) -> Result<()> {
+        self.memory.copy_within(moves)
     }
 }

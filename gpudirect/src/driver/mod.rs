@@ -56,6 +56,17 @@ pub struct Part {
     pub len: usize,
 }
 
+/// One contiguous copy from device memory to device memory; the ranges do not overlap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Move {
+    /// Where from.
+    pub from: u64,
+    /// Where to.
+    pub to: u64,
+    /// Bytes, not 0.
+    pub len: u64,
+}
+
 /// Copies that start and end together, with the memory they use.
 #[derive(Debug)]
 pub struct Batch {
@@ -108,6 +119,12 @@ pub trait Driver: Send + Sync + fmt::Debug {
     fn free(&self, address: u64) -> Result<()>;
     /// A queue of copies, which run in order and beside what the host does.
     fn stream(&self) -> Result<Box<dyn Stream>>;
+    /// Makes the device known to this thread, for libraries that look at a thread's context.
+    fn enter(&self) -> Result<()> {
+        Ok(())
+    }
+    /// Copies ranges of the device's memory to other places there, and waits for it.
+    fn copy_within(&self, moves: &[Move]) -> Result<()>;
 }
 
 /// A batch that did not start, handed back.

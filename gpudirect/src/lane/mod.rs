@@ -8,7 +8,7 @@
 //! The ring is one arena of huge pages, known to io_uring (its pages are pinned once) and to the device (so that copies
 //! need no staging). A buffer is the drive's, then this thread's, then the copy engine's: ownership says whose turn it is.
 
-mod pieces;
+pub(crate) mod pieces;
 mod read;
 pub(crate) mod write;
 
@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use nvme::{Arena, ArenaOptions, Backend, Buffer, Queue};
 
+use crate::autotune::Origin;
 use crate::driver::{Batch, Direction, Driver, Part, Refused, Stream};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -38,10 +39,18 @@ pub struct LaneOptions {
     pub gap: u64,
     /// How long one read or write may take. Default: 30 s.
     pub io_deadline: Duration,
-    /// Threads that read what is in memory already (page cache, tmpfs). Default: as many as there are cores, at most 16.
+    /// Threads that read what is in memory already (page cache, tmpfs). Default: as many as there are cores for this process
+    /// (its affinity and cgroup limits count), at most 32: more than the bus takes.
     pub threads: u32,
     /// Who executes reads and writes. Default: io_uring, or threads for what is in memory.
     pub backend: Backend,
+    /// Where chunk, depth and threads come from, for reports.
+    pub origin: Origin,
+}
+
+/// The cores that this process may use.
+pub(crate) fn cores() -> u32 {
+    std::thread::available_parallelism().map_or(2, |n| n.get()).min(1024) as u32
 }
 
 impl Default for LaneOptions {
@@ -53,8 +62,9 @@ impl Default for LaneOptions {
             copy_unit: 8 << 20,
             gap: 64 << 10,
             io_deadline: Duration::from_secs(30),
-            threads: std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, 16) as u32,
+            threads: cores().clamp(2, 32),
             backend: Backend::Auto,
+            origin: Origin::Default,
         }
     }
 }
@@ -72,21 +82,17 @@ impl Lane {
     /// Takes and pins the ring.
     pub fn new(driver: Arc<dyn Driver>, options: LaneOptions) -> Result<Lane> {
         let started = Instant::now();
-        let LaneOptions { chunk, ring, depth, .. } = options;
-        if !chunk.is_power_of_two() || !((64 << 10)..=(64 << 20)).contains(&chunk) {
-            let context =
-                format!("a chunk of {chunk} bytes: it must be a power of two from 64 KiB to 64 MiB");
-            return Err(Error::new(ErrorKind::Invalid, context));
-        }
-        if ring < 4 * chunk || depth == 0 || depth > nvme::queue::DEPTH_MAX {
-            let context = format!(
-                "a ring of {ring} bytes and a depth of {depth}: at least four chunks and 1 are needed"
-            );
-            return Err(Error::new(ErrorKind::Invalid, context));
-        }
-        let arena = Arena::new(ring, ArenaOptions::default())?;
+        check(&options, options.ring)?;
+        let arena = Arena::new(options.ring, ArenaOptions::default())?;
         driver.pin(&arena)?;
         Ok(Lane { driver, options, arena, pinned: true, setup: started.elapsed() })
+    }
+
+    /// Other settings for what comes next; the ring stays as it is.
+    pub fn adjust(&mut self, options: LaneOptions) -> Result<()> {
+        check(&options, self.arena.len())?;
+        self.options = LaneOptions { ring: self.options.ring, ..options };
+        Ok(())
     }
 
     /// The device.
@@ -154,9 +160,34 @@ impl Lane {
         Ok(())
     }
 
+    /// Copies bytes of host memory to the device: for self-tests, not for speed.
+    pub fn write_device(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        let mut stream = self.driver.stream()?;
+        let len = self.options.chunk;
+        let mut buffer =
+            Some(self.arena.alloc(len).ok_or_else(|| Error::new(ErrorKind::Invalid, "the ring is in use"))?);
+        for (i, part) in bytes.chunks(len).enumerate() {
+            let Some(mut one) = buffer.take() else {
+                return Err(Error::new(ErrorKind::Device, "a copy did not end"));
+            };
+            one[..part.len()].copy_from_slice(part);
+            let place = Part { buffer: 0, offset: 0, device: address + (i * len) as u64, len: part.len() };
+            let batch =
+                Batch { direction: Direction::ToDevice, buffers: vec![one], parts: vec![place], tag: 0 };
+            stream.copy(batch).map_err(|refused| refused.error)?;
+            stream.reap(true, &mut |mut batch| buffer = batch.buffers.pop())?;
+        }
+        Ok(())
+    }
+
     /// Copies the ring to the device again and again for about `time`, and says how fast that was, bytes per second: the
     /// ceiling of the bus, measured now with this lane's own settings.
     pub fn copy_ceiling(&self, time: Duration) -> Result<f64> {
+        self.copy_ceiling_of(Direction::ToDevice, time)
+    }
+
+    /// As [`copy_ceiling`](Self::copy_ceiling), in either direction.
+    pub fn copy_ceiling_of(&self, direction: Direction, time: Duration) -> Result<f64> {
         let len = self.options.chunk;
         let mut free = self.buffers(len)?;
         let room = crate::driver::DeviceMemory::new(&self.driver, len as u64 * free.len() as u64)?;
@@ -176,12 +207,7 @@ impl Lane {
             while let Some(buffer) = free.pop() {
                 let part = Part { buffer: 0, offset: 0, device: room.address() + place, len };
                 place = (place + len as u64) % room.len();
-                let batch = Batch {
-                    direction: Direction::ToDevice,
-                    buffers: vec![buffer],
-                    parts: vec![part],
-                    tag: 0,
-                };
+                let batch = Batch { direction, buffers: vec![buffer], parts: vec![part], tag: 0 };
                 stream.copy(batch).map_err(|refused| refused.error)?;
             }
             stream.reap(true, &mut |mut batch| {
@@ -214,6 +240,21 @@ impl std::fmt::Debug for Lane {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Lane").field("driver", &self.driver).field("options", &self.options).finish()
     }
+}
+
+/// Refuses settings that cannot work.
+fn check(options: &LaneOptions, ring: usize) -> Result<()> {
+    let LaneOptions { chunk, depth, .. } = *options;
+    if !chunk.is_power_of_two() || !((64 << 10)..=(64 << 20)).contains(&chunk) {
+        let context = format!("a chunk of {chunk} bytes: it must be a power of two from 64 KiB to 64 MiB");
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    if ring < 4 * chunk || depth == 0 || depth > nvme::queue::DEPTH_MAX {
+        let context =
+            format!("a ring of {ring} bytes and a depth of {depth}: at least four chunks and 1 are needed");
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    Ok(())
 }
 
 /// Starts a batch; what was refused gives its buffers to `free`.

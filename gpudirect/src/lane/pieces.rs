@@ -32,7 +32,7 @@ pub struct Run {
 
 /// A copy out of a piece's buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct PiecePart {
+pub(crate) struct PiecePart {
     pub offset: u32,
     pub len: u32,
     pub device: u64,
@@ -40,7 +40,7 @@ pub(super) struct PiecePart {
 
 /// One read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Piece {
+pub(crate) struct Piece {
     pub source: u32,
     /// Which of the source's extents; `None`: a hole, nothing is read.
     pub stored: Option<u32>,
@@ -62,7 +62,7 @@ pub(super) struct Piece {
 
 /// All reads of a load.
 #[derive(Debug, Default)]
-pub(super) struct Pieces {
+pub(crate) struct Pieces {
     pub order: Vec<Piece>,
     pub parts: Vec<PiecePart>,
     /// Bytes that a buffer must hold.
@@ -75,7 +75,7 @@ pub(super) struct Pieces {
 
 /// Cuts up what is wanted. `chunk`: bytes of a read, a power of two of at least 64 KiB; `gap`: bytes between two runs that are
 /// read along.
-pub(super) fn plan(sources: &[Source], runs: &[Run], chunk: usize, gap: u64) -> Result<Pieces> {
+pub(crate) fn plan(sources: &[Source], runs: &[Run], chunk: usize, gap: u64) -> Result<Pieces> {
     let mut pieces = Pieces::default();
     let mut sorted: Vec<&Run> = runs.iter().filter(|run| run.len > 0).collect();
     sorted.sort_by_key(|run| (run.source, run.offset));

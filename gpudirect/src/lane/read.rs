@@ -6,6 +6,7 @@ use nvme::{Buffer, Op, Queue, Verb};
 
 use super::pieces::{Piece, Pieces};
 use super::{Busy, Lane, Run, pieces, start};
+use crate::admission::Admission;
 use crate::control::Control;
 use crate::driver::{Batch, Direction, Part, Stream};
 use crate::error::{Error, ErrorKind, Result};
@@ -88,7 +89,8 @@ impl Lane {
             done: 0,
             out: Transfer::default(),
         };
-        let result = work.run(self.options.copy_unit, control);
+        let admission = Admission::enter(control.priority);
+        let result = work.run(self.options.copy_unit, &admission, control);
         // Whatever happened, nothing may be under way when the caller frees the memory on the device.
         let drained = work.drain();
         result.and(drained)?;
@@ -102,13 +104,16 @@ impl Lane {
 }
 
 impl Work<'_> {
-    fn run(&mut self, copy_unit: usize, control: &mut Control<'_>) -> Result<()> {
+    fn run(&mut self, copy_unit: usize, admission: &Admission, control: &mut Control<'_>) -> Result<()> {
         let total = self.pieces.copy_bytes;
         (self.out.bytes, self.out.read_bytes) = (total, self.pieces.read_bytes);
         let (mut io, mut copies) = (Busy::default(), Busy::default());
         while self.done < total {
             control.check(self.done, total)?;
-            self.issue()?;
+            let paused = admission.paused();
+            if !paused {
+                self.issue()?;
+            }
             self.queue.wait(0)?;
             self.reap_reads()?;
             self.reap_copies(false)?;
@@ -130,6 +135,8 @@ impl Work<'_> {
             } else if self.queue.in_flight() > 0 {
                 self.queue.wait(1)?;
                 self.out.io_wait += now.elapsed();
+            } else if paused {
+                admission.wait();
             } else if self.ready.is_empty()
                 && self.next >= self.pieces.order.len()
                 && self.stream.in_flight() == 0
