@@ -16,6 +16,7 @@ pub mod driver;
 pub mod error;
 pub mod lane;
 pub mod load;
+pub mod paged;
 pub mod plan;
 pub mod report;
 pub mod save;

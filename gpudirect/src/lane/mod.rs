@@ -141,6 +141,7 @@ impl Lane {
             let batch = Batch {
                 direction: Direction::ToHost,
                 buffers: buffer.take().into_iter().collect(),
+                lent: Vec::new(),
                 parts: vec![one],
                 tag: 0,
             };
@@ -179,6 +180,7 @@ impl Lane {
                 let batch = Batch {
                     direction: Direction::ToDevice,
                     buffers: vec![buffer],
+                    lent: Vec::new(),
                     parts: vec![part],
                     tag: 0,
                 };

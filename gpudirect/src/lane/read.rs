@@ -249,7 +249,7 @@ impl Work<'_> {
     fn copy(&mut self, unit: usize) -> Result<()> {
         while !self.ready.is_empty() {
             let mut batch =
-                Batch { direction: Direction::ToDevice, buffers: Vec::new(), parts: Vec::new(), tag: 0 };
+                Batch::new(Direction::ToDevice);
             let mut bytes = 0;
             while bytes < unit {
                 let Some(Ready { piece, buffer }) = self.ready.pop() else { break };
