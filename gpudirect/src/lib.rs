@@ -21,6 +21,7 @@ pub mod plan;
 pub mod report;
 pub mod save;
 pub mod source;
+pub mod window;
 
 pub use control::{Cancel, Control};
 pub use driver::{Batch, DeviceInfo, DeviceMemory, Direction, Driver, Part, Stream};
@@ -31,3 +32,4 @@ pub use plan::{Plan, PlanOptions, Shard};
 pub use report::{Report, SaveReport};
 pub use save::{SaveOptions, SaveTensor, save};
 pub use source::{CachePolicy, Source, Verify};
+pub use window::{Pin, Window, WindowStats};
