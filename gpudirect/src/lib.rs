@@ -26,7 +26,7 @@ pub mod window;
 pub use control::{Cancel, Control};
 pub use driver::{Batch, DeviceInfo, DeviceMemory, Direction, Driver, Part, Stream};
 pub use error::{Error, ErrorKind, Result};
-pub use lane::{Lane, LaneOptions};
+pub use lane::{CachedMode, Lane, LaneOptions, PinnedTier};
 pub use load::{Loaded, LoadedTensor, load};
 pub use plan::{Plan, PlanOptions, Shard};
 pub use report::{Report, SaveReport};

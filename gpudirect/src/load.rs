@@ -88,6 +88,8 @@ pub fn load(lane: &mut Lane, plan: &Plan, control: &mut Control<'_>) -> Result<L
         tensors: tensors.len(),
         bytes: transfer.bytes,
         read_bytes: transfer.read_bytes,
+        tier_bytes: transfer.tier_bytes,
+        mapped_bytes: transfer.mapped_bytes,
         seconds,
         gb_per_second: transfer.bytes as f64 / seconds.max(1e-9) / 1e9,
         setup_seconds: lane.setup().as_secs_f64(),

@@ -5,11 +5,16 @@
 //! pieces -> SQEs (O_DIRECT, registered buffers) -> checked -> batches on a copy stream -> buffers free again
 //! ```
 //!
+//! What lies in memory already may go without a read and without the ring: pages of a pool's RAM tier
+//! ([`Lane::use_tier`]), and files in the page cache ([`CachedMode::Map`]).
+//!
 //! The ring is one arena of huge pages, known to io_uring (its pages are pinned once) and to the device (so that copies
 //! need no staging). A buffer is the drive's, then this thread's, then the copy engine's: ownership says whose turn it is.
 
+mod lend;
 mod pieces;
 mod read;
+mod tier;
 pub(crate) mod write;
 
 use std::sync::Arc;
@@ -22,6 +27,20 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub use pieces::Run;
 pub(crate) use read::Transfer;
+pub use tier::PinnedTier;
+
+/// How files are read that are in memory already (page cache, tmpfs).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum CachedMode {
+    /// The one that is faster as far as was measured: [`CachedMode::Copy`].
+    #[default]
+    Auto,
+    /// The device reads the page cache: the file is mapped, and pinned piece by piece by several threads. A file whose pages
+    /// cannot be pinned, or whose checksums are compared, is copied.
+    Map,
+    /// Threads copy them into the ring.
+    Copy,
+}
 
 /// Settings of a [`Lane`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +61,12 @@ pub struct LaneOptions {
     pub threads: u32,
     /// Who executes reads and writes. Default: io_uring, or threads for what is in memory.
     pub backend: Backend,
+    /// How files are read that are in memory already.
+    pub cached: CachedMode,
+    /// Bytes of a mapped file that are pinned by one call, a multiple of 4096. Default: 32 MiB.
+    pub map_piece: usize,
+    /// Bytes of mapped files that are pinned at once. Default: 1 GiB.
+    pub map_limit: usize,
 }
 
 impl Default for LaneOptions {
@@ -55,6 +80,9 @@ impl Default for LaneOptions {
             io_deadline: Duration::from_secs(30),
             threads: std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, 16) as u32,
             backend: Backend::Auto,
+            cached: CachedMode::Auto,
+            map_piece: 32 << 20,
+            map_limit: 1 << 30,
         }
     }
 }
@@ -65,6 +93,8 @@ pub struct Lane {
     options: LaneOptions,
     arena: Arena,
     pinned: bool,
+    /// RAM tiers whose pages are copied from where they are.
+    tiers: Vec<Arc<PinnedTier>>,
     setup: Duration,
 }
 
@@ -84,9 +114,13 @@ impl Lane {
             );
             return Err(Error::new(ErrorKind::Invalid, context));
         }
+        if options.map_piece == 0 || !options.map_piece.is_multiple_of(4096) {
+            let context = format!("pieces of mapped files of {} bytes: no multiple of 4096", options.map_piece);
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
         let arena = Arena::new(ring, ArenaOptions::default())?;
         driver.pin(&arena)?;
-        Ok(Lane { driver, options, arena, pinned: true, setup: started.elapsed() })
+        Ok(Lane { driver, options, arena, pinned: true, tiers: Vec::new(), setup: started.elapsed() })
     }
 
     /// The device.

@@ -22,7 +22,7 @@ impl Bench {
     fn new() -> Bench {
         let fake = FakeDriver::new(FakeOptions::default());
         let driver: Arc<dyn Driver> = Arc::new(fake.clone());
-        let arena = Arena::new(1 << 20, ArenaOptions { huge: false, prefault: false, lock: false }).unwrap();
+        let arena = Arena::new(8 << 20, ArenaOptions { huge: false, prefault: false, lock: false }).unwrap();
         driver.pin(&arena).unwrap();
         Bench { fake, driver, arena }
     }
