@@ -175,7 +175,17 @@ impl Source {
                     let stored =
                         vec![Stored { logical: 0, len, device: Arc::new(device), offset: 0, group: 0 }];
                     let sums = Some(Sums { chunk_size, sum: SumOf::Owner, reader });
-                    Source { name, len, stored, sums, watch: None, lease: None, cached, note: None, _keep: None }
+                    Source {
+                        name,
+                        len,
+                        stored,
+                        sums,
+                        watch: None,
+                        lease: None,
+                        cached,
+                        note: None,
+                        _keep: None,
+                    }
                 }
                 None => Source::through_engine(name, reader),
             },

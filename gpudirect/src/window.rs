@@ -182,8 +182,8 @@ impl Window {
         self.ensure_with(range, &mut |missing| {
             let mut runs = Vec::with_capacity(missing.len());
             for range in missing {
-                let from = offset.checked_add(range.start).unwrap_or(u64::MAX).min(source.len());
-                let until = offset.checked_add(range.end).unwrap_or(u64::MAX).min(source.len());
+                let from = offset.saturating_add(range.start).min(source.len());
+                let until = offset.saturating_add(range.end).min(source.len());
                 if from < until {
                     runs.push(Run {
                         source: 0,
@@ -215,8 +215,7 @@ impl Window {
         let inner = &*self.inner;
         let pages = inner.pages(&range)?;
         let mut state = inner.state();
-        let missing: Vec<usize> =
-            pages.clone().filter(|page| !state.resident.contains_key(page)).collect();
+        let missing: Vec<usize> = pages.clone().filter(|page| !state.resident.contains_key(page)).collect();
         // Held from here on: room is not made by what was asked for.
         let pin = self.pin(pages.clone());
         state.stats.hits += (pages.len() - missing.len()) as u64;

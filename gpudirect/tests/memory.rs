@@ -58,7 +58,8 @@ fn regions(session: &Session, names: &[String], verify: Verify) -> Plan {
 fn spoil(image: &Path, wanted: &[u8]) {
     use std::os::unix::fs::FileExt;
     let bytes = std::fs::read(image).unwrap();
-    let at = bytes.windows(64).position(|window| window == &wanted[..64]).expect("the bytes are in the image");
+    let at =
+        bytes.windows(64).position(|window| window == &wanted[..64]).expect("the bytes are in the image");
     let file = std::fs::File::options().write(true).open(image).unwrap();
     file.write_all_at(&[0x5a; 4096], at as u64).unwrap();
     file.sync_all().unwrap();
@@ -219,7 +220,9 @@ fn mapping() -> LaneOptions {
 fn mapped_files_are_copied_by_the_device_alone() {
     let folder = tempfile::tempdir().unwrap();
     let (paths, expected) = two_files(folder.path());
-    for (map_piece, map_limit, threads) in [(64 << 10, 256 << 10, 3), (4096, 4096, 2), (32 << 20, 1 << 30, 16)] {
+    for (map_piece, map_limit, threads) in
+        [(64 << 10, 256 << 10, 3), (4096, 4096, 2), (32 << 20, 1 << 30, 16)]
+    {
         let (device, driver) = fake(FakeOptions::default());
         let options = LaneOptions { map_piece, map_limit, threads, ..mapping() };
         let mut lane = Lane::new(driver, options).unwrap();
@@ -247,7 +250,10 @@ fn what_cannot_be_pinned_is_copied_and_said() {
         assert!(contents(&lane, &loaded) == expected, "after {pieces} pieces");
         let report = &loaded.report;
         assert_eq!(report.mapped_bytes == 0, pieces == 0, "{report:?}");
-        assert!(report.reads > 0 && report.notes.iter().any(|note| note.contains("takes no more")), "{report:?}");
+        assert!(
+            report.reads > 0 && report.notes.iter().any(|note| note.contains("takes no more")),
+            "{report:?}"
+        );
         drop((loaded, lane));
         assert_eq!(device.leaks(), [""; 0]);
     }

@@ -188,7 +188,9 @@ fn a_fill_that_panics_leaves_nothing_that_was_not_filled() {
     let (device, driver) = fake(FakeOptions::default());
     let window = Window::new(&driver, 4 * PAGE, 2 * PAGE).unwrap();
     let other = window.clone();
-    let died = std::thread::spawn(move || other.ensure_with(0..PAGE, &mut |_| panic!("on purpose")).map(drop)).join();
+    let died =
+        std::thread::spawn(move || other.ensure_with(0..PAGE, &mut |_| panic!("on purpose")).map(drop))
+            .join();
     assert!(died.is_err());
     assert!(!window.is_resident(0..1));
     let mut asked = 0;

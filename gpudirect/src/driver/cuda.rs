@@ -13,9 +13,10 @@
 mod kernel;
 mod vmm;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUresult};
 use nvme::Arena;
@@ -27,7 +28,7 @@ use crate::paged::Move;
 use kernel::Kernels;
 
 /// Every symbol that is called here, but for those that are optional.
-const NEEDED: [&CStr; 39] = [
+const NEEDED: [&CStr; 40] = [
     c"cuInit",
     c"cuDriverGetVersion",
     c"cuDeviceGetCount",
@@ -44,6 +45,7 @@ const NEEDED: [&CStr; 39] = [
     c"cuMemFree_v2",
     c"cuMemcpyHtoDAsync_v2",
     c"cuMemcpyDtoHAsync_v2",
+    c"cuMemcpyDtoDAsync_v2",
     c"cuStreamCreate",
     c"cuStreamDestroy_v2",
     c"cuStreamSynchronize",
@@ -88,6 +90,10 @@ type CopyBatch = unsafe extern "C" fn(
     *mut usize,
     sys::CUstream,
 ) -> CUresult;
+
+/// Arenas that are pinned, by address: how often, and by which context, which must not go before they are unpinned. All
+/// contexts of the process know them.
+static PINNED: Mutex<BTreeMap<usize, (usize, Arc<Context>)>> = Mutex::new(BTreeMap::new());
 
 /// What the driver says of a result. Called only once [`NEEDED`] is known to be there.
 fn explain(result: CUresult) -> String {
@@ -189,7 +195,14 @@ impl CudaDriver {
         let copy_batch =
             unsafe { sys::culib().get::<CopyBatch>(b"cuMemcpyBatchAsync\0") }.ok().map(|symbol| *symbol);
         let pid = std::process::id();
-        Ok(CudaDriver(Arc::new(Context { ordinal, device, context, copy_batch, kernels: Mutex::new(None), pid })))
+        Ok(CudaDriver(Arc::new(Context {
+            ordinal,
+            device,
+            context,
+            copy_batch,
+            kernels: Mutex::new(None),
+            pid,
+        })))
     }
 }
 
@@ -223,8 +236,7 @@ impl Context {
 fn pointer_attribute<T: Default>(attribute: sys::CUpointer_attribute, address: u64) -> Result<T> {
     let mut value = T::default();
     // SAFETY: `value` is valid for writes and of the attribute's own type; any address may be asked about.
-    let result =
-        unsafe { sys::cuPointerGetAttribute((&raw mut value).cast::<c_void>(), attribute, address) };
+    let result = unsafe { sys::cuPointerGetAttribute((&raw mut value).cast::<c_void>(), attribute, address) };
     check(result, || format!("look at device address {address:#x}"))?;
     Ok(value)
 }
@@ -232,7 +244,7 @@ fn pointer_attribute<T: Default>(attribute: sys::CUpointer_attribute, address: u
 impl Drop for Context {
     fn drop(&mut self) {
         if std::process::id() == self.pid {
-            let kernels = self.kernels.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            let kernels = self.kernels.get_mut().unwrap_or_else(PoisonError::into_inner).take();
             if let Some(kernels) = kernels
                 && self.enter().is_ok()
             {
@@ -242,6 +254,44 @@ impl Drop for Context {
             unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
         }
     }
+}
+
+impl CudaDriver {
+    /// Copies `len` bytes on the device `times` times, and says how long that took: a ceiling to compare with. Both ranges must
+    /// be memory of this device.
+    pub fn time_device_copy(&self, from: u64, to: u64, len: u64, times: u32) -> Result<Duration> {
+        self.check_range(from, len)?;
+        self.check_range(to, len)?;
+        if from.abs_diff(to) < len {
+            return Err(Error::new(ErrorKind::Invalid, "copy a range to itself"));
+        }
+        let mut stream = std::ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: `stream` is valid for writes; it is destroyed below.
+        check(unsafe { sys::cuStreamCreate(&mut stream, flags) }, || "make a stream".into())?;
+        let mut failed = None;
+        let mut took = Duration::ZERO;
+        // The first time warms up.
+        for times in [1, times] {
+            let started = Instant::now();
+            for _ in 0..times {
+                // SAFETY: both ranges were found to be memory of this device and not to overlap; the caller keeps it.
+                let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, size(len), stream) };
+                failed = failed.or(check(result, || format!("copy {len} bytes on the device")).err());
+            }
+            // SAFETY: the stream is alive.
+            let result = unsafe { sys::cuStreamSynchronize(stream) };
+            failed = failed.or(check(result, || "wait for copies on the device".into()).err());
+            took = started.elapsed();
+        }
+        // SAFETY: made above, destroyed once.
+        unsafe { sys::cuStreamDestroy_v2(stream) };
+        failed.map_or(Ok(took), Err)
+    }
+}
+
+fn size(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
 }
 
 impl Driver for CudaDriver {
@@ -284,6 +334,11 @@ impl Driver for CudaDriver {
 
     fn pin(&self, arena: &Arena) -> Result<()> {
         self.0.enter()?;
+        let mut pinned = PINNED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((count, _)) = pinned.get_mut(&(arena.as_ptr() as usize)) {
+            *count += 1;
+            return Ok(());
+        }
         // SAFETY: the arena's mapping is valid for its length; the caller's lane keeps it until `unpin`. Registering changes
         // no contents.
         let result = unsafe { sys::cuMemHostRegister_v2(arena.as_ptr().cast(), arena.len(), PORTABLE) };
@@ -295,12 +350,25 @@ impl Driver for CudaDriver {
                 Error::new(ErrorKind::OutOfHostMemory, error.to_string()).with_source(error)
             }
             _ => error,
-        })
+        })?;
+        pinned.insert(arena.as_ptr() as usize, (1, self.0.clone()));
+        Ok(())
     }
 
     fn unpin(&self, arena: &Arena) -> Result<()> {
-        self.0.enter()?;
-        // SAFETY: registered by `pin`; no copy uses it, as the trait asks.
+        let address = arena.as_ptr() as usize;
+        let mut pinned = PINNED.lock().unwrap_or_else(PoisonError::into_inner);
+        let context = match pinned.get_mut(&address) {
+            Some((count, _)) if *count > 1 => {
+                *count -= 1;
+                return Ok(());
+            }
+            Some((_, context)) => context.clone(),
+            None => return Err(Error::new(ErrorKind::Invalid, "unpin an arena that is not pinned")),
+        };
+        context.enter()?;
+        pinned.remove(&address);
+        // SAFETY: registered by `pin` with this context; nobody else pinned it, and no copy uses it, as the trait asks.
         let result = unsafe { sys::cuMemHostUnregister(arena.as_ptr().cast()) };
         check(result, || format!("unpin {} bytes of host memory", arena.len()))
     }
@@ -308,9 +376,8 @@ impl Driver for CudaDriver {
     fn alloc(&self, len: u64) -> Result<u64> {
         self.0.enter()?;
         let mut address = 0;
-        let size = usize::try_from(len).unwrap_or(usize::MAX);
         // SAFETY: `address` is valid for writes; a context is current.
-        let result = unsafe { sys::cuMemAlloc_v2(&mut address, size) };
+        let result = unsafe { sys::cuMemAlloc_v2(&mut address, size(len)) };
         check(result, || {
             let free = self.info().map_or(0, |info| info.free_bytes);
             format!("allocate {len} bytes on cuda:{}, which has {free} free", self.0.ordinal)
@@ -344,7 +411,10 @@ impl Driver for CudaDriver {
         use sys::CUpointer_attribute as Attribute;
         self.0.enter()?;
         let no_memory = |at: u64| {
-            let context = format!("{len} bytes at {address:#x}: there is no memory of cuda:{} at {at:#x}", self.0.ordinal);
+            let context = format!(
+                "{len} bytes at {address:#x}: there is no memory of cuda:{} at {at:#x}",
+                self.0.ordinal
+            );
             Error::new(ErrorKind::Invalid, context)
         };
         let end = address.checked_add(len).ok_or_else(|| no_memory(address))?;

@@ -214,8 +214,10 @@ impl Driver for FakeDriver {
             }
             memory.copy(batch, &|piece, offset, out| {
                 let pieces = locked(&driver.0.mapped);
-                let bytes = pieces.get(&piece.address()).and_then(|bytes| bytes.get(offset..offset + out.len()));
-                let bytes = bytes.ok_or_else(|| Error::new(ErrorKind::Device, "copy from a file that is not pinned"))?;
+                let bytes =
+                    pieces.get(&piece.address()).and_then(|bytes| bytes.get(offset..offset + out.len()));
+                let bytes = bytes
+                    .ok_or_else(|| Error::new(ErrorKind::Device, "copy from a file that is not pinned"))?;
                 out.copy_from_slice(bytes);
                 Ok(())
             })
@@ -232,7 +234,10 @@ impl Driver for FakeDriver {
         self.call("pin_mapped")?;
         mapping.check(offset, len)?;
         if self.0.pieces.fetch_add(1, Ordering::SeqCst) >= self.options().mapped_pieces {
-            return Err(Error::new(ErrorKind::Unsupported, "the simulated device takes no more of mapped files"));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "the simulated device takes no more of mapped files",
+            ));
         }
         // What a device would see: the pages as they are now, and nothing behind the end of the file.
         let mut bytes = vec![0; len];

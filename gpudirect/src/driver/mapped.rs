@@ -82,7 +82,12 @@ pub struct MappedPiece {
 
 impl MappedPiece {
     /// Pins pages.
-    pub fn pin(driver: &Arc<dyn Driver>, mapping: &Arc<Mapping>, offset: u64, len: usize) -> Result<MappedPiece> {
+    pub fn pin(
+        driver: &Arc<dyn Driver>,
+        mapping: &Arc<Mapping>,
+        offset: u64,
+        len: usize,
+    ) -> Result<MappedPiece> {
         mapping.check(offset, len)?;
         driver.pin_mapped(mapping, offset, len)?;
         Ok(MappedPiece { driver: driver.clone(), mapping: mapping.clone(), offset, len })

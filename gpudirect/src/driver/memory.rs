@@ -152,7 +152,9 @@ impl Memory {
         let held = all
             .get_mut(&physical)
             .filter(|held| held.mapped_at.is_none() && held.memory.len() as u64 == len)
-            .ok_or_else(|| invalid(format!("map physical memory {physical}, which is mapped or of another length")))?;
+            .ok_or_else(|| {
+                invalid(format!("map physical memory {physical}, which is mapped or of another length"))
+            })?;
         reserved.map(offset, &held.memory)?;
         held.mapped_at = Some(address);
         if let Some(poison) = poison {
@@ -184,7 +186,8 @@ impl Memory {
         let blocks = locked(&self.blocks);
         let found = blocks.range(..=address).next_back().and_then(|(start, block)| {
             let offset = address - start;
-            (offset.checked_add(len)? <= block.len).then(|| Place::Block(block.bytes.clone(), offset as usize))
+            (offset.checked_add(len)? <= block.len)
+                .then(|| Place::Block(block.bytes.clone(), offset as usize))
         });
         drop(blocks);
         found

@@ -129,7 +129,10 @@ impl Batch {
     /// Refuses parts that are not inside their buffers, and copies to what was lent.
     pub(crate) fn check(&self) -> Result<()> {
         if self.direction == Direction::ToHost && !self.lent.is_empty() {
-            return Err(Error::new(ErrorKind::Invalid, "copy from the device to memory that is lent for reading"));
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "copy from the device to memory that is lent for reading",
+            ));
         }
         for part in &self.parts {
             let index = part.buffer as usize;
@@ -150,8 +153,8 @@ impl Batch {
 pub trait Driver: Send + Sync + fmt::Debug {
     /// What it is, and how much memory is free now.
     fn info(&self) -> Result<DeviceInfo>;
-    /// Makes an arena known to the device, so that copies run at the bus's speed and without waiting. An arena may be
-    /// pinned once.
+    /// Makes an arena known to the device, so that copies run at the bus's speed and without waiting. It may be
+    /// pinned several times, and is unpinned as often.
     fn pin(&self, arena: &Arena) -> Result<()>;
     /// Takes [`pin`](Self::pin) back. No copy may use the arena any more.
     fn unpin(&self, arena: &Arena) -> Result<()>;

@@ -194,7 +194,9 @@ mod tests {
         reserved.read(10_000, &mut seen).unwrap();
         assert_eq!(seen, [7; 4000]);
         reserved.unmap(12_288, 8192).unwrap();
-        assert!(reserved.read(10_000, &mut seen).unwrap_err().to_string().contains("nothing is mapped at 12288"));
+        assert!(
+            reserved.read(10_000, &mut seen).unwrap_err().to_string().contains("nothing is mapped at 12288")
+        );
         assert!(reserved.write(0, &[1]).is_err());
         // What was in the physical memory is there wherever it is mapped.
         reserved.map(40_960, &two).unwrap();

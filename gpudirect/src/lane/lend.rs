@@ -189,13 +189,16 @@ impl Pinner {
             refused: false,
             closed: false,
         };
-        let shared =
-            Arc::new(Shared { driver: driver.clone(), limit, state: Mutex::new(state), changed: Condvar::new() });
+        let shared = Arc::new(Shared {
+            driver: driver.clone(),
+            limit,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        });
         let mut pinner = Pinner { shared, threads: Vec::new() };
         for _ in 0..count {
             let shared = pinner.shared.clone();
-            let thread =
-                std::thread::Builder::new().name("nvtier-pin".into()).spawn(move || shared.work());
+            let thread = std::thread::Builder::new().name("nvtier-pin".into()).spawn(move || shared.work());
             pinner.threads.push(thread.map_err(|error| Error::io("start a thread that pins", error))?);
         }
         Ok(pinner)

@@ -115,7 +115,8 @@ impl Lane {
             return Err(Error::new(ErrorKind::Invalid, context));
         }
         if options.map_piece == 0 || !options.map_piece.is_multiple_of(4096) {
-            let context = format!("pieces of mapped files of {} bytes: no multiple of 4096", options.map_piece);
+            let context =
+                format!("pieces of mapped files of {} bytes: no multiple of 4096", options.map_piece);
             return Err(Error::new(ErrorKind::Invalid, context));
         }
         let arena = Arena::new(ring, ArenaOptions::default())?;

@@ -106,9 +106,12 @@ impl Lane {
         let options = &self.options;
         let pinner = match sorted.wishes.is_empty() {
             true => None,
-            false => {
-                Some(Pinner::start(&self.driver, sorted.wishes, options.threads.min(PIN_THREADS), options.map_limit)?)
-            }
+            false => Some(Pinner::start(
+                &self.driver,
+                sorted.wishes,
+                options.threads.min(PIN_THREADS),
+                options.map_limit,
+            )?),
         };
         let mut work = Work {
             sources,
@@ -244,7 +247,9 @@ impl Work<'_> {
                 Pinned::Refused(runs, error) => {
                     let LaneOptions { chunk, gap, .. } = *self.options;
                     self.pieces.append(pieces::plan(self.sources, &runs, chunk, gap)?);
-                    self.out.note.get_or_insert_with(|| format!("a file in memory is copied by threads: {error}"));
+                    self.out
+                        .note
+                        .get_or_insert_with(|| format!("a file in memory is copied by threads: {error}"));
                 }
             }
         }
@@ -261,7 +266,8 @@ impl Work<'_> {
                 batch.parts.push(Part { buffer: batch.lent.len() as u32, offset, device, len });
                 batch.lent.push(lent);
             }
-            (self.out.batches, self.out.copies) = (self.out.batches + 1, self.out.copies + batch.parts.len() as u64);
+            (self.out.batches, self.out.copies) =
+                (self.out.batches + 1, self.out.copies + batch.parts.len() as u64);
             (self.out.tier_bytes, self.out.mapped_bytes) =
                 (self.out.tier_bytes + tier, self.out.mapped_bytes + mapped);
             start(&mut self.stream, batch, &mut self.free)?;
@@ -371,8 +377,7 @@ impl Work<'_> {
     /// Starts copies of what is ready, about `unit` bytes to a batch.
     fn copy(&mut self, unit: usize) -> Result<()> {
         while !self.ready.is_empty() {
-            let mut batch =
-                Batch::new(Direction::ToDevice);
+            let mut batch = Batch::new(Direction::ToDevice);
             let mut bytes = 0;
             while bytes < unit {
                 let Some(Ready { piece, buffer }) = self.ready.pop() else { break };

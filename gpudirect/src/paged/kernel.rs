@@ -63,7 +63,8 @@ impl Move {
             fast.paged,
             fast.staging,
         ];
-        let bits = self.planes.iter().map(|plane| plane.address).chain(all).fold(16, |bits, value| bits | value);
+        let bits =
+            self.planes.iter().map(|plane| plane.address).chain(all).fold(16, |bits, value| bits | value);
         1 << bits.trailing_zeros().min(4)
     }
 

@@ -85,7 +85,9 @@ impl BlockShape {
 
     /// From the first byte of a plane to behind its last.
     fn plane_extent(&self) -> Option<u64> {
-        self.block_stride.checked_mul(u64::from(self.blocks).checked_sub(1)?)?.checked_add(self.block_extent()?)
+        self.block_stride
+            .checked_mul(u64::from(self.blocks).checked_sub(1)?)?
+            .checked_add(self.block_extent()?)
     }
 }
 
@@ -132,13 +134,15 @@ impl Paged {
     /// not memory of the device, and strides that make two rows share bytes.
     pub fn new(driver: &dyn Driver, planes: &[Plane], shape: BlockShape) -> Result<Paged> {
         let needed = shape.plane_extent().filter(|_| shape.row > 0);
-        let needed = needed.ok_or_else(|| invalid(format!("a paged layout of no bytes, or too many: {shape:?}")))?;
+        let needed =
+            needed.ok_or_else(|| invalid(format!("a paged layout of no bytes, or too many: {shape:?}")))?;
         let dims = [
             (u64::from(shape.tokens), shape.token_stride),
             (u64::from(shape.heads), shape.head_stride),
             (u64::from(shape.blocks), shape.block_stride),
         ];
-        apart(dims, shape.row).ok_or_else(|| invalid(format!("a paged layout whose rows share bytes: {shape:?}")))?;
+        apart(dims, shape.row)
+            .ok_or_else(|| invalid(format!("a paged layout whose rows share bytes: {shape:?}")))?;
         for (i, plane) in planes.iter().enumerate() {
             if plane.len < needed || plane.address.checked_add(plane.len).is_none() {
                 let context = format!(
@@ -245,7 +249,13 @@ pub struct Move {
 impl Move {
     /// Refuses blocks that there are not, a block twice where it is written, staging that is too small, no memory of the device,
     /// or a part of a plane.
-    pub fn new(driver: &dyn Driver, paged: &Paged, staging: &Staging, blocks: &[u32], way: Way) -> Result<Move> {
+    pub fn new(
+        driver: &dyn Driver,
+        paged: &Paged,
+        staging: &Staging,
+        blocks: &[u32],
+        way: Way,
+    ) -> Result<Move> {
         let shape = &paged.shape;
         if let Some(block) = blocks.iter().find(|block| **block >= shape.blocks) {
             return Err(invalid(format!("block {block} of {} blocks", shape.blocks)));
@@ -278,7 +288,8 @@ impl Move {
                 .map_err(|error| error.context("use the staging of a paged layout"))?;
             let meets = |plane: &&Plane| plane.address < end && staging.address < plane.address + plane_bytes;
             if let Some(plane) = paged.planes.iter().find(meets) {
-                let context = format!("the staging at {:#x} is in a plane at {:#x}", staging.address, plane.address);
+                let context =
+                    format!("the staging at {:#x} is in a plane at {:#x}", staging.address, plane.address);
                 return Err(invalid(context));
             }
         }

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use engine::{Session, SessionOptions};
 use gpudirect::{
-    CachePolicy, Control, Error, ErrorKind, Lane, LaneOptions, Loaded, Plan, PlanOptions, Report,
+    CachePolicy, CachedMode, Control, Error, ErrorKind, Lane, LaneOptions, Loaded, Plan, PlanOptions, Report,
     SaveOptions, SaveReport, SaveTensor, Source, Verify,
 };
 use serde_json::json;
 
-use crate::cli::{CacheMode, Global, Load};
+use crate::cli::{CacheMode, CachedHow, Global, Load};
 use crate::failure::{Failure, Outcome, code};
 use crate::progress::Progress;
 use crate::{ceiling, interrupt, names, output, size};
@@ -48,6 +48,11 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
         ring: args.ring.map_or(defaults.ring, |size| size as usize),
         depth: args.depth.unwrap_or(defaults.depth),
         threads: args.threads.unwrap_or(defaults.threads),
+        cached: match args.cached {
+            CachedHow::Auto => CachedMode::Auto,
+            CachedHow::Map => CachedMode::Map,
+            CachedHow::Copy => CachedMode::Copy,
+        },
         ..defaults
     };
     let mut lane = Lane::new(driver, lane).map_err(failure)?;
@@ -283,7 +288,15 @@ fn describe(
     for other in &report.not_taken {
         lines.push(format!("  not       {}: {}", other.path, other.why));
     }
+    for (bytes, from) in
+        [(report.tier_bytes, "the RAM tier"), (report.mapped_bytes, "the page cache, by the device itself")]
+    {
+        if bytes > 0 {
+            lines.push(format!("  of that   {} from {from}", size::human(bytes)));
+        }
+    }
     let what = match report.bound_by {
+        "source" if report.mapped_bytes == report.bytes => "pinning pages of the page cache",
         "source" if report.cached_sources == report.sources => "copies out of the page cache",
         "source" => "the drive",
         "device" => "copies to the device",

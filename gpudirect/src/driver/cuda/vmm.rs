@@ -7,7 +7,7 @@ use std::ffi::c_int;
 
 use cudarc::driver::sys;
 
-use super::{Context, CudaDriver, check};
+use super::{Context, CudaDriver, check, size};
 use crate::driver::VirtualMemory;
 use crate::error::Result;
 
@@ -32,10 +32,6 @@ fn location(cuda: &Context) -> sys::CUmemLocation {
         type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
         id: cuda.device as c_int,
     }
-}
-
-fn size(len: u64) -> usize {
-    usize::try_from(len).unwrap_or(usize::MAX)
 }
 
 impl VirtualMemory for CudaDriver {
@@ -95,12 +91,11 @@ impl VirtualMemory for CudaDriver {
         };
         // SAFETY: the range was mapped by the call above; one description is passed.
         let result = unsafe { sys::cuMemSetAccess(address, size(len), &access, 1) };
-        check(result, || format!("make {len} bytes at {address:#x} of cuda:{} usable", self.0.ordinal)).inspect_err(
-            |_| {
+        check(result, || format!("make {len} bytes at {address:#x} of cuda:{} usable", self.0.ordinal))
+            .inspect_err(|_| {
                 // SAFETY: exactly what was mapped above, and nothing used it.
                 unsafe { sys::cuMemUnmap(address, size(len)) };
-            },
-        )
+            })
     }
 
     fn unmap(&self, address: u64, len: u64) -> Result<()> {

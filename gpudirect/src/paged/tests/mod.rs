@@ -73,7 +73,12 @@ fn case() -> impl Strategy<Value = Case> {
     let ways = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let shift = prop::sample::select(vec![0u64, 0, 16, 8, 4, 2, 1]);
     (sizes, ways, (shift.clone(), shift), prop::collection::vec(any::<prop::sample::Index>(), 0..7)).prop_map(
-        |((planes, blocks, tokens, heads, row, pad), (head_major, layer_major, inner_heads, scatter), shift, picks)| {
+        |(
+            (planes, blocks, tokens, heads, row, pad),
+            (head_major, layer_major, inner_heads, scatter),
+            shift,
+            picks,
+        )| {
             let mut shape = match head_major {
                 true => BlockShape::head_major(blocks, tokens, heads, row),
                 false => BlockShape::token_major(blocks, tokens, heads, row),
@@ -120,7 +125,9 @@ fn model(case: &Case, planes: &mut [Vec<u8>], staging: &mut [u8]) {
                 Order::BlockMajor => (b * case.planes + p) * block,
                 Order::LayerMajor => (p * case.ids.len() + b) * block,
             };
-            for (t, h, x) in (0..tokens).flat_map(|t| (0..heads).flat_map(move |h| (0..row).map(move |x| (t, h, x)))) {
+            for (t, h, x) in
+                (0..tokens).flat_map(|t| (0..heads).flat_map(move |h| (0..row).map(move |x| (t, h, x))))
+            {
                 let inner = match case.inner {
                     Inner::TokenMajor => (t * heads + h) * row + x,
                     Inner::HeadMajor => (h * tokens + t) * row + x,
@@ -170,7 +177,7 @@ fn check(case: &Case) -> std::result::Result<(), TestCaseError> {
         memory.insert(*address, plane.clone());
     }
     memory.insert(staging_address, staging.clone());
-    ptx::run(&job, &mut memory, if case.planes % 2 == 0 { 1 } else { u32::MAX });
+    ptx::run(&job, &mut memory, if case.planes.is_multiple_of(2) { 1 } else { u32::MAX });
 
     bench.run(&job);
     model(case, &mut planes, &mut staging);
@@ -217,7 +224,8 @@ fn many_planes_and_blocks_take_several_launches() {
     let planes: Vec<Plane> = (0..250).map(|p| Plane { address: address + p * 1400, len: 1400 }).collect();
     let paged = Paged::new(&*bench.driver, &planes, case.shape).unwrap();
     let mut staging = nvtier_tests::pattern(5, 250 * 1400);
-    let place = Staging { address: bench.alloc(&mut staging), len: 350_000, order: case.order, inner: case.inner };
+    let place =
+        Staging { address: bench.alloc(&mut staging), len: 350_000, order: case.order, inner: case.inner };
     let job = Arc::new(Move::new(&*bench.driver, &paged, &place, &case.ids, case.way).unwrap());
     let mut launches = Vec::new();
     job.launches(&mut |launch| -> std::result::Result<(), ()> {
@@ -259,7 +267,9 @@ fn what_would_leave_its_memory_is_refused() {
     let bench = Bench::new();
     let shape = BlockShape::token_major(4, 2, 2, 8);
     let base = bench.driver.alloc(4096).unwrap();
-    let new = |planes: &[Plane], shape| Paged::new(&*bench.driver, planes, shape).map_err(|error| error.to_string());
+    let new = |planes: &[Plane], shape| {
+        Paged::new(&*bench.driver, planes, shape).map_err(|error| error.to_string())
+    };
     let whole = [Plane { address: base, len: 128 }];
     let refused = |result: std::result::Result<Paged, String>, words: &str| {
         let text = result.map(|_| ()).unwrap_err();
@@ -304,7 +314,8 @@ fn joined_layouts_are_planes_in_turn() {
     let staging = bench.driver.alloc(64).unwrap();
     let layer = [Plane { address: base, len: 256 }];
     let shape = BlockShape::token_major(4, 2, 1, 16);
-    for (kv_stride, shape, v) in [(32, shape.with_block_stride(64), 2 * 64 + 32), (128, shape, 128 + 2 * 32)] {
+    for (kv_stride, shape, v) in [(32, shape.with_block_stride(64), 2 * 64 + 32), (128, shape, 128 + 2 * 32)]
+    {
         let paged = Paged::joined(&*bench.driver, &layer, kv_stride, shape).unwrap();
         let place = Staging { address: staging, len: 64, order: Order::BlockMajor, inner: Inner::TokenMajor };
         bench.run(&Arc::new(Move::new(&*bench.driver, &paged, &place, &[2], Way::Gather).unwrap()));

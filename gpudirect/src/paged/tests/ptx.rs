@@ -68,7 +68,8 @@ fn parse(text: &str, entry: &str) -> Program {
         if let Some(declared) = line.strip_prefix(".reg ") {
             let (kind, list) = declared.split_once(' ').unwrap();
             for name in list.trim_end_matches(';').split(", ") {
-                let width = if kind == ".pred" { 1 } else { kind.strip_prefix(".b").unwrap().parse().unwrap() };
+                let width =
+                    if kind == ".pred" { 1 } else { kind.strip_prefix(".b").unwrap().parse().unwrap() };
                 assert!(names.insert(name.to_owned(), bits.len()).is_none(), "{name} twice");
                 bits.push(width);
             }
