@@ -40,13 +40,11 @@ fn pool(striped: bool, folder: &Path) -> (Session, Vec<String>, std::collections
     (session, names, expected)
 }
 
-/// Reads ranges through the engine, so that its RAM tier has them.
-fn warm(session: &Session, name: &str, ranges: &[std::ops::Range<u64>]) {
+/// Reads a range through the engine, so that its RAM tier has it.
+fn warm(session: &Session, name: &str, range: std::ops::Range<u64>) {
     let reader = session.reader(name).unwrap();
-    for range in ranges {
-        let end = range.end.min(reader.len());
-        reader.read_exact_at(range.start, &mut vec![0; (end - range.start) as usize]).unwrap();
-    }
+    let end = range.end.min(reader.len());
+    reader.read_exact_at(range.start, &mut vec![0; (end - range.start) as usize]).unwrap();
 }
 
 fn regions(session: &Session, names: &[String], verify: Verify) -> Plan {
@@ -77,7 +75,7 @@ fn what_the_ram_tier_has_is_copied_from_there_without_a_read() {
             lane.use_tier(PinnedTier::new(&driver, pool.ram_arena().unwrap()).unwrap()).unwrap();
             let plan = regions(&session, &names, verify);
             for name in &names {
-                warm(&session, name, &[0..u64::MAX]);
+                warm(&session, name, 0..u64::MAX);
             }
             let loaded = load(&mut lane, &plan).unwrap();
             let what = format!("striped {striped}, {verify:?}");
@@ -111,8 +109,10 @@ fn hits_and_reads_mix_at_any_border() {
         let arena = session.pool().unwrap().ram_arena().unwrap();
         lane.use_tier(PinnedTier::new(&driver, arena).unwrap()).unwrap();
         let plan = regions(&session, &names, Verify::Always);
-        warm(&session, &names[0], &[5000..5001, 70_000..300_000, (1 << 20) + 1..(2 << 20) + 9]);
-        warm(&session, &names[1], &[(3 << 20)..u64::MAX]);
+        for range in [5000..5001, 70_000..300_000, (1 << 20) + 1..(2 << 20) + 9] {
+            warm(&session, &names[0], range);
+        }
+        warm(&session, &names[1], (3 << 20)..u64::MAX);
         let loaded = load(&mut lane, &plan).unwrap();
         assert!(contents(&lane, &loaded) == expected, "striped {striped}");
         let report = &loaded.report;
@@ -140,7 +140,7 @@ fn hits_do_not_touch_the_members() {
     lane.use_tier(PinnedTier::new(&driver, arena).unwrap()).unwrap();
     let plan = regions(&session, &names, Verify::Always);
     for name in &names {
-        warm(&session, name, &[0..u64::MAX]);
+        warm(&session, name, 0..u64::MAX);
     }
     for tensor in ["model.0.9.weight", "model.1.8.weight"] {
         spoil(&folder.path().join("pool"), &expected[tensor][100_000..]);
@@ -173,13 +173,13 @@ fn pages_stay_while_the_device_copies_them() {
     let plan = regions(&session, &names, Verify::Always);
     for _ in 0..3 {
         for name in &names {
-            warm(&session, name, &[0..u64::MAX]);
+            warm(&session, name, 0..u64::MAX);
         }
         let mut washed = 0;
         let mut wash = |_: u64, _: u64| {
             // Called between batches: more than the tier holds goes through it.
             if washed < 4 {
-                warm(&session, &format!("other{washed}"), &[0..u64::MAX]);
+                warm(&session, &format!("other{washed}"), 0..u64::MAX);
                 washed += 1;
             }
             true
