@@ -295,6 +295,9 @@ pub struct Load {
     /// Whether files are read past the page cache
     #[arg(long, value_enum, default_value_t = CacheMode::Auto, value_name = "HOW")]
     pub cache: CacheMode,
+    /// How files are read that are in memory already (page cache, tmpfs)
+    #[arg(long, value_enum, default_value_t = CachedHow::Auto, value_name = "HOW")]
+    pub cached: CachedHow,
     /// Do not compare a pool's checksums, to see what they cost
     #[arg(long, requires = "pool")]
     pub no_verify: bool,
@@ -325,6 +328,17 @@ pub struct Load {
     /// Threads that read what is in memory already [default: the cores, at most 32]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: Option<u32>,
+}
+
+/// How files are read that are in memory already.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum CachedHow {
+    /// The faster one, as far as was measured
+    Auto,
+    /// The device reads the page cache: pages are pinned where they lie; copied where that is refused
+    Map,
+    /// Threads copy into pinned memory
+    Copy,
 }
 
 /// Whether files are read past the page cache.
