@@ -103,13 +103,16 @@ pub fn survey(device: &DeviceInfo, path: &Path) -> Survey {
 
 type Open = Arc<dyn Fn() -> Result<Arc<dyn CuFile>> + Send + Sync>;
 
+/// A driver that is open, and what it says of itself.
+type Opened = (Arc<dyn CuFile>, Properties);
+
 /// A machine whose ways are looked at, and what is remembered of them. Clones share the library once it is open: opening it
 /// takes a while.
 #[derive(Clone)]
 pub struct Paths {
     system: System,
     open: Open,
-    opened: Arc<Mutex<Option<(Arc<dyn CuFile>, Properties)>>>,
+    opened: Arc<Mutex<Option<Opened>>>,
     remembered: Remembered,
     not_slower: f64,
 }
