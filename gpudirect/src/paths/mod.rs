@@ -104,7 +104,7 @@ pub fn survey(device: &DeviceInfo, path: &Path) -> Survey {
 type Open = Arc<dyn Fn() -> Result<Arc<dyn CuFile>> + Send + Sync>;
 
 /// A driver that is open, and what it says of itself.
-type Open = (Arc<dyn CuFile>, Properties);
+type OpenDriver = (Arc<dyn CuFile>, Properties);
 
 /// A machine whose ways are looked at, and what is remembered of them. Clones share the library once it is open: opening it
 /// takes a while.
@@ -112,7 +112,7 @@ type Open = (Arc<dyn CuFile>, Properties);
 pub struct Paths {
     system: System,
     open: Open,
-    opened: Arc<Mutex<Option<Open>>>,
+    opened: Arc<Mutex<Option<OpenDriver>>>,
     remembered: Remembered,
     not_slower: f64,
 }
@@ -454,14 +454,14 @@ struct Lazy<'a> {
     state: Option<Opened>,
 }
 
-type Opened = std::result::Result<Open, String>;
+type Opened = std::result::Result<OpenDriver, String>;
 
 impl<'a> Lazy<'a> {
     fn new(paths: &'a Paths) -> Lazy<'a> {
         Lazy { paths, state: None }
     }
 
-    fn get(&mut self) -> std::result::Result<&(Arc<dyn CuFile>, Properties), &String> {
+    fn get(&mut self) -> std::result::Result<&OpenDriver, &String> {
         let paths = self.paths;
         self.state
             .get_or_insert_with(|| {
