@@ -467,6 +467,23 @@ fn a_slower_cufile_is_not_taken_unless_it_is_asked_for() {
     assert_eq!(forced.path, paths::NVIDIA_FS);
 }
 
+/// All but the library is there: the real one is looked for, and on most machines is not.
+#[test]
+fn a_library_that_cannot_be_opened_is_named_with_its_own_words() {
+    let Some(bench) = Bench::new() else { return };
+    let open = || gpudirect::cufile::open().map(|library| Arc::new(library) as Arc<dyn CuFile>);
+    let bench = Bench { paths: Paths::of(System::at(bench.root()), open, Remembered::nowhere()), ..bench };
+    let words = match gpudirect::cufile::open() {
+        Ok(_) => return println!("skipped: this machine has cuFile"),
+        Err(error) => error.to_string(),
+    };
+    let report = bench.load(&options()).unwrap();
+    assert_eq!(report.path, paths::BOUNCE);
+    assert!(why(&report, paths::NVIDIA_FS).contains(&words), "{report:?}");
+    let forced = bench.load(&PathOptions { choice: PathChoice::CuFile, ..options() }).unwrap_err();
+    assert!(forced.to_string().contains(&words), "{forced}");
+}
+
 #[test]
 fn what_needs_the_host_is_never_read_by_cufile() {
     let Some(bench) = Bench::new() else { return };
