@@ -143,6 +143,8 @@ pub fn load_by(
         path_seconds,
         bytes: transfer.bytes,
         read_bytes: transfer.read_bytes,
+        tier_bytes: transfer.tier_bytes,
+        mapped_bytes: transfer.mapped_bytes,
         seconds,
         gb_per_second: transfer.bytes as f64 / seconds.max(1e-9) / 1e9,
         setup_seconds: lane.setup().as_secs_f64(),

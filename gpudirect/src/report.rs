@@ -54,6 +54,10 @@ pub struct Report {
     pub read_bytes: u64,
     /// Choosing the way, with its self-test where one was made now, seconds; before the load, and not in `seconds`.
     pub path_seconds: f64,
+    /// Bytes that a pool's RAM tier had, copied from there.
+    pub tier_bytes: u64,
+    /// Bytes that the device read from the page cache itself.
+    pub mapped_bytes: u64,
     /// From the first look at the plan to the last byte on the device, seconds. Opening files and reading headers is before.
     pub seconds: f64,
     /// `bytes` over `seconds`, 10^9 bytes.

@@ -22,7 +22,7 @@ use rustix::fs::OFlags;
 use super::{CuFile, CuFileOptions, FileHandle, Staging};
 use crate::admission::Admission;
 use crate::control::Control;
-use crate::driver::{Driver, Move};
+use crate::driver::{DeviceCopy, Driver};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lane::pieces::{self, Piece, Pieces};
 use crate::lane::{Run, Transfer};
@@ -222,9 +222,9 @@ impl Work<'_> {
         }
         let read = started.elapsed();
         let parts = &self.pieces.parts[piece.parts.clone()];
-        let moves: Vec<Move> = parts
+        let moves: Vec<DeviceCopy> = parts
             .iter()
-            .map(|part| Move {
+            .map(|part| DeviceCopy {
                 from: base + at + u64::from(part.offset),
                 to: part.device,
                 len: u64::from(part.len),

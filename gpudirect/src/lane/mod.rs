@@ -5,11 +5,16 @@
 //! pieces -> SQEs (O_DIRECT, registered buffers) -> checked -> batches on a copy stream -> buffers free again
 //! ```
 //!
+//! What lies in memory already may go without a read and without the ring: pages of a pool's RAM tier
+//! ([`Lane::use_tier`]), and files in the page cache ([`CachedMode::Map`]).
+//!
 //! The ring is one arena of huge pages, known to io_uring (its pages are pinned once) and to the device (so that copies
 //! need no staging). A buffer is the drive's, then this thread's, then the copy engine's: ownership says whose turn it is.
 
+mod lend;
 pub(crate) mod pieces;
 mod read;
+mod tier;
 pub(crate) mod write;
 
 use std::sync::Arc;
@@ -23,6 +28,20 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub use pieces::Run;
 pub(crate) use read::Transfer;
+pub use tier::PinnedTier;
+
+/// How files are read that are in memory already (page cache, tmpfs).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum CachedMode {
+    /// The one that is faster as far as was measured: [`CachedMode::Copy`].
+    #[default]
+    Auto,
+    /// The device reads the page cache: the file is mapped, and pinned piece by piece by several threads. A file whose pages
+    /// cannot be pinned, or whose checksums are compared, is copied.
+    Map,
+    /// Threads copy them into the ring.
+    Copy,
+}
 
 /// Settings of a [`Lane`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +65,12 @@ pub struct LaneOptions {
     pub backend: Backend,
     /// Where chunk, depth and threads come from, for reports.
     pub origin: Origin,
+    /// How files are read that are in memory already.
+    pub cached: CachedMode,
+    /// Bytes of a mapped file that are pinned by one call, a multiple of 4096. Default: 32 MiB.
+    pub map_piece: usize,
+    /// Bytes of mapped files that are pinned at once. Default: 1 GiB.
+    pub map_limit: usize,
 }
 
 /// The cores that this process may use.
@@ -65,6 +90,9 @@ impl Default for LaneOptions {
             threads: cores().clamp(2, 32),
             backend: Backend::Auto,
             origin: Origin::Default,
+            cached: CachedMode::Auto,
+            map_piece: 32 << 20,
+            map_limit: 1 << 30,
         }
     }
 }
@@ -75,6 +103,8 @@ pub struct Lane {
     options: LaneOptions,
     arena: Arena,
     pinned: bool,
+    /// RAM tiers whose pages are copied from where they are.
+    tiers: Vec<Arc<PinnedTier>>,
     setup: Duration,
 }
 
@@ -85,7 +115,7 @@ impl Lane {
         check(&options, options.ring)?;
         let arena = Arena::new(options.ring, ArenaOptions::default())?;
         driver.pin(&arena)?;
-        Ok(Lane { driver, options, arena, pinned: true, setup: started.elapsed() })
+        Ok(Lane { driver, options, arena, pinned: true, tiers: Vec::new(), setup: started.elapsed() })
     }
 
     /// Other settings for what comes next; the ring stays as it is.
@@ -160,6 +190,7 @@ impl Lane {
             let batch = Batch {
                 direction: Direction::ToHost,
                 buffers: buffer.take().into_iter().collect(),
+                lent: Vec::new(),
                 parts: vec![one],
                 tag: 0,
             };
@@ -185,8 +216,7 @@ impl Lane {
             };
             one[..part.len()].copy_from_slice(part);
             let place = Part { buffer: 0, offset: 0, device: address + (i * len) as u64, len: part.len() };
-            let batch =
-                Batch { direction: Direction::ToDevice, buffers: vec![one], parts: vec![place], tag: 0 };
+            let batch = Batch { buffers: vec![one], parts: vec![place], ..Batch::new(Direction::ToDevice) };
             stream.copy(batch).map_err(|refused| refused.error)?;
             stream.reap(true, &mut |mut batch| buffer = batch.buffers.pop())?;
         }
@@ -220,7 +250,8 @@ impl Lane {
             while let Some(buffer) = free.pop() {
                 let part = Part { buffer: 0, offset: 0, device: room.address() + place, len };
                 place = (place + len as u64) % room.len();
-                let batch = Batch { direction, buffers: vec![buffer], parts: vec![part], tag: 0 };
+                let batch =
+                    Batch { direction, buffers: vec![buffer], lent: Vec::new(), parts: vec![part], tag: 0 };
                 stream.copy(batch).map_err(|refused| refused.error)?;
             }
             stream.reap(true, &mut |mut batch| {
@@ -265,6 +296,10 @@ fn check(options: &LaneOptions, ring: usize) -> Result<()> {
     if ring < 4 * chunk || depth == 0 || depth > nvme::queue::DEPTH_MAX {
         let context =
             format!("a ring of {ring} bytes and a depth of {depth}: at least four chunks and 1 are needed");
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    if options.map_piece == 0 || !options.map_piece.is_multiple_of(4096) {
+        let context = format!("pieces of mapped files of {} bytes: no multiple of 4096", options.map_piece);
         return Err(Error::new(ErrorKind::Invalid, context));
     }
     Ok(())

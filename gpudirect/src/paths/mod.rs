@@ -101,10 +101,10 @@ pub fn survey(device: &DeviceInfo, path: &Path) -> Survey {
     Paths::here().survey(device, path)
 }
 
-/// An open library, and what it says of itself.
-type Library = (Arc<dyn CuFile>, Properties);
-
 type Open = Arc<dyn Fn() -> Result<Arc<dyn CuFile>> + Send + Sync>;
+
+/// A driver that is open, and what it says of itself.
+type OpenDriver = (Arc<dyn CuFile>, Properties);
 
 /// A machine whose ways are looked at, and what is remembered of them. Clones share the library once it is open: opening it
 /// takes a while.
@@ -112,7 +112,7 @@ type Open = Arc<dyn Fn() -> Result<Arc<dyn CuFile>> + Send + Sync>;
 pub struct Paths {
     system: System,
     open: Open,
-    opened: Arc<Mutex<Option<Library>>>,
+    opened: Arc<Mutex<Option<OpenDriver>>>,
     remembered: Remembered,
     not_slower: f64,
 }
@@ -454,14 +454,14 @@ struct Lazy<'a> {
     state: Option<Opened>,
 }
 
-type Opened = std::result::Result<Library, String>;
+type Opened = std::result::Result<OpenDriver, String>;
 
 impl<'a> Lazy<'a> {
     fn new(paths: &'a Paths) -> Lazy<'a> {
         Lazy { paths, state: None }
     }
 
-    fn get(&mut self) -> std::result::Result<&Library, &String> {
+    fn get(&mut self) -> std::result::Result<&OpenDriver, &String> {
         let paths = self.paths;
         self.state
             .get_or_insert_with(|| {

@@ -9,12 +9,12 @@ use engine::{Session, SessionOptions};
 use gpudirect::autotune::{Given, Origin, Tune, Tuner};
 use gpudirect::paths::{self, PathState, Survey};
 use gpudirect::{
-    CachePolicy, Control, Error, ErrorKind, Lane, LaneOptions, Loaded, PathChoice, PathOptions, Paths, Plan,
-    PlanOptions, Report, SaveOptions, SaveReport, SaveTensor, Source, Verify,
+    CachePolicy, CachedMode, Control, Error, ErrorKind, Lane, LaneOptions, Loaded, PathChoice, PathOptions,
+    Paths, Plan, PlanOptions, Report, SaveOptions, SaveReport, SaveTensor, Source, Verify,
 };
 use serde_json::json;
 
-use crate::cli::{CacheMode, Global, Load, PathMode};
+use crate::cli::{CacheMode, CachedHow, Global, Load, PathMode};
 use crate::failure::{Failure, Outcome, code};
 use crate::progress::Progress;
 use crate::{ceiling, interrupt, names, output, size};
@@ -56,6 +56,11 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
         depth: given.depth.unwrap_or(defaults.depth),
         threads: given.threads.unwrap_or(defaults.threads),
         origin: if given == Given::default() { Origin::Default } else { Origin::Given },
+        cached: match args.cached {
+            CachedHow::Auto => CachedMode::Auto,
+            CachedHow::Map => CachedMode::Map,
+            CachedHow::Copy => CachedMode::Copy,
+        },
         ..defaults
     };
     let mut lane = Lane::new(driver, lane).map_err(failure)?;
@@ -370,7 +375,15 @@ fn describe(
     for other in &report.not_taken {
         lines.push(format!("  not       {}: {}", other.path, other.why));
     }
+    for (bytes, from) in
+        [(report.tier_bytes, "the RAM tier"), (report.mapped_bytes, "the page cache, by the device itself")]
+    {
+        if bytes > 0 {
+            lines.push(format!("  of that   {} from {from}", size::human(bytes)));
+        }
+    }
     let what = match report.bound_by {
+        "source" if report.mapped_bytes == report.bytes => "pinning pages of the page cache",
         "source" if report.cached_sources == report.sources => "copies out of the page cache",
         "source" => "the drive",
         "device" => "copies to the device",

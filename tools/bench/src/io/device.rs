@@ -118,7 +118,8 @@ impl DeviceEngine {
     fn copy(&mut self, slot: u32, buffer: Buffer, direction: Way, len: usize) -> Result<()> {
         let device = self.memory.address() + u64::from(slot) * self.block;
         let part = Part { buffer: 0, offset: 0, device, len };
-        let batch = Batch { direction, buffers: vec![buffer], parts: vec![part], tag: u64::from(slot) };
+        let batch =
+            Batch { buffers: vec![buffer], parts: vec![part], tag: u64::from(slot), ..Batch::new(direction) };
         self.stream().copy(batch).map_err(|refused| Error::gpu("cannot start a copy", refused.error))
     }
 
