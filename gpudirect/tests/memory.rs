@@ -82,6 +82,7 @@ fn what_the_ram_tier_has_is_copied_from_there_without_a_read() {
             assert!(contents(&lane, &loaded) == expected, "{what}");
             let report = &loaded.report;
             assert_eq!((report.tier_bytes, report.reads, report.read_bytes), (report.bytes, 0, 0), "{what}");
+            assert_eq!(report.backend, "none", "{what}");
             // Nobody but the tier holds a page any more: it may be evicted.
             for name in &names {
                 let lease = pool.lease(session.stat_path(name).unwrap().node, 0, u64::MAX).unwrap();

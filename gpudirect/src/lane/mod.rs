@@ -140,6 +140,11 @@ impl Lane {
         self.arena.len() as u64
     }
 
+    /// Where the ring lies in this process: to look it up in `/proc/self/numa_maps`.
+    pub fn ring_address(&self) -> usize {
+        self.arena.as_ptr() as usize
+    }
+
     /// How long it took to take and pin the ring.
     pub fn setup(&self) -> Duration {
         self.setup
