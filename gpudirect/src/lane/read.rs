@@ -292,7 +292,7 @@ impl Work<'_> {
 
     /// Reads in flight.
     fn reading(&self) -> usize {
-        self.queue.as_ref().map_or(0, |queue| queue.in_flight() as usize)
+        self.queue.as_ref().map_or(0, Queue::in_flight)
     }
 
     fn submit(&mut self) -> Result<()> {
