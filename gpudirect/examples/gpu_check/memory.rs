@@ -169,6 +169,7 @@ pub fn mapped(bench: &Bench) -> Check<Value> {
         ("map_32m", map(32, 1024, 8)),
         ("map_128m", map(128, 1024, 8)),
         ("map_32m_4_threads", map(32, 1024, 4)),
+        ("map_32m_16_threads", map(32, 1024, 16)),
         ("map_32m_unpinned_last", map(32, all, 8)),
         ("map_128m_unpinned_last", map(128, all, 8)),
     ];

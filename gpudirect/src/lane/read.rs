@@ -14,8 +14,8 @@ use crate::driver::{Batch, Direction, Lent, Part, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 
-/// Threads that pin pieces of mapped files: the kernel and the driver lock enough that more do not help.
-const PIN_THREADS: u32 = 8;
+/// The most threads that pin pieces of mapped files: kernel and driver lock, so that many more could not help.
+const PIN_THREADS: u32 = 16;
 /// How long a piece is waited for before copies are looked at.
 const PIN_WAIT: Duration = Duration::from_micros(500);
 /// The same, while none runs.
