@@ -19,7 +19,7 @@ use crate::lanes;
 use crate::load::{plan, policy, session};
 use crate::memory::Hold;
 use crate::pool::{Pool, Tensor, to_dict};
-use crate::process::Mine;
+use crate::process::{Mine, may_use};
 use crate::tensor::DeviceTensor;
 use crate::watch::watched;
 
@@ -127,7 +127,7 @@ impl Inner {
         let Some(first) = tensors.next() else {
             return Err(gpudirect::Error::new(ErrorKind::NotFound, "a load of a tensor gave none"));
         };
-        let hold = Arc::new(Hold::new(first.memory().clone()));
+        let hold = Arc::new(Hold::new(first.memory().clone(), device));
         for (part, tensor) in parts[1..].iter().zip(tensors) {
             state.given[part.index] = true;
             state.waiting += tensor.len;
@@ -206,6 +206,7 @@ impl TensorFile {
         cut: Option<(usize, u64, u64)>,
     ) -> PyResult<DeviceTensor> {
         let inner = self.inner()?;
+        may_use(device)?;
         let part = Part { index: inner.index(name)?, cut: cut.map(|(dim, start, end)| (dim, start..end)) };
         let (tensor, hold) = watched(py, None, None, |control| inner.get(part, device, control))?;
         Ok(DeviceTensor::new(tensor, device, hold))
@@ -219,6 +220,7 @@ impl TensorFile {
         device: &str,
     ) -> PyResult<(Vec<DeviceTensor>, Bound<'py, PyAny>)> {
         let inner = self.inner()?;
+        may_use(device)?;
         let parts: Vec<Part> =
             (0..inner.plan.tensors().len()).map(|index| Part { index, cut: None }).collect();
         let loaded = watched(py, None, None, |control| inner.load(&parts, device, control))?;

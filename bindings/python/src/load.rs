@@ -13,7 +13,7 @@ use crate::error::{IntoPy, closed, invalid, unsupported};
 use crate::lanes;
 use crate::memory::{self, Foreign};
 use crate::pool::{Pool, to_dict};
-use crate::process::Mine;
+use crate::process::{Mine, may_use};
 use crate::tensor::{DeviceTensor, dl_device};
 use crate::watch::{deadline, watched};
 
@@ -67,6 +67,7 @@ fn load<'py>(
     deadline: Option<f64>,
 ) -> PyResult<(Vec<DeviceTensor>, Bound<'py, PyAny>)> {
     let until = self::deadline(deadline)?;
+    may_use(device)?;
     let policy = policy(cache)?;
     let session = session(pool.as_ref())?;
     let shard = shard.map(|(rank, world, rules)| Shard { rank, world, rules });
@@ -95,6 +96,7 @@ fn save<'py>(
     deadline: Option<f64>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let until = self::deadline(deadline)?;
+    may_use(device)?;
     let mut list = Vec::with_capacity(tensors.len());
     for (name, dtype, shape, address, len) in tensors {
         let Some(dtype) = Dtype::from_safetensors(&dtype) else {
@@ -171,12 +173,13 @@ fn look_at_dlpack(capsule: &Bound<'_, PyAny>) -> PyResult<(u64, String, String, 
 /// Gives back the rings that are kept for the next load.
 #[pyfunction]
 fn trim(py: Python<'_>) {
-    py.detach(lanes::trim);
+    py.detach(|| memory::aside(lanes::trim));
 }
 
 /// What a device is, and how much of its memory is free.
 #[pyfunction]
 fn device_info<'py>(py: Python<'py>, device: &str) -> PyResult<Bound<'py, PyAny>> {
+    may_use(device)?;
     let info = py.detach(|| gpudirect::driver::open(device).and_then(|driver| driver.info())).py()?;
     to_dict(py, &info)
 }

@@ -17,7 +17,36 @@ use pyo3::prelude::*;
 use crate::process::Mine;
 
 /// Memory of a load, given back when its last tensor and the last view of it are gone.
-pub type Hold = Mine<Arc<gpudirect::DeviceMemory>>;
+#[derive(Debug)]
+pub struct Hold {
+    memory: Option<Mine<Arc<gpudirect::DeviceMemory>>>,
+    cuda: bool,
+}
+
+impl Hold {
+    /// Takes a share of a load's memory, on the device of that name.
+    pub fn new(memory: Arc<gpudirect::DeviceMemory>, device: &str) -> Hold {
+        Hold { memory: Some(Mine::new(memory)), cuda: device.starts_with("cuda") }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let Some(memory) = self.memory.take() else { return };
+        if self.cuda && memory.is_here() {
+            aside(move || drop(memory));
+        }
+    }
+}
+
+/// Runs on a thread of its own what makes CUDA's context current: who drops a tensor of `cuda:1` goes on with the device that it
+/// had.
+pub fn aside(run: impl FnOnce() + Send + 'static) {
+    // Without threads the process has other worries than its current device; the closure is dropped, and its memory with it.
+    if let Ok(thread) = std::thread::Builder::new().name("nvtier-free".into()).spawn(run) {
+        let _ = thread.join();
+    }
+}
 
 /// `DLDevice` of dlpack.h.
 #[repr(C)]

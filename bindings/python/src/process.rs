@@ -1,6 +1,7 @@
 //! Which process an object is of: what was made before a fork is of no use after it.
 
 use std::ops::Deref;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use pyo3::PyResult;
 
@@ -27,6 +28,21 @@ impl Born {
     }
 }
 
+/// The process that used CUDA through this package first; 0 before.
+static CUDA: AtomicU32 = AtomicU32::new(0);
+
+/// Fails for a CUDA device in a child of a process that used CUDA.
+pub fn may_use(device: &str) -> PyResult<()> {
+    if !device.starts_with("cuda") {
+        return Ok(());
+    }
+    let here = std::process::id();
+    match CUDA.compare_exchange(0, here, Ordering::Relaxed, Ordering::Relaxed) {
+        Err(other) if other != here => Err(forked("CUDA", other)),
+        _ => Ok(()),
+    }
+}
+
 /// A value of one process. A forked child must not even drop it: the threads that it would wait for are not there, locks may be
 /// held for ever, CUDA must not be called, and what it would close on disk is the parent's.
 #[derive(Debug)]
@@ -44,6 +60,11 @@ impl<T> Mine<T> {
     /// Fails in a child; to be called before anything else is done with the value.
     pub fn check(&self, what: &str) -> PyResult<()> {
         self.born.check(what)
+    }
+
+    /// Whether this is the process that made it.
+    pub fn is_here(&self) -> bool {
+        self.born.here()
     }
 
     /// Takes it out.

@@ -39,7 +39,7 @@ impl DeviceTensor {
 
     /// Tensors of one load share its memory.
     pub fn all(tensors: Vec<LoadedTensor>, device: &str) -> Vec<DeviceTensor> {
-        let hold = tensors.first().map(|tensor| Arc::new(Hold::new(tensor.memory().clone())));
+        let hold = tensors.first().map(|tensor| Arc::new(Hold::new(tensor.memory().clone(), device)));
         match hold {
             Some(hold) => {
                 tensors.into_iter().map(|tensor| DeviceTensor::new(tensor, device, hold.clone())).collect()

@@ -423,7 +423,7 @@ def fork(context):
                 try:
                     nvtier.load(file, device=context.device)
                     code = 4
-                except nvtier.Error as error:
+                except nvtier.Forked as error:
                     print("    in the child:", type(error).__name__, error, flush=True)
             else:
                 nvtier.load(file, device=context.device)
@@ -502,6 +502,9 @@ def current_device(context):
     assert torch.cuda.current_device() == 1 and torch.zeros(1, device="cuda").device.index == 1
     assert loaded["int8"].device.index == 0
     assert nvtier.torch.load_file(context.types(), device="cuda")["int8"].device.index == 1
+    del loaded
+    nvtier.trim()
+    assert torch.cuda.current_device() == 1
 
 
 @check

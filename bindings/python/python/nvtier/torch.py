@@ -109,8 +109,12 @@ def _device(device: Any) -> Tuple[str, Optional[torch.device]]:
 
 
 @contextlib.contextmanager
-def _torch_device_kept() -> Iterator[None]:
+def _torch_device_kept(where: str) -> Iterator[None]:
     """The lane makes its device's context current on this thread; torch's own device is put back."""
+    if where.startswith("cuda") and not torch.cuda.is_initialized():
+        # torch's device before it was started is the first one. What is wrong here nvtier says in its own words.
+        with contextlib.suppress(RuntimeError, AssertionError):
+            torch.cuda.init()
     if torch.cuda.is_initialized():
         with torch.cuda.device(torch.cuda.current_device()):
             yield
@@ -141,7 +145,7 @@ def load_file(
             raise InvalidArgument(f"pin_memory is for tensors on the host, device={device!r} is not")
         if not torch.cuda.is_available():
             raise NotSupported("pin_memory=True needs CUDA, and torch.cuda is not available here")
-    with _torch_device_kept():
+    with _torch_device_kept(where):
         loaded = _load.load(
             filename,
             device=where,
@@ -187,7 +191,7 @@ class TensorSlice:
         return TensorSlice(self._file, self._name, where, then)
 
     def _get(self, cut: Optional[Tuple[int, int, int]] = None) -> torch.Tensor:
-        with _torch_device_kept():
+        with _torch_device_kept(self._where):
             tensor = _to_torch(self._file.get(self._name, self._where, cut))
         return tensor if self._then is None else tensor.to(self._then)
 
@@ -302,7 +306,7 @@ class safe_open:
 
     def get_tensors(self) -> Dict[str, torch.Tensor]:
         """All tensors, in one load."""
-        with _torch_device_kept():
+        with _torch_device_kept(self._where):
             tensors, _ = self._open().get_all(self._where)
             loaded = {tensor.name: _to_torch(tensor) for tensor in tensors}
         return loaded if self._then is None else {name: tensor.to(self._then) for name, tensor in loaded.items()}
@@ -406,7 +410,7 @@ def save_file(
         entries.append((name, dtype, shape, tensor.data_ptr(), math.prod(tensor.shape) * tensor.element_size()))
     report, done = _progress.adapt(progress, "save")
     try:
-        with _torch_device_kept():
+        with _torch_device_kept(device):
             return _nvtier.save(
                 filename,
                 entries,
