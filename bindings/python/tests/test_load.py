@@ -548,6 +548,26 @@ for round in range(3):
                 child.communicate()
 
 
+def test_processes_that_open_a_pool_for_one_load_each(path):
+    """Nobody owns it: one process becomes its owner, the others go through that one, and it may be gone before they are."""
+    import subprocess
+
+    raw = random.Random(9).randbytes(3 * MIB)
+    with nvtier.Pool(path) as pool:
+        pool.write("a.safetensors", safetensors({"a": ("U8", [len(raw)], raw), "b": ("U8", [len(raw)], raw)}))
+    code = """
+import nvtier, sys
+for round in range(8):
+    assert len(nvtier.load("a.safetensors", pool=sys.argv[1])) == 2
+"""
+    children = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(3)]
+    try:
+        assert [child.wait(timeout=240) for child in children] == [0, 0, 0]
+    finally:
+        for child in children:
+            child.kill()
+
+
 FORK = """
 import nvtier, numpy, os, signal, sys
 path, file = sys.argv[1:]
