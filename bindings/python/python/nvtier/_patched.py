@@ -74,7 +74,9 @@ def load_file(filename: Any, device: Any) -> Dict[str, torch.Tensor]:
 
 def materialize(tensor: Slice, device: Any, dtype: Optional[torch.dtype]) -> torch.Tensor:
     """A whole tensor on its device, as a type."""
-    if device is not None:
-        tensor = tensor.on(device)
+    if device is not None and not isinstance(device, bool):
+        kind = "cuda" if isinstance(device, int) else str(device).split(":")[0]
+        if kind in ("cpu", "cuda"):
+            tensor, device = tensor.on(device), None
     loaded = tensor[...]
-    return loaded if dtype is None else loaded.to(dtype=dtype)
+    return loaded if device is None and dtype is None else loaded.to(device=device, dtype=dtype)
