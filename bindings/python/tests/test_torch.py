@@ -402,6 +402,23 @@ def test_what_may_be_saved(tmp_path):
         nvtier.torch.save_file({"a": base}, ours, {"a": 1})
 
 
+def test_save_through_dlpack(tmp_path):
+    """nvtier.save takes tensors of any library; torch's give the same file."""
+    rng = random.Random(SEED)
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    types = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float64]
+    tensors = {str(dtype): tensor(rng, dtype, shape) for dtype in types for shape in ((3, 5), (), (0, 2))}
+    reference.save_file(tensors, theirs)
+    nvtier.save(tensors, ours)
+    assert ours.read_bytes() == theirs.read_bytes()
+    # A part of a larger tensor starts where it starts.
+    base = torch.arange(100, dtype=torch.int32)
+    nvtier.save({"a": base[10:20]}, ours)
+    assert nvtier.torch.load_file(ours)["a"].tolist() == list(range(10, 20))
+    with pytest.raises(nvtier.InvalidArgument, match="'a'.*contiguous"):
+        nvtier.save({"a": base[::2]}, ours)
+
+
 def test_a_save_that_is_interrupted_leaves_the_old_file(tmp_path):
     file = tmp_path / "a.safetensors"
     nvtier.torch.save_file({"old": torch.ones(2)}, file)

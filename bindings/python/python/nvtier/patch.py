@@ -52,9 +52,10 @@ def _ours(filename: Any, framework: Any, device: Any) -> bool:
 class safe_open:
     """``safetensors.safe_open``, by nvtier where nvtier can."""
 
-    def __new__(cls, filename: Any, framework: Any, device: Any = "cpu", **options: Any) -> Any:
+    def __new__(cls, filename: Any, framework: Any, device: Any = "cpu", *, backend: Any = _MISSING) -> Any:
         if not _ours(filename, framework, device):
             count("left")
+            options = {} if backend is _MISSING else {"backend": backend}  # older versions know none
             return _originals["safe_open"](filename, framework, device, **options)
         from . import _patched
 
@@ -62,10 +63,11 @@ class safe_open:
         return _patched.SafeOpen(filename, framework, device)
 
 
-def load_file(filename: Any, device: Any = "cpu", **options: Any) -> Any:
+def load_file(filename: Any, device: Any = "cpu", *, backend: Any = _MISSING) -> Any:
     """``safetensors.torch.load_file``, by nvtier where nvtier can."""
     if not _ours(filename, "pt", device):
         count("left")
+        options = {} if backend is _MISSING else {"backend": backend}
         return _originals["load_file"](filename, device, **options)
     from . import _patched
 
