@@ -13,6 +13,7 @@ pub mod format;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod handle;
+pub mod kv;
 pub mod layout;
 pub mod lease;
 pub mod member;

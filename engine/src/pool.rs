@@ -3,7 +3,7 @@
 //! - `names.rs`: the calls on names, each a moment under the tree's lock.
 //! - `live.rs`: open regions, their drafts and seals. `stored.rs`: committed content.
 //! - `commit.rs`: snapshots into the catalog, and freeing what they leave behind.
-//! - `format.rs`, `open.rs`: making and opening pools.
+//! - `format.rs`, `open.rs`: making and opening pools. `slab.rs`: space that the KV store manages itself.
 //!
 //! Locks, in the order they are taken: a region's gate, the snapshot turn, the tree, then `contents`, `graveyard`, `open`.
 //!
@@ -40,6 +40,7 @@ pub(crate) mod live;
 mod names;
 mod open;
 mod options;
+pub(crate) mod slab;
 pub(crate) mod stored;
 
 #[cfg(test)]
