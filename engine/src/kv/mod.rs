@@ -21,7 +21,6 @@
 //!
 //! One process at a time has a store: the owner of its pool.
 
-use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -65,36 +64,37 @@ pub const BLOCK_MAX: u32 = 256 << 20;
 /// Entries that a checkpoint writes between two looks at what else is wanted.
 const CHECKPOINT_STEP: u32 = 16 << 10;
 
-/// Stores that this process has open, by pool and name.
-static OPEN: Mutex<Option<HashSet<(String, String)>>> = Mutex::new(None);
-
+/// The name of a store, which is open once.
 #[derive(Debug)]
-struct Claim(String, String);
+struct Claim {
+    pool: Arc<crate::pool::Shared>,
+    name: String,
+}
 
 impl Claim {
     fn take(pool: &Pool, name: &str) -> Result<Claim> {
-        let claim = (pool.info().id, name.to_owned());
-        if !lock(&OPEN).get_or_insert_default().insert(claim.clone()) {
+        let shared = pool.inner.shared.clone();
+        if !lock(&shared.kv_open).insert(name.to_owned()) {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!("the KV store {name:?} of this pool is open already; share the one that is"),
             ));
         }
-        Ok(Claim(claim.0, claim.1))
+        Ok(Claim { pool: shared, name: name.to_owned() })
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        if let Some(open) = lock(&OPEN).as_mut() {
-            open.remove(&(std::mem::take(&mut self.0), std::mem::take(&mut self.1)));
-        }
+        lock(&self.pool.kv_open).remove(&self.name);
     }
 }
 
 /// All of a store but its end.
 #[derive(Debug)]
 pub(crate) struct Shared {
+    // Before the pool, which closes when nobody has it.
+    _claim: Claim,
     pool: Pool,
     dir: NodeId,
     options: StoreOptions,
@@ -113,7 +113,6 @@ pub(crate) struct Shared {
     stop: AtomicBool,
     /// Why nothing can be stored any more.
     failed: OnceLock<String>,
-    _claim: Claim,
 }
 
 /// An open store; clones share it. The last one to go commits and closes it; [`close`](Self::close) reports what that comes to.

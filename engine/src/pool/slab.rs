@@ -14,6 +14,7 @@ use super::stored::Stored;
 use super::{Inner, Pool, Storage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Extent;
+use crate::lease::{LeasedExtent, Source};
 use crate::types::{Access, NewNode, NodeId, NodeKind};
 
 /// A part of a slab that lies in one piece.
@@ -118,6 +119,19 @@ impl Pool {
                 Err(error)
             }
         }
+    }
+
+    /// Where a slab lies: for tests that look after the space of all regions.
+    #[doc(hidden)]
+    pub fn slab_extents(&self, node: NodeId) -> Result<Vec<LeasedExtent>> {
+        let slab = self.open_slab(node)?;
+        let extent = |piece: &SlabPiece| LeasedExtent {
+            logical: piece.logical,
+            len: piece.len,
+            source: Source::Device(piece.device.clone()),
+            offset: piece.offset,
+        };
+        Ok(slab.pieces().iter().map(extent).collect())
     }
 
     fn slab_pieces(&self, live: &Live) -> Result<(Arc<Stored>, Vec<SlabPiece>)> {

@@ -93,6 +93,12 @@ fn walk(
         cookie = *next;
         for (_, entry) in page {
             let name = entry.name.to_string_lossy();
+            if path.is_empty() && name == crate::kv::DIRECTORY {
+                if let Err(stop) = slabs(pool, entry.node, owned)? {
+                    return Ok(Err(stop));
+                }
+                continue;
+            }
             let path = if path.is_empty() { name.into_owned() } else { format!("{path}/{name}") };
             let attr = pool.getattr(entry.node)?;
             let mut xattrs = BTreeMap::new();
@@ -133,6 +139,29 @@ fn walk(
             state.insert(path, seen);
         }
     }
+}
+
+/// The regions of KV stores: no file shows them, but their space is theirs alone.
+fn slabs(pool: &Pool, top: u64, owned: &mut Owned) -> engine::Result<Done> {
+    for (_, store) in pool.readdir(top, 0, 1000)? {
+        for (_, region) in pool.readdir(store.node, 0, 1000)? {
+            let path = format!("KV region {}", region.name.to_string_lossy());
+            for extent in pool.slab_extents(region.node)? {
+                let Source::Device(device) = &extent.source else {
+                    return Ok(violation(format!("{path} is a file, in a pool of devices")));
+                };
+                let member = device.name().trim_start_matches("sim").parse().unwrap_or(usize::MAX);
+                let end = extent.offset + extent.len;
+                if owned.extents.insert((member, extent.offset), (end, path.clone())).is_some() {
+                    return Ok(violation(format!(
+                        "{path} and another own byte {} of member {member}",
+                        extent.offset
+                    )));
+                }
+            }
+        }
+    }
+    Ok(Ok(()))
 }
 
 /// Content and holes of a region; its extents go to `owned`.

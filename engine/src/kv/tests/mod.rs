@@ -112,11 +112,9 @@ pub(super) fn hits(lane: &mut Lane, view: &View, numbers: impl IntoIterator<Item
     get(lane, view, numbers).into_iter().map(|result| result.is_ok()).collect()
 }
 
-/// Ends a store as a kill of its process does: nothing of what it would do at its end. Another one may have its name then.
+/// Ends a store as a kill of its process does: nothing of what it would do at its end.
 pub(super) fn kill<T>(store: &Store, others: T) {
-    let id = store.shared().pool.info().id;
     std::mem::forget((store.clone(), others));
-    lock(&OPEN).as_mut().unwrap().retain(|(pool, _)| *pool != id);
 }
 
 fn all_new(results: &[Stored]) -> bool {
