@@ -33,7 +33,7 @@ impl Key {
                 format!("{text:?} is no key: 32 to 64 hexadecimal digits are"),
             )
         };
-        if !text.is_ascii() || text.len() % 2 != 0 {
+        if !text.is_ascii() || !text.len().is_multiple_of(2) {
             return Err(bad());
         }
         let byte = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).map_err(|_| bad());

@@ -145,7 +145,7 @@ impl Job {
 
 fn check_buffer(view: &View, buffer: &Buffer, start: usize) -> Result<()> {
     let end = start.checked_add(view.slot_bytes());
-    if start % 4096 != 0 || end.is_none_or(|end| end > buffer.len()) {
+    if !start.is_multiple_of(4096) || end.is_none_or(|end| end > buffer.len()) {
         return Err(Error::new(
             ErrorKind::InvalidArgument,
             format!(

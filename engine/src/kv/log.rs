@@ -148,13 +148,15 @@ impl Log {
                     continue;
                 }
             };
-            let Some(header) = Header::decode(&page)? else {
+            let Some(mut header) = Header::decode(&page)? else {
                 log.skip += 1;
                 continue;
             };
             if header.pool != pool.inner.shared.pool_id {
                 continue;
             }
+            let pages = log.regions[index].as_ref().map_or(0, |slab| slab.len() / PAGE as u64);
+            header.checkpoint_pages = header.checkpoint_pages.min(pages.saturating_sub(1));
             if found.header.is_none_or(|other| other.epoch < header.epoch) {
                 found.header = Some(header);
                 log.current = index;
@@ -204,6 +206,11 @@ impl Log {
         }
         self.next = last_good + 1;
         Ok(bad)
+    }
+
+    /// Which of the two is in use.
+    pub(crate) fn current(&self) -> usize {
+        self.current
     }
 
     /// Bytes of both logs.

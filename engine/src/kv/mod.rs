@@ -33,6 +33,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Pool, lock};
 use crate::types::{NodeId, NodeKind, ROOT};
 
+pub(crate) mod fuzz;
 mod key;
 mod lane;
 mod log;
@@ -181,7 +182,8 @@ fn slab_name(number: u32, slot_bytes: u64) -> String {
 fn parse_slab_name(name: &str) -> Option<(u32, u64)> {
     let (number, bytes) = name.strip_prefix("slab-")?.split_once('-')?;
     let (number, bytes) = (u32::from_str_radix(number, 16).ok()?, u64::from_str_radix(bytes, 16).ok()?);
-    let fits = number < u32::MAX && bytes > 0 && bytes.is_multiple_of(4096) && bytes <= u64::from(BLOCK_MAX);
+    let fits =
+        number < record::SLAB_MAX && bytes > 0 && bytes.is_multiple_of(4096) && bytes <= u64::from(BLOCK_MAX);
     (fits && slab_name(number, bytes) == name).then_some((number, bytes))
 }
 

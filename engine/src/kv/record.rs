@@ -34,6 +34,11 @@ pub(crate) const PUTS_PER_PAGE: u64 = (PAGE_ROOM / PUT_LEN) as u64;
 const DROP_LEN: usize = 48;
 const LEDGER_LEN: usize = 24;
 
+/// Generations and epochs stay below.
+pub(crate) const GENERATION_MAX: u64 = 1 << 62;
+/// Numbers of slabs stay below.
+pub(crate) const SLAB_MAX: u32 = 1 << 31;
+
 /// Kept when everything else would go.
 pub(crate) const PINNED: u8 = 1;
 
@@ -315,13 +320,29 @@ pub(crate) fn read_page(page: &[u8], nonce: u64, index: u64, each: &mut dyn FnMu
         return false;
     }
     let mut take = Take(&page[HEAD..HEAD + used as usize]);
+    // All of a page or nothing: what is half applied would be in memory and in no log.
+    let mut records = Vec::with_capacity((count as usize).min(PAGE_ROOM / LEDGER_LEN));
     for _ in 0..count {
         match Record::decode(&mut take) {
-            Some(record) => each(record),
+            Some(record) => records.push(record),
             None => return false,
         }
     }
+    records.into_iter().for_each(each);
     true
+}
+
+/// All records from the front of `bytes` that can be read: for the fuzz targets.
+pub(crate) fn decode_all(bytes: &[u8]) -> Vec<Record> {
+    let mut take = Take(bytes);
+    std::iter::from_fn(|| Record::decode(&mut take)).collect()
+}
+
+/// A page that holds these bytes, whatever they are: for the fuzz targets.
+pub(crate) fn raw_page(bytes: &[u8], count: u32, nonce: u64, index: u64) -> Vec<u8> {
+    let mut writer = PageWriter { nonce, first: index, pages: vec![0; HEAD], used: bytes.len(), count };
+    writer.pages.extend_from_slice(bytes);
+    writer.finish()
 }
 
 impl Header {
@@ -360,7 +381,7 @@ impl Header {
                 format!("the KV store's index has version {version}, this program knows {VERSION}"),
             ));
         }
-        Ok((|| {
+        let header = (|| {
             Some(Header {
                 pool: take.array()?,
                 epoch: take.u64()?,
@@ -369,7 +390,10 @@ impl Header {
                 next_generation: take.u64()?,
                 next_slab: take.u32()?,
             })
-        })())
+        })();
+        Ok(header.filter(|header| {
+            header.epoch.max(header.next_generation) < GENERATION_MAX && header.next_slab < SLAB_MAX
+        }))
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::options::{Admission, StoreStat};
 use super::policy::{Policy, Seen};
-use super::record::{Block, PAGE_ROOM, PINNED, PUTS_PER_PAGE, Record};
+use super::record::{Block, GENERATION_MAX, PAGE_ROOM, PINNED, PUTS_PER_PAGE, Record, SLAB_MAX};
 use super::table::{Name, Table};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::slab::Slab;
@@ -123,9 +123,12 @@ impl State {
     /// A record of the log, in order. Later ones win; what cannot be is passed over: reads check what the index says.
     pub(crate) fn replay(&mut self, record: Record) {
         match record {
+            // Numbers that no store ever comes to would overflow at the next step.
+            Record::Put(block) if block.generation >= GENERATION_MAX || block.slab >= SLAB_MAX => {}
+            Record::Drop { generation, .. } if generation >= GENERATION_MAX => {}
             Record::Put(block) => {
-                self.next_generation = self.next_generation.max(block.generation.saturating_add(1));
-                self.next_slab = self.next_slab.max(block.slab.saturating_add(1));
+                self.next_generation = self.next_generation.max(block.generation + 1);
+                self.next_slab = self.next_slab.max(block.slab + 1);
                 let owner = self.slabs.get(&block.slab).and_then(|slab| slab.owners.get(block.slot as usize));
                 let known = self.namespaces.get(usize::from(block.namespace)).is_some_and(|namespace| {
                     self.slabs
@@ -148,7 +151,7 @@ impl State {
                 self.map(entry, &block);
             }
             Record::Drop { key, namespace, tenant, generation } => {
-                self.next_generation = self.next_generation.max(generation.saturating_add(1));
+                self.next_generation = self.next_generation.max(generation + 1);
                 let found = self.table.find(&Name { namespace, tenant, key });
                 if let Some(entry) = found
                     && self.table.get(entry).is_some_and(|block| block.generation <= generation)
@@ -473,8 +476,8 @@ impl State {
         if let Some(tenant) = self.tenants.get_mut(usize::from(name.tenant)) {
             tenant.used += slot_bytes;
         }
-        self.stat.written_today_bytes += slot_bytes;
-        self.stat.written_bytes += slot_bytes;
+        self.stat.written_today_bytes = self.stat.written_today_bytes.saturating_add(slot_bytes);
+        self.stat.written_bytes = self.stat.written_bytes.saturating_add(slot_bytes);
         self.ledger_dirty = true;
         self.writing.insert(*name);
         let generation = self.next_generation;

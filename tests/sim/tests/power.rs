@@ -83,7 +83,9 @@ fn a_lying_flush_is_noticed_in_a_kv_store_alone() {
         runs += u32::from(outcome.violation.is_some());
         noticed += u32::from(outcome.violation.is_some_and(|violation| violation.contains("KV")));
     }
-    println!("of 60 places where flushes begin to lie {runs} were noticed, {noticed} as KV blocks that are lost");
+    println!(
+        "of 60 places where flushes begin to lie {runs} were noticed, {noticed} as KV blocks that are lost"
+    );
     assert!(noticed >= 4, "{noticed} only");
 }
 
