@@ -36,7 +36,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use handle::Handle;
 pub use lease::{Lease, LeasedExtent, Source};
 pub use pool::{
-    FormatOptions, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
+    FormatOptions, Generation, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
 };
 pub use repair::{RepairReport, RepairedChunk};
 pub use scrub::{ScrubOptions, ScrubStat};

@@ -4,6 +4,7 @@
 //! - `live.rs`: open regions, their drafts and seals. `stored.rs`: committed content.
 //! - `commit.rs`: snapshots into the catalog, and freeing what they leave behind.
 //! - `format.rs`, `open.rs`: making and opening pools. `slab.rs`: space that the KV store manages itself.
+//! - `generations.rs`: what a region was before it was replaced.
 //!
 //! Locks, in the order they are taken: a region's gate, the snapshot turn, the tree, then `contents`, `graveyard`, `open`.
 //!
@@ -36,6 +37,7 @@ use crate::verify::{VerifyProgress, VerifyReport};
 
 mod commit;
 mod format;
+pub(crate) mod generations;
 pub(crate) mod live;
 mod names;
 mod open;
@@ -46,6 +48,7 @@ pub(crate) mod stored;
 #[cfg(test)]
 mod tests;
 
+pub use generations::{GENERATIONS_MAX, Generation};
 pub use options::*;
 
 use live::Live;

@@ -118,6 +118,16 @@ pub enum Act {
     Read {
         path: String,
     },
+    /// Keeps generations of a region when it is replaced.
+    Keep {
+        path: String,
+        count: u32,
+    },
+    /// Puts a generation back, counted from the oldest, as far as there are some.
+    RollBack {
+        path: String,
+        which: usize,
+    },
     /// Stores blocks in the KV store; those that are full make room.
     KvPut {
         space: usize,
@@ -184,6 +194,8 @@ impl fmt::Display for Act {
             Act::Close { slot } => write!(f, "#{slot}: close"),
             Act::Sync => f.write_str("sync"),
             Act::Read { path } => write!(f, "read {path}"),
+            Act::Keep { path, count } => write!(f, "keep {count} generations of {path}"),
+            Act::RollBack { path, which } => write!(f, "roll {path} back to generation {which}"),
             Act::KvPut { space, first, count } => write!(f, "KV {space}: put {count} from {first}"),
             Act::KvGet { space, first, count } => write!(f, "KV {space}: get {count} from {first}"),
             Act::KvRemove { space, first, count } => write!(f, "KV {space}: remove {count} from {first}"),
@@ -241,6 +253,8 @@ pub struct Taste {
     pub slots: usize,
     /// With a KV store.
     pub kv: bool,
+    /// With generations that are kept.
+    pub keep: bool,
 }
 
 const DIRECTORIES: [&str; 3] = ["d", "e", "d/s"];
@@ -340,6 +354,14 @@ pub fn draw(rng: &mut SimRng, taste: &Taste, memory: &mut Memory) -> Act {
     let fill = rng.next_u64() >> 48;
     if taste.kv && rng.in_range(0..100) < 40 {
         return draw_kv(rng);
+    }
+    if taste.keep && rng.in_range(0..100) < 30 {
+        let path = memory.old_path(rng);
+        return match rng.in_range(0..10) {
+            0..=2 => Act::Keep { path, count: rng.in_range(0..4) as u32 },
+            3..=5 => Act::RollBack { path, which: rng.in_range(0..3) as usize },
+            _ => Act::Import { path, len: length(rng, taste), fill, reserve: false, commit: true },
+        };
     }
     if taste.slots > 0 && rng.in_range(0..100) < 40 {
         let slot = rng.in_range(0..taste.slots as u64) as usize;

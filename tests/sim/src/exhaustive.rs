@@ -247,6 +247,38 @@ pub fn workloads() -> Vec<Workload> {
         ),
         one("close and open", small, old(), vec![put("c", 3000), Act::Reopen, put("d", 100), sync()]),
         one(
+            "generations that are kept",
+            small,
+            vec![import("a", 9000, true), Act::Keep { path: "a".into(), count: 2 }],
+            vec![
+                import("a", 20_000, true),
+                put("b", 5000),
+                rename("b", "a"),
+                sync(),
+                import("a", 3000, true),
+                unlink("a"),
+                sync(),
+            ],
+        ),
+        one(
+            "a region that is rolled back",
+            PAIR,
+            vec![
+                import("a", 9000, true),
+                Act::Keep { path: "a".into(), count: 2 },
+                import("a", 20_000, true),
+            ],
+            vec![
+                Act::RollBack { path: "a".into(), which: 0 },
+                sync(),
+                import("a", 4000, true),
+                Act::RollBack { path: "a".into(), which: 1 },
+                sync(),
+                Act::Keep { path: "a".into(), count: 0 },
+                sync(),
+            ],
+        ),
+        one(
             "a KV store that is made, and filled",
             small,
             vec![put("a", 9000)],

@@ -38,7 +38,8 @@ impl Plan {
         let slots = rng.in_range(0..SLOTS as u64 + 1) as usize;
         // Drawn apart, so that what the other seeds stand for stays.
         let kv = SimRng::new(seed ^ 0x6b76).in_range(0..3) == 0;
-        let taste = Taste { chunk: config.chunk as usize, most, slots, kv };
+        let keep = SimRng::new(seed ^ 0x6765_6e73).in_range(0..3) == 0;
+        let taste = Taste { chunk: config.chunk as usize, most, slots, kv, keep };
         let mut memory = Memory::default();
         let rounds = (0..rng.in_range(2..6)).map(|_| {
             let acts: Vec<Act> =

@@ -339,6 +339,12 @@ impl World {
             },
             Act::Sync => self.sync(),
             Act::Read { path } => self.read(path),
+            Act::Keep { path, count } => {
+                let real = attr_of(&pool, path).and_then(|attr| pool.keep_generations(attr.node, *count));
+                let model = self.model.keep(path, *count);
+                self.agree("keep generations", real, model)
+            }
+            Act::RollBack { path, which } => self.roll_back(path, *which),
             Act::KvPut { space, first, count } => {
                 self.with_kv(|kv, promise| kv.put(*space, *first, *count, promise))
             }
@@ -355,6 +361,24 @@ impl World {
                 self.count()
             }
         }
+    }
+
+    fn roll_back(&mut self, path: &str, which: usize) -> Done {
+        let pool = self.pool();
+        let real = attr_of(&pool, path).and_then(|attr| pool.generations(attr.node));
+        let model = self.model.generations(path);
+        let (real, count) = match (real, model) {
+            (Ok(real), Ok(count)) => (real, count),
+            (real, model) => return self.agree("list generations", real.map(drop), model.map(drop)),
+        };
+        if real.len() != count {
+            return violation(format!("{path} has {} generations, not {count}", real.len()));
+        }
+        let Some(which) = which.checked_rem(count) else { return Ok(()) };
+        let done = parent_of(&pool, path)
+            .and_then(|(parent, name)| pool.roll_back(parent, name, real[which].generation));
+        let model = self.model.roll_back(path, which);
+        self.agree("roll back", done.map(drop), model)
     }
 
     /// Does something to the KV store, which takes snapshots of the pool when it gets and gives back space. What the tree shows is the same
