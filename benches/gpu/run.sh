@@ -4,6 +4,8 @@
 #   NVTIER=target/gpu/nvtier OUT=results benches/gpu/run.sh
 #
 # NVTIER   the command, built elsewhere: cargo build --release && strip -o target/gpu/nvtier target/release/nvtier
+# GPU_CHECK  the checks of kernels and windows, built elsewhere: cargo build --release -p nvtier-gpudirect --example gpu_check, then
+#          target/release/examples/gpu_check (default target/gpu/gpu_check; may be missing)
 # WHEELS   folder of wheels of peers that are not installed (default target/gpu/wheels; may be missing)
 # OUT      where results.json and report.md go
 # DISK     folder on the drive to measure, with room for three checkpoints (default: a new one in the working folder)
@@ -17,6 +19,8 @@
 set -eu
 cd "$(dirname "$0")/../.."
 NVTIER=$(realpath "${NVTIER:-target/gpu/nvtier}")
+GPU_CHECK=$(realpath -m "${GPU_CHECK:-target/gpu/gpu_check}")
+chmod +x "$GPU_CHECK" 2>/dev/null || true
 WHEELS=${WHEELS:-target/gpu/wheels}
 OUT=${OUT:-target/gpu/out}
 mkdir -p "$OUT"
@@ -41,4 +45,4 @@ fi
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 NVTIER
 
 python3 benches/gpu/run.py --nvtier "$NVTIER" --disk "$DISK" --shm "$shm" --out "$OUT" --gb "${GB:-8}" \
-    --rounds "${ROUNDS:-3}" --limit "${LIMIT:-450}" ${STEPS:+--steps $STEPS}
+    --rounds "${ROUNDS:-3}" --limit "${LIMIT:-450}" --gpu-check "$GPU_CHECK" ${STEPS:+--steps $STEPS}

@@ -20,21 +20,18 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Instant;
 
-use redb::{
-    Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend, TableDefinition,
-    TableError,
-};
+use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::layout::record::{Changes, Scan};
-use crate::layout::{Extent, Layout};
-use crate::namespace::Tree;
+use crate::layout::Layout;
+use crate::layout::record::Changes;
 use crate::namespace::record::{node_key, split_key};
 use crate::types::NodeId;
 
 mod ahead;
 pub(crate) mod backend;
 mod checked;
+pub(crate) mod load;
 pub(crate) mod store;
 pub(crate) mod zone;
 
@@ -123,9 +120,6 @@ impl Meta {
 /// A key and its value.
 pub(crate) type Record = (Vec<u8>, Vec<u8>);
 
-/// Takes one record into a tree.
-type Load<'a, L> = &'a mut dyn FnMut(&mut Tree<L>, &[u8], &[u8]) -> Result<()>;
-
 /// One snapshot's changes, applied in one transaction.
 #[derive(Debug)]
 pub(crate) struct Batch {
@@ -191,26 +185,6 @@ impl Clock {
     pub(crate) fn lap(&mut self, what: &str) {
         tracing::debug!(target: "nvtier::open", micros = self.0.elapsed().as_micros() as u64, "{what}");
         self.0 = Instant::now();
-    }
-}
-
-/// The extents of all regions, in order of the nodes.
-#[derive(Debug, Default)]
-pub(crate) struct Extents {
-    all: Vec<Extent>,
-    /// How many each node has.
-    nodes: Vec<(NodeId, usize)>,
-}
-
-impl Extents {
-    /// Node by node.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (NodeId, &[Extent])> {
-        let mut rest = self.all.as_slice();
-        self.nodes.iter().map(move |(node, count)| {
-            let (own, others) = rest.split_at(*count);
-            rest = others;
-            (*node, own)
-        })
     }
 }
 
@@ -368,102 +342,6 @@ impl Catalog {
         Ok(())
     }
 
-    /// Reads everything but the layouts, and checks that it fits together.
-    pub(crate) fn load<L>(&self) -> Result<(Meta, Tree<L>)> {
-        let db = self.db()?;
-        let meta = self.meta()?;
-        let mut tree = Tree::empty(meta.next_node);
-        // What the table says of itself may be anything; a record of a node has more than 64 bytes.
-        let room = guard("read the catalog", || Ok(db.begin_read()?.open_table(NODES)?.len()?))?;
-        tree.reserve(room.min(self.window.len() / 64) as usize);
-        let mut each = |table: TableDefinition<&[u8], &[u8]>, load: Load<'_, L>| {
-            let mut bad = None;
-            guard("read the catalog", || {
-                let txn = db.begin_read()?;
-                let table = txn.open_table(table)?;
-                for record in table.iter()? {
-                    let (key, value) = record?;
-                    if let Err(error) = load(&mut tree, key.value(), value.value()) {
-                        bad = Some(error);
-                        break;
-                    }
-                }
-                Ok(())
-            })?;
-            bad.map_or(Ok(()), Err)
-        };
-        let mut clock = Clock::start();
-        each(NODES, &mut Tree::load_node)?;
-        clock.lap("nodes read");
-        each(ENTRIES, &mut Tree::load_entry)?;
-        clock.lap("entries read");
-        each(XATTRS, &mut Tree::load_xattr)?;
-        tree.check()?;
-        clock.lap("tree checked");
-        Ok((meta, tree))
-    }
-
-    /// [`load`](Self::load), and the extents of all layouts beside it: a large catalog is read by two threads. What is wrong with the
-    /// layouts is told apart from what is wrong with the rest.
-    pub(crate) fn load_all<L>(&self) -> Result<(Meta, Tree<L>, Result<Extents>)> {
-        if self.window.len() > CHECK_BYTES {
-            std::thread::scope(|scope| {
-                let extents = scope.spawn(|| self.extents());
-                let loaded = self.load();
-                let extents = extents.join().unwrap_or_else(|_| Err(corrupt("reading the layouts failed")));
-                loaded.map(|(meta, tree)| (meta, tree, extents))
-            })
-        } else {
-            self.load().map(|(meta, tree)| (meta, tree, self.extents()))
-        }
-    }
-
-    /// No more reads of all of it are to come: gives back the memory that made them fast.
-    pub(crate) fn loaded(&self) {
-        self.window.close();
-    }
-
-    /// The extents of all layouts, whose records are checked as [`layout`](Self::layout) does.
-    pub(crate) fn extents(&self) -> Result<Extents> {
-        let db = self.db()?;
-        let mut clock = Clock::start();
-        let mut extents = Extents::default();
-        let mut bad = None;
-        guard("read the catalog", || {
-            let txn = db.begin_read()?;
-            let table = txn.open_table(LAYOUTS)?;
-            let mut at: Option<(NodeId, Scan)> = None;
-            let mut take = |at: &mut Option<(NodeId, Scan)>, key: &[u8], value: &[u8]| -> Result<()> {
-                let (node, _) = split_key(key)?;
-                if at.as_ref().is_none_or(|(current, _)| *current != node) {
-                    finish(at.take())?;
-                    extents.nodes.push((node, 0));
-                    *at = Some((node, Scan::default()));
-                }
-                let Some((_, scan)) = at else { return Ok(()) };
-                // As `layout` reads it: a short part counts as 0.
-                let part = u32::from_be_bytes(key[8..].try_into().unwrap_or_default());
-                let before = extents.all.len();
-                let done = scan.record(part, value, &mut |extent| extents.all.push(extent));
-                if let Some((_, count)) = extents.nodes.last_mut() {
-                    *count += extents.all.len() - before;
-                }
-                done.map_err(|error| of_layout(node, error))
-            };
-            for record in table.iter()? {
-                let (key, value) = record?;
-                if let Err(error) = take(&mut at, key.value(), value.value()) {
-                    bad = Some(error);
-                    return Ok(());
-                }
-            }
-            bad = finish(at).err();
-            Ok(())
-        })?;
-        clock.lap("layouts read");
-        bad.map_or(Ok(extents), Err)
-    }
-
     /// The meta record.
     pub(crate) fn meta(&self) -> Result<Meta> {
         let db = self.db()?;
@@ -601,15 +479,6 @@ impl std::ops::Deref for Open<'_> {
             None => unreachable!("the catalog was closed under its lock"),
         }
     }
-}
-
-fn of_layout(node: NodeId, error: Error) -> Error {
-    error.context(format!("read the layout of node {node}"))
-}
-
-/// Ends the layout of a node.
-fn finish(at: Option<(NodeId, Scan)>) -> Result<()> {
-    at.map_or(Ok(()), |(node, scan)| scan.finish().map_err(|error| of_layout(node, error)))
 }
 
 fn layout_key(node: NodeId, part: u32) -> [u8; 12] {

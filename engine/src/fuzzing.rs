@@ -19,7 +19,9 @@ use crate::control::protocol::{REPLY_MAX, REQUEST_MAX, Reply, Request};
 use crate::error::Result;
 use crate::format::{self, Found};
 use crate::layout::record::Changes;
-use crate::namespace::record::{encode_entry, encode_node, encode_xattr, name_key, node_key};
+use crate::namespace::record::{
+    Entries, decode_node, encode_entry, encode_node, encode_xattr, name_key, node_key,
+};
 use crate::namespace::{Body, Tree};
 use crate::session::partial;
 use crate::types::{Attr, NodeId};
@@ -79,11 +81,14 @@ pub struct LoadedNode {
 pub fn tree(records: &Records) -> Result<Vec<LoadedNode>> {
     let mut tree: Tree<()> = Tree::empty(records.next_node);
     for (key, value) in &records.nodes {
-        tree.load_node(key, value)?;
+        let (id, node) = decode_node(key, value)?;
+        tree.add_node(id, node)?;
     }
+    let mut entries = Entries::default();
     for (key, value) in &records.entries {
-        tree.load_entry(key, value)?;
+        entries.record(key, value)?;
     }
+    tree.add_entries(entries)?;
     for (key, value) in &records.xattrs {
         tree.load_xattr(key, value)?;
     }
@@ -192,7 +197,7 @@ pub fn write_catalog_zone(device: Arc<dyn Device>, start: u64, len: u64, databas
 
 fn read_all(backend: Box<dyn StorageBackend>, read_only: bool) -> Result<(usize, usize)> {
     let catalog = Catalog::open(backend, read_only)?;
-    let (_, tree) = catalog.load::<()>()?;
+    let (_, tree, _) = catalog.load::<()>(false)?;
     let nodes = catalog.layout_nodes()?;
     let mut layouts = 0;
     for node in &nodes {

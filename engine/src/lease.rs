@@ -8,13 +8,14 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use nvme::Device;
+use nvme::{Arena, Device};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{Extent, Layout, Piece};
 use crate::pool::live::{Current, Live};
 use crate::pool::stored::Stored;
 use crate::pool::{Inner, Pool, Storage};
+use crate::region_read::Resident;
 use crate::types::{Access, NodeId};
 
 /// What holds an extent's bytes.
@@ -46,7 +47,7 @@ pub struct Lease {
     extents: Vec<LeasedExtent>,
     layout: Arc<Layout>,
     // In this order: the content goes before what holds its node, that before the pool.
-    _content: Arc<Stored>,
+    content: Arc<Stored>,
     live: Arc<Live>,
     pool: Arc<Inner>,
 }
@@ -82,6 +83,22 @@ impl Lease {
         self.layout.sum(chunk)
     }
 
+    /// What of a range the RAM tier of the pool has, verified and in order. Reads nothing.
+    pub fn resident(&self, range: Range<u64>) -> Vec<Resident> {
+        match (&*self.content, &self.pool.shared.storage) {
+            (Stored::Extents(content), Storage::Extents(io)) => io.reader().resident(content.source(), range),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Where the RAM tier's bytes lie, if the pool has a tier: to be made known to devices.
+    pub fn ram_arena(&self) -> Option<&Arena> {
+        match &self.pool.shared.storage {
+            Storage::Extents(io) => io.tier().arena(),
+            Storage::Files { .. } => None,
+        }
+    }
+
     /// The region's file, when its bytes are exactly that file's.
     pub fn file(&self) -> Option<&Arc<File>> {
         match self.extents.first().map(|e| &e.source) {
@@ -98,6 +115,14 @@ impl Drop for Lease {
 }
 
 impl Pool {
+    /// The arena of the RAM tier, if the pool has one. A pool in one directory has none: the page cache is its tier.
+    pub fn ram_arena(&self) -> Option<&Arena> {
+        match &self.inner.shared.storage {
+            Storage::Extents(io) => io.tier().arena(),
+            Storage::Files { .. } => None,
+        }
+    }
+
     /// Leases a range of a region's committed content. `Busy` while it is being written or has no checksums: read it through a
     /// [`Handle`](crate::Handle) then.
     pub fn lease(&self, node: NodeId, offset: u64, len: u64) -> Result<Lease> {
@@ -111,7 +136,7 @@ impl Pool {
         });
         match leased {
             Ok((range, extents, layout, content)) => {
-                Ok(Lease { range, extents, layout, _content: content, live, pool: self.inner.clone() })
+                Ok(Lease { range, extents, layout, content, live, pool: self.inner.clone() })
             }
             Err(error) => {
                 shared.close_live(&live, Access::Read);

@@ -37,6 +37,7 @@ pub use lease::{Lease, LeasedExtent, Source};
 pub use pool::{
     FormatOptions, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
 };
+pub use region_read::Resident;
 pub use repair::{RepairReport, RepairedChunk};
 pub use scrub::{ScrubOptions, ScrubStat};
 pub use session::{Entry, RegionReader, RegionWriter, Session, SessionOptions, WriterOptions};

@@ -163,6 +163,19 @@ impl Directory {
         self.entries.insert(name, Entry { node, kind, cookie });
     }
 
+    /// Inserts many; `false`: one of the names was there, and which entry it leads to now is open.
+    fn extend(&mut self, entries: Vec<(Name, NodeId, NodeKind)>) -> bool {
+        let (first, all) = (self.next_cookie, self.entries.len() + entries.len());
+        self.next_cookie += entries.len() as u64;
+        // Rising keys: made in one go where the directory was empty.
+        let mut order = (first..).zip(entries.iter().map(|(name, ..)| name.clone())).collect();
+        self.order.append(&mut order);
+        self.entries.extend(
+            (first..).zip(entries).map(|(cookie, (name, node, kind))| (name, Entry { node, kind, cookie })),
+        );
+        self.entries.len() == all
+    }
+
     fn remove(&mut self, name: &OsStr) -> Option<(Name, Entry)> {
         let (name, entry) = self.entries.remove_entry(name)?;
         self.order.remove(&entry.cookie);

@@ -76,6 +76,11 @@ impl Page {
     pub fn chunks(&self) -> Range<u32> {
         self.chunks.clone()
     }
+
+    /// Whether its bytes lie in this arena.
+    pub fn is_in(&self, arena: &Arena) -> bool {
+        self.buffer.is_in(arena)
+    }
 }
 
 /// What [`RamTier::claim`] found for a run of chunks of a frame.
@@ -350,6 +355,27 @@ impl RamTier {
     /// read, and what others are reading.
     pub fn claim(self: &Arc<Self>, key: FrameKey, wanted: Range<u32>, parts: &mut Vec<Part>) {
         self.claim_inner(key, wanted, parts, true);
+    }
+
+    /// What of `wanted` is here, in order: nothing is handed out to be read, and nobody is waited for. It counts as asked for.
+    pub fn resident(&self, key: FrameKey, wanted: Range<u32>) -> Vec<(Range<u32>, Arc<Page>)> {
+        let mut found: Vec<(Range<u32>, Arc<Page>)> = Vec::new();
+        let mut shard = lock(self.shard(&key));
+        let Some(frame) = shard.frames.get_mut(&key) else { return found };
+        for page in &frame.pages {
+            let chunks = page.chunks.start.max(wanted.start)..page.chunks.end.min(wanted.end);
+            if !chunks.is_empty() {
+                found.push((chunks, page.clone()));
+            }
+        }
+        if !found.is_empty() {
+            frame.frequency = (frame.frequency + 1).min(3);
+            let hits = found.iter().map(|(chunks, _)| chunks.len() as u64).sum();
+            self.hits.fetch_add(hits, Relaxed);
+        }
+        drop(shard);
+        found.sort_unstable_by_key(|(chunks, _)| chunks.start);
+        found
     }
 
     /// As [`claim`](Self::claim) for read-ahead: gives only what nobody has or reads yet, and counts no hits.

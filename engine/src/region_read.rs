@@ -80,6 +80,17 @@ struct Miss {
     again: bool,
 }
 
+/// Verified bytes of a region in the RAM tier. They are neither evicted nor changed as long as this lives.
+#[derive(Clone, Debug)]
+pub struct Resident {
+    /// First byte in the region.
+    pub logical: u64,
+    /// What holds them, and more.
+    pub page: Arc<Page>,
+    /// Which of the page's bytes.
+    pub bytes: Range<usize>,
+}
+
 /// Bytes of a region, held.
 enum Held {
     Page(Arc<Page>, Range<usize>),
@@ -190,6 +201,27 @@ impl RegionReader {
         let bytes = misses.iter().map(|miss| miss.extent.len).sum();
         self.run(source, misses, &mut |_, _| {})?;
         Ok(bytes)
+    }
+
+    /// What of `range` the RAM tier has, in order; reads nothing and waits for nobody. Nothing where sums are not looked at.
+    pub fn resident(&self, source: Source<'_>, range: Range<u64>) -> Vec<Resident> {
+        let range = range.start..range.end.min(source.layout.size());
+        let mut found = Vec::new();
+        if !self.verify || range.start >= range.end {
+            return found;
+        }
+        self.for_frames(source, &range, |key, chunks, _| {
+            for (chunks, page) in self.tier.resident(key, chunks) {
+                let part = self.logical_range(source, key, chunks);
+                let (start, end) = (part.start.max(range.start), part.end.min(range.end));
+                let page_start = self.logical_range(source, key, page.chunks()).start;
+                if start < end {
+                    let bytes = (start - page_start) as usize..(end - page_start) as usize;
+                    found.push(Resident { logical: start, page, bytes });
+                }
+            }
+        });
+        found
     }
 
     /// Fills `buf` with a chunk if the RAM tier has it; reads nothing.

@@ -177,3 +177,62 @@ fn a_reader_does_not_make_writers_write_in_place() {
     client.reader("r").unwrap().read_at(50_000, &mut back[..3]).unwrap();
     assert_eq!(&back[..3], b"new");
 }
+
+/// What the RAM tier has of a region is lent verified and in order, costs no read, and is not evicted while it is held.
+#[test]
+fn resident_bytes_are_lent_and_stay() {
+    for (kind, _dir, path) in pools() {
+        let session = session(&path);
+        let pool = session.pool().unwrap();
+        let len = (3 << 20) + 777;
+        let bytes = pattern(3, len);
+        put(&session, "r", &bytes);
+        let lease = pool.lease(pool.resolve("r").unwrap().node, 0, u64::MAX).unwrap();
+        let reader = session.reader("r").unwrap();
+        if kind == "directory" {
+            reader.read_exact_at(0, &mut vec![0; len]).unwrap();
+            assert!(lease.ram_arena().is_none() && lease.resident(0..u64::MAX).is_empty());
+            continue;
+        }
+        assert!(pool.ram_arena().is_some() && lease.ram_arena().is_some());
+        // A part in the middle, and the end.
+        for range in [(1 << 20) + 5..(1 << 20) + 40_000, len - 10..len] {
+            reader.read_exact_at(range.start as u64, &mut vec![0; range.len()]).unwrap();
+        }
+        let hits = pool.stat().ram.hits;
+        let resident = lease.resident(0..u64::MAX);
+        assert!(pool.stat().ram.hits > hits, "{kind}: being lent is being asked for");
+        let covered = |offset: u64| {
+            resident.iter().any(|r| r.logical <= offset && offset < r.logical + r.bytes.len() as u64)
+        };
+        assert!(covered((1 << 20) + 5) && covered(len as u64 - 1) && !covered(5), "{kind}");
+        let mut end = 0;
+        for part in &resident {
+            assert!(part.logical >= end, "{kind}: out of order");
+            end = part.logical + part.bytes.len() as u64;
+            assert!(end <= len as u64, "{kind}: behind the end");
+            assert!(part.page.is_in(pool.ram_arena().unwrap()));
+            let at = part.logical as usize;
+            assert!(part.page.bytes()[part.bytes.clone()] == bytes[at..at + part.bytes.len()], "{kind}");
+        }
+        // Cut where it was asked to be.
+        let cut = lease.resident((1 << 20) + 6..(1 << 20) + 100);
+        assert_eq!((cut.len(), cut[0].logical, cut[0].bytes.len()), (1, (1 << 20) + 6, 94), "{kind}");
+        assert!(lease.resident(7..7).is_empty() && lease.resident(u64::MAX - 1..u64::MAX).is_empty());
+        drop(cut);
+        // Twice the tier goes through it: what is held stays what it was.
+        for i in 0..4 {
+            put(&session, &format!("other{i}"), &pattern(40 + i, 8 << 20));
+            session.reader(&format!("other{i}")).unwrap().read_exact_at(0, &mut vec![0; 8 << 20]).unwrap();
+        }
+        for part in &resident {
+            let at = part.logical as usize;
+            assert!(
+                part.page.bytes()[part.bytes.clone()] == bytes[at..at + part.bytes.len()],
+                "{kind}: evicted"
+            );
+        }
+        drop((resident, lease, reader));
+        session.close().unwrap();
+    }
+}

@@ -97,6 +97,7 @@ impl fuser::Filesystem for Adapter {
             },
         };
         self.fs.set_passthrough(passthrough);
+        self.fs.set_writes_around_cache(drops_cache_after_direct_writes());
         let _ = config.set_max_write(self.options.max_request);
         let _ = config.set_max_background(MAX_BACKGROUND);
         let _ = config.set_time_granularity(Duration::from_nanos(1));
@@ -546,6 +547,15 @@ impl fuser::Filesystem for Adapter {
             Err(error) => reply.error(raw(error)),
         }
     }
+}
+
+/// Since Linux 6.10 ("fuse: Invalidate the page cache after FOPEN_DIRECT_IO write"); before, a read that met such a write could leave old bytes in
+/// the page cache.
+fn drops_cache_after_direct_writes() -> bool {
+    let name = rustix::system::uname();
+    let mut numbers = name.release().to_str().unwrap_or_default().split(|c: char| !c.is_ascii_digit());
+    let mut next = || numbers.next().and_then(|number| number.parse::<u32>().ok()).unwrap_or(0);
+    (next(), next()) >= (6, 10)
 }
 
 fn raw(error: Errno) -> fuser::Errno {

@@ -95,6 +95,7 @@ pub struct Fs<B> {
     closer: Closer<B>,
     early_writeback: EarlyWriteback,
     passthrough: Mutex<Passthrough>,
+    writes_around_cache: AtomicBool,
     counters: Counters,
     started: engine::Timestamp,
     ended: AtomicBool,
@@ -117,6 +118,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
             closer: Closer::new(),
             early_writeback: EarlyWriteback::new(),
             passthrough: Mutex::new(Passthrough::Off("the kernel has not been asked yet".to_owned())),
+            writes_around_cache: AtomicBool::new(false),
             counters: Counters::default(),
             started: engine::Timestamp::now(),
             ended: AtomicBool::new(false),
@@ -145,6 +147,16 @@ impl<B: Send + Sync + 'static> Fs<B> {
     /// Turns handing over on or off for files opened from now on.
     pub fn set_passthrough(&self, passthrough: Passthrough) {
         *nodes::lock(&self.passthrough) = passthrough;
+    }
+
+    /// Whether files that are served and opened for writing alone bypass the page cache.
+    pub fn writes_around_cache(&self) -> bool {
+        self.writes_around_cache.load(Ordering::Relaxed)
+    }
+
+    /// Turns that on or off for files opened from now on. Off at first: the kernel must drop what it caches of a file after each such write.
+    pub fn set_writes_around_cache(&self, around: bool) {
+        self.writes_around_cache.store(around, Ordering::Relaxed);
     }
 
     /// Space of the pool.

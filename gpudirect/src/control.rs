@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use crate::admission::Priority;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Ends work from another thread or a signal handler. Clones share the flag.
@@ -34,6 +35,8 @@ pub struct Control<'a> {
     pub cancel: Cancel,
     /// When it must be done.
     pub deadline: Option<Instant>,
+    /// Whether it lets other loads of this process go first.
+    pub priority: Priority,
     /// Told the bytes that are done and all that are to do, now and then; also the place to poll for signals: `false` cancels.
     pub progress: Option<&'a mut dyn FnMut(u64, u64) -> bool>,
 }

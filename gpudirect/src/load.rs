@@ -6,11 +6,13 @@ use std::time::Instant;
 use engine::tensors::Dtype;
 
 use crate::control::Control;
+use crate::cufile::{self, Files};
 use crate::driver::DeviceMemory;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::lane::Lane;
+use crate::paths::{BOUNCE, PathChoice, PathOptions, Paths};
 use crate::plan::Plan;
-use crate::report::{Report, bound_by, not_taken};
+use crate::report::{NotTaken, Report, bound_by};
 
 /// A tensor on the device. Its memory is given back when the last tensor of its load is dropped.
 #[derive(Clone, Debug)]
@@ -44,15 +46,67 @@ pub struct Loaded {
     pub report: Report,
 }
 
-/// Loads what a plan says. On an error nothing is on the device, and nothing is taken there.
+/// Loads what a plan says, by the best way that can be trusted here. On an error nothing is on the device, and nothing is
+/// taken there.
 pub fn load(lane: &mut Lane, plan: &Plan, control: &mut Control<'_>) -> Result<Loaded> {
-    let (started, cpu_before) = (Instant::now(), cpu_seconds());
+    load_by(lane, plan, &Paths::here(), &PathOptions::default(), control)
+}
+
+/// As [`load`], by a way of the caller's choice. Where cuFile was taken and fails, the bounce path takes over and the report
+/// says so, unless cuFile was asked for.
+pub fn load_by(
+    lane: &mut Lane,
+    plan: &Plan,
+    paths: &Paths,
+    options: &PathOptions,
+    control: &mut Control<'_>,
+) -> Result<Loaded> {
+    let choosing = Instant::now();
     let device = lane.driver().info()?;
+    let mut decision = paths.decide(lane, plan.sources(), options, control)?;
+    let path_seconds = choosing.elapsed().as_secs_f64();
+    let (started, cpu_before) = (Instant::now(), cpu_seconds());
     let memory = Arc::new(DeviceMemory::new(lane.driver(), plan.device_bytes()).map_err(|error| {
         error.context(format!("load {} tensors of {} sources", plan.tensors().len(), plan.sources().len()))
     })?);
     let runs = plan.runs(memory.address());
-    let moved = lane.read(plan.sources(), &runs, &|number| plan.describe(number), control);
+    let describe = |number| plan.describe(number);
+    let mut path = BOUNCE;
+    let (mut staging_bytes, mut by_cufile) = (0, None);
+    if let Some((cufile, name)) = decision.cufile.take() {
+        let moved = Files::open(&cufile, plan.sources()).and_then(|files| {
+            let gap = lane.options().gap;
+            cufile::read(
+                lane.driver(),
+                &cufile,
+                options.cufile,
+                plan.sources(),
+                &files,
+                &runs,
+                gap,
+                &describe,
+                control,
+            )
+        });
+        match moved {
+            Ok((transfer, staging)) => (path, staging_bytes, by_cufile) = (name, staging, Some(Ok(transfer))),
+            Err(error) if options.choice == PathChoice::CuFile || is_callers(&error) => {
+                by_cufile = Some(Err(error))
+            }
+            Err(error) => {
+                // Its self-test is made again before it is trusted again.
+                if error.kind() != ErrorKind::OutOfDeviceMemory {
+                    paths.forget(&decision.relied_on);
+                }
+                let why = format!("it failed, and the bounce path loaded everything: {error}");
+                decision.not_taken.insert(0, NotTaken { path: name, why });
+            }
+        }
+    }
+    let moved = match by_cufile {
+        Some(moved) => moved,
+        None => lane.read(plan.sources(), &runs, &describe, control),
+    };
     // A file that was truncated or written to says so, whatever the reads said.
     if let Err(error) = moved {
         for source in plan.sources() {
@@ -81,13 +135,16 @@ pub fn load(lane: &mut Lane, plan: &Plan, control: &mut Control<'_>) -> Result<L
     let seconds = started.elapsed().as_secs_f64();
     let notes = plan.sources().iter().filter_map(|source| source.note()).chain(transfer.note.as_deref());
     let report = Report {
-        not_taken: not_taken(&device),
+        not_taken: decision.not_taken,
         device,
-        path: "bounce",
+        path,
         sources: plan.sources().len(),
         tensors: tensors.len(),
+        path_seconds,
         bytes: transfer.bytes,
         read_bytes: transfer.read_bytes,
+        tier_bytes: transfer.tier_bytes,
+        mapped_bytes: transfer.mapped_bytes,
         seconds,
         gb_per_second: transfer.bytes as f64 / seconds.max(1e-9) / 1e9,
         setup_seconds: lane.setup().as_secs_f64(),
@@ -97,6 +154,7 @@ pub fn load(lane: &mut Lane, plan: &Plan, control: &mut Control<'_>) -> Result<L
         copy_wait_seconds: transfer.copy_wait.as_secs_f64(),
         verify_seconds: transfer.verify.as_secs_f64(),
         cpu_seconds: cpu_seconds() - cpu_before,
+        settings: lane.options().into(),
         bound_by: bound_by(&transfer),
         reads: transfer.reads,
         batches: transfer.batches,
@@ -104,6 +162,7 @@ pub fn load(lane: &mut Lane, plan: &Plan, control: &mut Control<'_>) -> Result<L
         pinned_bytes: lane.pinned_bytes(),
         device_bytes: plan.device_bytes(),
         device_extra_bytes: plan.padding_bytes(),
+        staging_bytes,
         cached_sources: plan.sources().iter().filter(|source| source.is_cached()).count(),
         verified_sources: plan.sources().iter().filter(|source| source.is_verified()).count(),
         backend: transfer.backend.clone(),
@@ -111,6 +170,11 @@ pub fn load(lane: &mut Lane, plan: &Plan, control: &mut Control<'_>) -> Result<L
         notes: notes.map(str::to_owned).collect(),
     };
     Ok(Loaded { tensors, report })
+}
+
+/// Whether an error is the caller's wish or the source's doing, which another way would not change.
+fn is_callers(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::Timeout | ErrorKind::Changed)
 }
 
 /// Processor time of this process so far.

@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
+use crate::autotune::Origin;
 use crate::driver::DeviceInfo;
-use crate::lane::Transfer;
+use crate::lane::{LaneOptions, Transfer};
 
 /// A way that was not taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -14,12 +15,32 @@ pub struct NotTaken {
     pub why: String,
 }
 
+/// Settings of the bounce path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Settings {
+    /// Bytes of one read.
+    pub chunk: usize,
+    /// Reads in flight.
+    pub depth: u32,
+    /// Threads that read what is in memory already.
+    pub threads: u32,
+    /// Where these come from.
+    pub origin: Origin,
+}
+
+impl From<&LaneOptions> for Settings {
+    fn from(options: &LaneOptions) -> Settings {
+        let LaneOptions { chunk, depth, threads, origin, .. } = *options;
+        Settings { chunk, depth, threads, origin }
+    }
+}
+
 /// What a load did.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Where to.
     pub device: DeviceInfo,
-    /// Which way the bytes went: `bounce` (drive, pinned memory, device).
+    /// Which way the bytes went: `bounce` (drive, pinned memory, device), or one of cuFile's ([`crate::paths`]).
     pub path: &'static str,
     /// Better ways, and why they were not taken.
     pub not_taken: Vec<NotTaken>,
@@ -31,6 +52,12 @@ pub struct Report {
     pub bytes: u64,
     /// Bytes that were read for them: aligned, with gaps.
     pub read_bytes: u64,
+    /// Choosing the way, with its self-test where one was made now, seconds; before the load, and not in `seconds`.
+    pub path_seconds: f64,
+    /// Bytes that a pool's RAM tier had, copied from there.
+    pub tier_bytes: u64,
+    /// Bytes that the device read from the page cache itself.
+    pub mapped_bytes: u64,
     /// From the first look at the plan to the last byte on the device, seconds. Opening files and reading headers is before.
     pub seconds: f64,
     /// `bytes` over `seconds`, 10^9 bytes.
@@ -49,6 +76,8 @@ pub struct Report {
     pub verify_seconds: f64,
     /// Processor time of the whole process meanwhile, seconds.
     pub cpu_seconds: f64,
+    /// Settings of the bounce path, and where they come from.
+    pub settings: Settings,
     /// What bound: `source`, `device` (its bus), or `cpu`.
     pub bound_by: &'static str,
     /// Reads, batches of copies, copies.
@@ -63,9 +92,11 @@ pub struct Report {
     pub device_bytes: u64,
     /// Of that, more than the tensors' own bytes.
     pub device_extra_bytes: u64,
+    /// Memory that was taken there besides while cuFile read.
+    pub staging_bytes: u64,
     /// Sources that were read from the page cache (or tmpfs), not from a drive.
     pub cached_sources: usize,
-    /// Sources whose checksums were compared.
+    /// Sources whose checksums were compared; none by cuFile, whose bytes never pass the host.
     pub verified_sources: usize,
     /// `io_uring`, or `threads`.
     pub backend: String,
@@ -100,18 +131,6 @@ pub struct SaveReport {
     pub backend: String,
     /// What was slower than it might be, for people.
     pub notes: Vec<String>,
-}
-
-/// The ways that are better on some machines, and why this version goes none of them.
-pub(crate) fn not_taken(device: &DeviceInfo) -> Vec<NotTaken> {
-    if !device.id.starts_with("cuda") {
-        return Vec::new();
-    }
-    let why = "not built yet: this version has the bounce path only, so nothing was tried";
-    ["cuFile on nvidia-fs", "cuFile by PCI peer-to-peer", "io_uring with a dma-buf"]
-        .into_iter()
-        .map(|path| NotTaken { path, why: why.to_owned() })
-        .collect()
 }
 
 /// What kept a transfer from being faster: whatever the thread waited for, or its own work.

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use engine::tensors::Dtype;
 use nvme::{Device, FileDevice};
+use rustix::fs::OFlags;
 
 use crate::control::Control;
 use crate::error::{Error, ErrorKind, Result};
@@ -191,10 +193,17 @@ pub fn save(
     let flushing = Instant::now();
     file.set_len(len).map_err(|error| failed("set the length of", error))?;
     file.sync_all().map_err(|error| failed("flush", error))?;
+    // Held until the new one is safe: a file system takes a while to free a large file, and it does so when the last one who
+    // has it open lets go.
+    let old = OpenOptions::new().read(true).custom_flags(OFlags::PATH.bits() as i32).open(path).ok();
     std::fs::rename(&draft.path, path).map_err(|error| failed("give its name to", error))?;
     draft.keep = true;
     let directory = File::open(folder).map_err(|error| failed("flush the directory of", error))?;
     directory.sync_all().map_err(|error| failed("flush the directory of", error))?;
+    if let Some(old) = old {
+        // Where no thread is to be had, this one frees it.
+        let _ = std::thread::Builder::new().name("nvtier-free".into()).spawn(move || drop(old));
+    }
     notes.extend(written.note.clone());
     let seconds = started.elapsed().as_secs_f64();
     Ok(SaveReport {

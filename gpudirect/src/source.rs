@@ -18,6 +18,7 @@ use engine::{RegionReader, Session};
 use nvme::{Device, DeviceKind, FileDevice, InlineIo, InlineOutcome, Target, is_cached};
 use rustix::fs::OFlags;
 
+use crate::driver::mapped::Mapping;
 use crate::error::{Error, ErrorKind, Result};
 
 /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of linux/magic.h.
@@ -105,6 +106,8 @@ pub struct Source {
     pub(crate) stored: Vec<Stored>,
     pub(crate) sums: Option<Sums>,
     watch: Option<Watch>,
+    /// What holds the extents of a region of a pool of this process.
+    lease: Option<Arc<engine::Lease>>,
     /// Read from memory, not from a drive.
     cached: bool,
     /// What is not as fast as it might be.
@@ -149,7 +152,7 @@ impl Source {
         let group = metadata.dev();
         let watch = Some(Watch { path: path.to_owned(), file, seen: seen(&metadata) });
         let stored = vec![Stored { logical: 0, len, device: Arc::new(device), offset: 0, group }];
-        Ok(Source { name, len, stored, sums: None, watch, cached, note, _keep: None })
+        Ok(Source { name, len, stored, sums: None, watch, lease: None, cached, note, _keep: None })
     }
 
     /// A region of a pool. The session must be kept open until the source is gone.
@@ -172,7 +175,17 @@ impl Source {
                     let stored =
                         vec![Stored { logical: 0, len, device: Arc::new(device), offset: 0, group: 0 }];
                     let sums = Some(Sums { chunk_size, sum: SumOf::Owner, reader });
-                    Source { name, len, stored, sums, watch: None, cached, note: None, _keep: None }
+                    Source {
+                        name,
+                        len,
+                        stored,
+                        sums,
+                        watch: None,
+                        lease: None,
+                        cached,
+                        note: None,
+                        _keep: None,
+                    }
                 }
                 None => Source::through_engine(name, reader),
             },
@@ -212,8 +225,9 @@ impl Source {
         }
         let cached = !stored.is_empty() && stored.iter().all(|extent| extent.device.alignment() == 1);
         let (len, chunk_size) = (lease.size(), u64::from(lease.chunk_size()));
-        let sums = Some(Sums { chunk_size, sum: SumOf::Lease(lease), reader });
-        Ok(Source { name, len, stored, sums, watch: None, cached, note: None, _keep: None })
+        let sums = Some(Sums { chunk_size, sum: SumOf::Lease(lease.clone()), reader });
+        let lease = Some(lease);
+        Ok(Source { name, len, stored, sums, watch: None, lease, cached, note: None, _keep: None })
     }
 
     /// Every byte by the engine, or by the process that owns the pool: checked there.
@@ -224,7 +238,7 @@ impl Source {
         ));
         let device = Arc::new(ReaderDevice { name: name.clone(), reader });
         let stored = vec![Stored { logical: 0, len, device, offset: 0, group: 0 }];
-        Source { name, len, stored, sums: None, watch: None, cached: false, note, _keep: None }
+        Source { name, len, stored, sums: None, watch: None, lease: None, cached: false, note, _keep: None }
     }
 
     /// For messages: the file's path, the region's name.
@@ -255,6 +269,21 @@ impl Source {
     /// What keeps it from being read in the fastest way.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
+    }
+
+    /// The lease of a region of a pool that this process owns.
+    pub(crate) fn lease(&self) -> Option<&engine::Lease> {
+        self.lease.as_deref()
+    }
+
+    /// Maps the file, where it is one in the page cache whose bytes need no look on the way.
+    pub(crate) fn map(&self) -> Option<Result<Arc<Mapping>>> {
+        let watch = self.watch.as_ref().filter(|_| self.cached && self.sums.is_none() && self.len > 0)?;
+        let mapped = Mapping::new(&watch.file).and_then(|mapping| match mapping.len() == self.len {
+            true => Ok(Arc::new(mapping)),
+            false => Err(Error::new(ErrorKind::Changed, format!("map {}: its length changed", self.name))),
+        });
+        Some(mapped)
     }
 
     /// Reads a few bytes, of any alignment: for headers.

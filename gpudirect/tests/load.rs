@@ -6,12 +6,15 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{checkpoint, contents, fake, load, pattern, plan, small, two_files};
 use gpudirect::driver::fake::FakeOptions;
 use gpudirect::driver::host::HostDriver;
-use gpudirect::{CachePolicy, Cancel, Control, Driver, ErrorKind, Lane, LaneOptions, PlanOptions, Shard};
+use gpudirect::{
+    CachePolicy, Cancel, Control, Driver, ErrorKind, Lane, LaneOptions, PlanOptions, Priority, Shard,
+};
 use nvme::Backend;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -273,6 +276,52 @@ fn a_cancelled_or_late_load_gives_nothing() {
         Control { deadline: Some(Instant::now() + Duration::from_secs(600)), ..Control::default() };
     let loaded = gpudirect::load(&mut lane, &plan, &mut control).unwrap();
     assert!(contents(&lane, &loaded) == expected);
+}
+
+/// A background load that was started while a foreground load runs moves nothing before that has ended, and everything after it.
+#[test]
+fn a_background_load_lets_a_foreground_load_go_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let (paths, expected) = two_files(folder.path());
+    let (_, driver) = fake(FakeOptions::default());
+    let mut lane = Lane::new(driver.clone(), small()).unwrap();
+    let front = plan(&paths, CachePolicy::Auto, &PlanOptions::default()).unwrap();
+    let back = plan(&paths, CachePolicy::Auto, &PlanOptions::default()).unwrap();
+    // How often the background load was asked whether to go on, and how far it was.
+    let asked = Arc::new((AtomicU64::new(0), AtomicU64::new(0)));
+    let mut thread = None;
+    let (mut back, mut seen) = (Some(back), 0);
+    let mut watch = |done: u64, total: u64| {
+        if done == 0 || done >= total || seen > 3 {
+            return true;
+        }
+        seen += 1;
+        if let Some(back) = back.take() {
+            let (driver, asked) = (driver.clone(), asked.clone());
+            thread = Some(std::thread::spawn(move || {
+                let mut lane = Lane::new(driver, small()).unwrap();
+                let mut progress = |done: u64, _: u64| {
+                    asked.1.store(done, Ordering::SeqCst);
+                    asked.0.fetch_add(1, Ordering::SeqCst);
+                    true
+                };
+                let priority = Priority::Background;
+                let mut control = Control { priority, progress: Some(&mut progress), ..Control::default() };
+                let loaded = gpudirect::load(&mut lane, &back, &mut control).unwrap();
+                contents(&lane, &loaded)
+            }));
+        }
+        // It was asked a few times more, and was as far as before: nowhere.
+        let before = asked.0.load(Ordering::SeqCst);
+        nvtier_tests::wait_for(|| (asked.0.load(Ordering::SeqCst) >= before + 3).then_some(())).unwrap();
+        assert_eq!(asked.1.load(Ordering::SeqCst), 0, "the background load did not wait");
+        true
+    };
+    let mut control = Control { progress: Some(&mut watch), ..Control::default() };
+    let loaded = gpudirect::load(&mut lane, &front, &mut control).unwrap();
+    assert!(contents(&lane, &loaded) == expected);
+    assert!(seen > 0);
+    assert!(thread.unwrap().join().unwrap() == expected);
 }
 
 #[test]

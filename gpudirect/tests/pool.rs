@@ -90,6 +90,28 @@ fn regions_arrive_whole_from_every_kind_of_pool_owned_here_or_elsewhere() {
     }
 }
 
+/// cuFile's bytes never pass the host: a pool whose checksums are compared is not read by it, and the report says why.
+#[test]
+fn checksums_and_cufile_exclude_each_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, names, _) = pool(Kind::Directory, folder.path());
+    let session = Session::open(&path, SessionOptions::default()).unwrap();
+    let (_, driver) = fake(FakeOptions::default());
+    let mut lane = Lane::new(driver, small()).unwrap();
+    let checked = plan(&session, &names, Verify::Always).unwrap();
+    let report = load(&mut lane, &checked).unwrap().report;
+    assert_eq!(report.verified_sources, 2);
+    assert_eq!(report.not_taken.len(), 3);
+    for way in &report.not_taken[..2] {
+        assert!(way.path.contains("cuFile") && way.why.contains("verify=always"), "{way:?}");
+    }
+    let unchecked = plan(&session, &names, Verify::Never).unwrap();
+    let report = load(&mut lane, &unchecked).unwrap().report;
+    assert_eq!(report.verified_sources, 0);
+    assert!(report.not_taken.iter().all(|way| !way.why.contains("verify=always")), "{:?}", report.not_taken);
+    session.close().unwrap();
+}
+
 /// Finds bytes in the files below a folder, and changes one of them.
 fn damage(folder: &Path, wanted: &[u8]) {
     let mut folders = vec![folder.to_owned()];

@@ -56,6 +56,12 @@ impl MappedFile {
         self.len == 0
     }
 
+    /// First byte, for a driver that reads the pages itself. Valid for `len()` bytes while this lives; to touch it by the
+    /// processor would raise SIGBUS where the file was truncated.
+    pub fn address(&self) -> usize {
+        self.start.as_ptr() as usize
+    }
+
     /// Tells the kernel that reads go forward: large readahead.
     pub fn advise_sequential(&self) -> Result<()> {
         self.advise(Advice::Sequential)

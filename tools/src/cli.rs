@@ -18,6 +18,7 @@ Exit codes:
   5    corrupt data was found
   6    no space
   7    not supported by this kernel, machine or user
+  8    degraded: `nvtier doctor` found something that is slower or missing
   130  interrupted by SIGINT or SIGTERM
 
 Sizes are whole numbers with a unit: 8GiB, 512M (powers of 1024), 10GB (powers of 1000).
@@ -102,6 +103,8 @@ pub enum Command {
     /// Measure drives, files, pools and mounts in fio's language
     #[command(disable_help_flag = true)]
     Bench(Bench),
+    /// Look at this machine: what is there, what is needed, what is lost, and what to do about it
+    Doctor(Doctor),
     /// Print version and what this build and kernel can do
     Version,
     /// Print a completion script for a shell
@@ -116,6 +119,20 @@ pub struct PoolArg {
     /// The pool: its directory, image file or block device
     #[arg(long, env = "NVTIER_POOL", value_name = "POOL", value_hint = ValueHint::AnyPath)]
     pub pool: Option<PathBuf>,
+}
+
+/// `nvtier doctor`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit code: 0 when all is well, 8 when something is slower or missing, 7 when nvtier cannot run here."
+)]
+pub struct Doctor {
+    /// Where a pool lies, or is to lie
+    #[arg(default_value = ".", value_hint = ValueHint::AnyPath)]
+    pub path: PathBuf,
+    /// Print the commands that mend what can be mended
+    #[arg(long)]
+    pub fix_hints: bool,
 }
 
 /// `nvtier demo`
@@ -278,9 +295,27 @@ pub struct Load {
     /// Whether files are read past the page cache
     #[arg(long, value_enum, default_value_t = CacheMode::Auto, value_name = "HOW")]
     pub cache: CacheMode,
+    /// How files are read that are in memory already (page cache, tmpfs)
+    #[arg(long, value_enum, default_value_t = CachedHow::Auto, value_name = "HOW")]
+    pub cached: CachedHow,
     /// Do not compare a pool's checksums, to see what they cost
     #[arg(long, requires = "pool")]
     pub no_verify: bool,
+    /// Which way the bytes go: cufile is NVIDIA's GPUDirect Storage, bounce goes by pinned host memory
+    #[arg(long, value_enum, default_value_t = PathMode::Auto, value_name = "WAY")]
+    pub path: PathMode,
+    /// Make cuFile's self-test again, whatever an earlier one found
+    #[arg(long)]
+    pub retest: bool,
+    /// Load nothing: say which ways there are from PATH to the device, what each needs, and what is missing
+    #[arg(long, conflicts_with_all = ["check", "save", "tune"])]
+    pub explain: bool,
+    /// Measure chunk, depth and threads now and remember them (otherwise at the first load of 1 GiB or more)
+    #[arg(long, conflicts_with = "no_tune")]
+    pub tune: bool,
+    /// Measure nothing, and use no settings that were measured
+    #[arg(long)]
+    pub no_tune: bool,
     /// Bytes of one read [default: 2MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
     pub chunk: Option<u64>,
@@ -290,9 +325,20 @@ pub struct Load {
     /// Pinned memory [default: 128MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
     pub ring: Option<u64>,
-    /// Threads that read what is in memory already [default: the cores, at most 16]
+    /// Threads that read what is in memory already [default: the cores, at most 32]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: Option<u32>,
+}
+
+/// How files are read that are in memory already.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum CachedHow {
+    /// The faster one, as far as was measured
+    Auto,
+    /// The device reads the page cache: pages are pinned where they lie; copied where that is refused
+    Map,
+    /// Threads copy into pinned memory
+    Copy,
 }
 
 /// Whether files are read past the page cache.
@@ -304,6 +350,17 @@ pub enum CacheMode {
     Direct,
     /// Through it
     Buffered,
+}
+
+/// Which way a load takes.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum PathMode {
+    /// The best that a self-test found right
+    Auto,
+    /// Drive, pinned memory, device
+    Bounce,
+    /// Straight to the device, or an error that says why not
+    Cufile,
 }
 
 /// `nvtier ls`
@@ -487,6 +544,8 @@ mod tests {
             "ls --pool P",
             "load F G --device cuda:1 --filter a.* --filter b --check --json",
             "load n --pool P --device cpu --no-verify --save F --ceilings",
+            "load F --path cufile --retest --tune",
+            "load F --explain --json",
             "ls a/b --pool P --json",
             "stat n --pool P",
             "rm n --pool P",

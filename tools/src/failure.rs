@@ -19,6 +19,8 @@ pub mod code {
     pub const NO_SPACE: u8 = 6;
     /// This kernel, machine or user cannot do it.
     pub const UNSUPPORTED: u8 = 7;
+    /// Something is slower or missing (`nvtier doctor`).
+    pub const DEGRADED: u8 = 8;
     /// SIGINT or SIGTERM.
     pub const INTERRUPTED: u8 = 130;
 }

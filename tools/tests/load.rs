@@ -97,6 +97,57 @@ fn without_cuda_it_says_what_is_missing_and_what_works() {
     nvtier(["load", text(&directory), "--device", "tpu"]).refused(2, &["tpu", "cuda:N"]);
 }
 
+/// Flags win over what is measured, what is measured is remembered, and the report says which it was.
+#[test]
+fn settings_come_from_flags_from_a_measurement_or_from_memory() {
+    let folder = scratch();
+    let (directory, _) = checkpoint(folder.path(), 160_000_000);
+    let file = directory.join("model-0.safetensors");
+    let before = fs::read(&file).unwrap();
+    let load = |options: &[&str]| {
+        let words = ["load", text(&file), "--device", "cpu", "--json", "--cache", "buffered"];
+        let mut command = Command::new(nvtier_path());
+        command.args(words.into_iter().chain(options.iter().copied()));
+        run(command.env("XDG_CACHE_HOME", folder.path().join("cache"))).ok().json()["load"]["settings"]
+            .clone()
+    };
+    assert_eq!(load(&[])["origin"], "default");
+    let measured = load(&["--tune"]);
+    assert_eq!(measured["origin"], "measured");
+    let remembered = load(&[]);
+    assert_eq!(remembered["origin"], "remembered");
+    for name in ["chunk", "depth", "threads"] {
+        assert_eq!(measured[name], remembered[name], "{name}");
+    }
+    let given = load(&["--threads", "3", "--chunk", "256KiB"]);
+    assert_eq!((&given["origin"], &given["threads"]), (&"given".into(), &3.into()));
+    assert_eq!(given["chunk"], 256 << 10);
+    // What is left open is measured around what was given, and not remembered for others.
+    let around = load(&["--threads", "3", "--tune"]);
+    assert_eq!((&around["origin"], &around["threads"]), (&"measured".into(), &3.into()));
+    assert_eq!(load(&[])["threads"], remembered["threads"]);
+    assert_eq!(load(&["--no-tune"])["origin"], "default");
+    assert!(fs::read(&file).unwrap() == before, "the probed file was written to");
+}
+
+#[test]
+fn the_ways_are_explained_and_cufile_is_refused_where_there_is_none() {
+    let folder = scratch();
+    let (directory, _) = checkpoint(folder.path(), 100_000);
+    let explained = nvtier(["load", text(&directory), "--device", "cpu", "--explain"]).ok();
+    assert!(explained.stdout.contains("bounce: taken"), "{explained:#?}");
+    let json = nvtier(["load", text(&directory), "--device", "cpu", "--explain", "--json"]).ok().json();
+    assert_eq!(json["paths"][0]["path"], "bounce");
+    assert_eq!(json["paths"][0]["usable"], true);
+    let load = |options: &[&str]| {
+        nvtier(["load", text(&directory), "--device", "cpu"].into_iter().chain(options.iter().copied()))
+    };
+    load(&["--path", "cufile"]).refused(7, &["by cuFile", "no CUDA device"]);
+    load(&["--path", "bounce", "--check"]).ok();
+    load(&["--explain", "--check"]).refused(2, &["--explain"]);
+    nvtier(["load", "none", "--device", "cpu", "--explain"]).refused(3, &["none"]);
+}
+
 #[test]
 fn bad_input_is_refused_in_words() {
     let folder = scratch();

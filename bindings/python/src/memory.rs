@@ -9,7 +9,9 @@ use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
 use engine::tensors::Dtype;
-use gpudirect::{Batch, DeviceInfo, Direction, Driver, Error, ErrorKind, Stream, driver::Refused};
+use gpudirect::driver::{DeviceCopy, Refused};
+use gpudirect::paged::Move;
+use gpudirect::{Batch, DeviceInfo, Direction, Driver, Error, ErrorKind, Stream};
 use nvme::Arena;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -334,6 +336,15 @@ impl Driver for Foreign {
     fn free(&self, _: u64) -> gpudirect::Result<()> {
         Err(Error::new(ErrorKind::Unsupported, "free memory of others"))
     }
+    fn copy_within(&self, _: &[DeviceCopy]) -> gpudirect::Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "copy within memory of others"))
+    }
+    fn check_range(&self, address: u64, len: u64) -> gpudirect::Result<()> {
+        if inside(&self.ranges, address, len) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Invalid, format!("{len} bytes at {address:#x}: outside the tensors")))
+    }
     fn stream(&self) -> gpudirect::Result<Box<dyn Stream>> {
         Ok(Box::new(Copies { ranges: self.ranges.clone(), done: VecDeque::new() }))
     }
@@ -345,17 +356,14 @@ struct Copies {
     done: VecDeque<Batch>,
 }
 
-impl Copies {
-    fn inside(&self, address: u64, len: u64) -> bool {
-        let at = self.ranges.partition_point(|&(start, _)| start <= address);
-        // Ranges may overlap: views of one tensor.
-        self.ranges[..at].iter().rev().any(|&(start, size)| {
-            address
-                .checked_add(len)
-                .is_some_and(|end| start.checked_add(size).is_some_and(|last| end <= last))
-        })
-    }
+/// Whether a range is in one of these, which are sorted; they may overlap, as views of one tensor do.
+fn inside(ranges: &[(u64, u64)], address: u64, len: u64) -> bool {
+    let at = ranges.partition_point(|&(start, _)| start <= address);
+    let Some(end) = address.checked_add(len) else { return false };
+    ranges[..at].iter().rev().any(|&(start, size)| start.checked_add(size).is_some_and(|last| end <= last))
+}
 
+impl Copies {
     fn carry_out(&self, batch: &mut Batch) -> gpudirect::Result<()> {
         if batch.direction != Direction::ToHost {
             return Err(Error::new(ErrorKind::Invalid, "write to memory that is only saved from"));
@@ -369,7 +377,7 @@ impl Copies {
                 let context = format!("copy {} bytes at {} of a buffer", part.len, part.offset);
                 return Err(Error::new(ErrorKind::Invalid, context));
             };
-            if !self.inside(part.device, part.len as u64) {
+            if !inside(&self.ranges, part.device, part.len as u64) {
                 let context = format!("copy {} bytes at {:#x}: outside the tensors", part.len, part.device);
                 return Err(Error::new(ErrorKind::Device, context));
             }
@@ -400,5 +408,11 @@ impl Stream for Copies {
     }
     fn in_flight(&self) -> usize {
         self.done.len()
+    }
+    fn shuffle(&mut self, _: &Arc<Move>) -> gpudirect::Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "gather or scatter memory of others"))
+    }
+    fn finish(&mut self, each: &mut dyn FnMut(Batch)) -> gpudirect::Result<()> {
+        self.reap(true, each).map(drop)
     }
 }

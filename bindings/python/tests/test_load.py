@@ -707,3 +707,15 @@ def test_numpy(tmp_path):
             nvtier.numpy.load_file(tmp_path / "h.safetensors")
     else:
         assert nvtier.numpy.load_file(tmp_path / "h.safetensors")["h"].tolist() == [1.0]
+
+
+def test_ways_that_are_asked_for(tmp_path):
+    tensors = write(tmp_path / "a.safetensors", {"a": 2 * MIB + 3})
+    for options in ({"path": "bounce"}, {"cached": "copy"}, {"cached": "map"}, {"cached": "map", "cache": "buffered"}):
+        loaded = nvtier.load(tmp_path, **options)
+        assert array(loaded["a"]) == tensors["a"] and loaded.report["path"] == "bounce"
+    with pytest.raises(nvtier.NotSupported, match="cuFile"):
+        nvtier.load(tmp_path, path="cufile")
+    for options in ({"path": "fast"}, {"cached": "fast"}):
+        with pytest.raises(nvtier.InvalidArgument, match="fast"):
+            nvtier.load(tmp_path, **options)

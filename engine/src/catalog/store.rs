@@ -16,8 +16,9 @@ use redb::StorageBackend;
 
 use super::backend::FileStore;
 use super::checked::Checked;
+use super::load::Extents;
 use super::zone::ZoneBackend;
-use super::{Batch, Catalog, Extents, Meta};
+use super::{Batch, Catalog, Meta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::member::raw::RawGeometry;
 use crate::namespace::Tree;
@@ -73,15 +74,15 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
     })
 }
 
-fn load<L>(backend: Box<dyn StorageBackend>, name: &str, pool: &[u8; 16], how: How) -> Result<Loaded<L>> {
+fn load<L: Send + Sync>(
+    backend: Box<dyn StorageBackend>,
+    name: &str,
+    pool: &[u8; 16],
+    how: How,
+) -> Result<Loaded<L>> {
     let context = |error: Error| error.context(name);
     let catalog = Catalog::open_checked(backend, how.read_only, how.check_bytes).map_err(context)?;
-    let loaded = match how.extents {
-        true => catalog.load_all(),
-        false => catalog.load().map(|(meta, tree)| (meta, tree, Ok(Extents::default()))),
-    };
-    let (meta, tree, extents) = loaded.map_err(context)?;
-    catalog.loaded();
+    let (meta, tree, extents) = catalog.load(how.extents).map_err(context)?;
     if meta.pool != *pool {
         return Err(Error::new(ErrorKind::WrongMember, format!("{name} is the catalog of another pool")));
     }
@@ -152,7 +153,7 @@ impl CatalogStore {
     }
 
     /// Opens the catalog; falls back to the copy where it is damaged.
-    pub(crate) fn open<L>(&self, pool: &[u8; 16], how: How) -> Result<Loaded<L>> {
+    pub(crate) fn open<L: Send + Sync>(&self, pool: &[u8; 16], how: How) -> Result<Loaded<L>> {
         let read_only = how.read_only;
         let name = self.name(false);
         let attempt = || self.backend(false, read_only).and_then(|backend| load(backend, &name, pool, how));

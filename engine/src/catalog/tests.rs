@@ -8,7 +8,8 @@ use redb::backends::InMemoryBackend;
 
 use super::*;
 use crate::layout::Extent;
-use crate::namespace::record::{encode_entry, encode_node, name_key};
+use crate::namespace::Tree;
+use crate::namespace::record::{encode_entry, encode_node, name_key, node_key};
 use crate::types::{NewNode, NodeKind, ROOT, Timestamp};
 
 /// Memory whose writes fail when its budget of them is spent. It outlives the database: what reached it is what a crash leaves.
@@ -81,7 +82,7 @@ fn batch(generation: u64, count: u64) -> Batch {
 }
 
 fn state(catalog: &Catalog) -> (u64, u64) {
-    let (meta, tree) = catalog.load::<()>().unwrap();
+    let (meta, tree, _) = catalog.load::<()>(false).unwrap();
     for node in catalog.layout_nodes().unwrap() {
         let layout = catalog.layout(node).unwrap().unwrap();
         assert_eq!(layout.generation(), meta.generation, "a layout of another snapshot");
@@ -92,7 +93,7 @@ fn state(catalog: &Catalog) -> (u64, u64) {
     let of_layout = |node: &NodeId| catalog.layout(*node).unwrap().unwrap().extents().copied().collect();
     let one_by_one: Vec<(NodeId, Vec<Extent>)> =
         catalog.layout_nodes().unwrap().iter().map(|node| (*node, of_layout(node))).collect();
-    let (again, _, extents) = catalog.load_all::<()>().unwrap();
+    let (again, _, extents) = catalog.load::<()>(true).unwrap();
     let at_once: Vec<_> = extents.unwrap().iter().map(|(node, extents)| (node, extents.to_vec())).collect();
     assert_eq!((again.generation, at_once), (meta.generation, one_by_one));
     (meta.generation, tree.region_count())
@@ -211,5 +212,74 @@ fn not_a_catalog() {
             .map(|catalog| catalog.meta().unwrap_err());
         let error = error.unwrap_or_else(|error| error);
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{} bytes: {}", bytes.len(), error.chain());
+    }
+}
+
+/// All that a tree says, in order of the nodes.
+fn told(tree: &Tree<()>) -> Vec<String> {
+    let mut nodes: Vec<_> = tree.iter().collect();
+    nodes.sort_unstable_by_key(|(id, _)| *id);
+    let listing = |id, kind| match kind {
+        NodeKind::Directory => tree.readdir(id, 0, usize::MAX).unwrap(),
+        _ => Vec::new(),
+    };
+    nodes.iter().map(|(id, node)| format!("{:?} {:?}", node.attr(*id), listing(*id, node.kind))).collect()
+}
+
+/// However many threads read however many parts: the same tree, and the same complaint.
+#[test]
+fn parts_and_threads_make_no_difference() {
+    let store = Faulty::new(io::ErrorKind::Other);
+    let catalog = Catalog::create(Box::new(store), &batch(1, 300)).unwrap();
+    let load = |threads, count| catalog.load_by::<()>(threads, count, true);
+    let (meta, tree, extents) = load(0, 1).unwrap();
+    let extents: Vec<_> = extents.unwrap().iter().map(|(node, own)| (node, own.to_vec())).collect();
+    assert_eq!((tree.region_count(), extents.len()), (300, 300));
+    let several = [(0, 2), (1, 1), (1, 5), (2, 16), (7, 64), (3, 2000)];
+    for (threads, count) in several {
+        let (again, other, others) = load(threads, count).unwrap();
+        let others: Vec<_> = others.unwrap().iter().map(|(node, own)| (node, own.to_vec())).collect();
+        assert_eq!(
+            (&again, told(&other), others),
+            (&meta, told(&tree), extents.clone()),
+            "{threads} threads, {count} parts"
+        );
+    }
+    // Two nodes and two layouts go bad: the first of each is named.
+    let mut bad = Batch::new(meta);
+    for node in [50, 250] {
+        bad.nodes.push((node, b"no record".to_vec()));
+        let mut changes = Changes::default();
+        changes.put.push((0, b"no layout".to_vec()));
+        bad.layouts.push((node + 1, changes));
+    }
+    catalog.apply(&bad).unwrap();
+    let of = |threads, count| load(threads, count).map(drop).unwrap_err().chain();
+    let said = of(0, 1);
+    assert!(said.contains("node 50"), "{said}");
+    for (threads, count) in several {
+        assert_eq!(of(threads, count), said, "{threads} threads, {count} parts");
+    }
+    let mut good = Batch::new(catalog.meta().unwrap());
+    for node in [50, 250] {
+        good.nodes.push((node, encode_node(node, tree.get(node).unwrap())));
+    }
+    catalog.apply(&good).unwrap();
+    let of = |threads, count| load(threads, count).unwrap().2.map(drop).unwrap_err().chain();
+    let said = of(0, 1);
+    assert!(said.contains("node 51"), "{said}");
+    for (threads, count) in several {
+        assert_eq!(of(threads, count), said, "{threads} threads, {count} parts");
+    }
+    // A key that is too short to be one is in some part too.
+    let mut short = Batch::new(catalog.meta().unwrap());
+    short.entries.push((node_key(9)[..5].to_vec(), Some(b"x".to_vec())));
+    catalog.apply(&short).unwrap();
+    for (threads, count) in several {
+        assert_eq!(
+            load(threads, count).unwrap_err().kind(),
+            ErrorKind::Corrupt,
+            "{threads} threads, {count} parts"
+        );
     }
 }

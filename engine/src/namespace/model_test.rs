@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 
 use proptest::prelude::*;
 
-use super::record::{encode_entry, encode_node, encode_xattr, name_key, node_key};
+use super::record::{Entries, decode_node, encode_entry, encode_node, encode_xattr, name_key, node_key};
 use super::*;
 use crate::types::{NewNode, RenameFlags, XattrSet};
 
@@ -180,8 +180,13 @@ impl Disk {
 
     fn load(&self, next_node: NodeId) -> Tree<()> {
         let mut tree = Tree::empty(next_node);
-        self.nodes.iter().for_each(|(key, value)| tree.load_node(key, value).unwrap());
-        self.entries.iter().for_each(|(key, value)| tree.load_entry(key, value).unwrap());
+        for (key, value) in &self.nodes {
+            let (id, node) = decode_node(key, value).unwrap();
+            tree.add_node(id, node).unwrap();
+        }
+        let mut entries = Entries::default();
+        self.entries.iter().for_each(|(key, value)| entries.record(key, value).unwrap());
+        tree.add_entries(entries).unwrap();
         self.xattrs.iter().for_each(|(key, value)| tree.load_xattr(key, value).unwrap());
         tree.check().unwrap();
         tree

@@ -195,10 +195,38 @@ pub(crate) fn encode_xattr(key: &[u8], data: &[u8]) -> Vec<u8> {
     seal(key, value)
 }
 
+/// Names of one directory, as they are loaded.
+#[derive(Debug)]
+struct Listing {
+    parent: NodeId,
+    entries: Vec<(Name, NodeId, NodeKind)>,
+}
+
+/// Entries that were read and checked one by one, but are in no tree yet.
+#[derive(Debug, Default)]
+pub(crate) struct Entries(Vec<Listing>);
+
+impl Entries {
+    /// Takes a record; those of a directory come one after another.
+    pub(crate) fn record(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        let (parent, name) = split_key(key)?;
+        let what = format_args!("entry {name:?} of directory {parent}");
+        check_name(name).map_err(|error| Error::with_source(ErrorKind::Corrupt, what.to_string(), error))?;
+        let mut reader = Reader { bytes: open(&what, key, value)?, what: &what };
+        let kind = reader.u8()?;
+        let kind = NodeKind::from_u8(kind).ok_or_else(|| corrupt(format!("{what} has kind {kind}")))?;
+        let entry = (Name::from(name), reader.u64()?, kind);
+        match self.0.last_mut() {
+            Some(listing) if listing.parent == parent => listing.entries.push(entry),
+            _ => self.0.push(Listing { parent, entries: vec![entry] }),
+        }
+        Ok(())
+    }
+}
+
 impl<L> Tree<L> {
     /// Loading, step 1: a node.
-    pub(crate) fn load_node(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        let (id, node) = decode_node(key, value)?;
+    pub(crate) fn add_node(&mut self, id: NodeId, node: Node<L>) -> Result<()> {
         if id == 0 || id >= self.next_node {
             return Err(corrupt(format!(
                 "node {id} was never given out: the next number is {}",
@@ -211,33 +239,41 @@ impl<L> Tree<L> {
         Ok(())
     }
 
-    /// Loading, step 2, after all nodes: an entry.
-    pub(crate) fn load_entry(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        let (parent, name) = split_key(key)?;
-        let what = format_args!("entry {name:?} of directory {parent}");
-        check_name(name).map_err(|error| Error::with_source(ErrorKind::Corrupt, what.to_string(), error))?;
-        let mut reader = Reader { bytes: open(&what, key, value)?, what: &what };
-        let kind = NodeKind::from_u8(reader.u8()?);
-        let id = reader.u64()?;
-        let name = Name::from(name);
-        match self.nodes.get_mut(&id) {
-            Some(node) if Some(node.kind) == kind => {
-                if let Body::Directory(directory) = &mut node.body {
-                    directory.parent = parent;
+    /// Loading, step 2, after all nodes: entries.
+    pub(crate) fn add_entries(&mut self, entries: Entries) -> Result<()> {
+        for Listing { parent, entries } in entries.0 {
+            let what = |name: &Name| format!("entry {name:?} of directory {parent}");
+            for (name, id, kind) in &entries {
+                match self.nodes.get_mut(id) {
+                    Some(node) if node.kind == *kind => {
+                        if let Body::Directory(directory) = &mut node.body {
+                            directory.parent = parent;
+                        }
+                        if node.links.is_empty() {
+                            node.links.reserve_exact(1); // most nodes have no other name
+                        }
+                        node.links.push((parent, name.clone()));
+                    }
+                    Some(node) => {
+                        let context = format!("{} says {kind:?}, node {id} is {:?}", what(name), node.kind);
+                        return Err(corrupt(context));
+                    }
+                    None => {
+                        let context = format!("{} leads to node {id}, which does not exist", what(name));
+                        return Err(corrupt(context));
+                    }
                 }
-                if node.links.is_empty() {
-                    node.links.reserve_exact(1); // most nodes have no other name
-                }
-                node.links.push((parent, name.clone()));
-                let kind = node.kind;
-                self.directory_mut(parent)
-                    .map_err(|error| Error::with_source(ErrorKind::Corrupt, what.to_string(), error))?
-                    .insert(name, id, kind);
-                Ok(())
             }
-            Some(node) => Err(corrupt(format!("{what} says {kind:?}, node {id} is {:?}", node.kind))),
-            None => Err(corrupt(format!("{what} leads to node {id}, which does not exist"))),
+            let Some((first, ..)) = entries.first() else { continue };
+            let first = what(first);
+            let directory = self
+                .directory_mut(parent)
+                .map_err(|error| Error::with_source(ErrorKind::Corrupt, first.clone(), error))?;
+            if !directory.extend(entries) {
+                return Err(corrupt(format!("directory {parent} holds a name twice")));
+            }
         }
+        Ok(())
     }
 
     /// Loading, step 3: an extended attribute.

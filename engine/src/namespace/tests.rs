@@ -1,6 +1,6 @@
 //! Records, limits, and what the model test does not reach.
 
-use super::record::{decode_node, encode_entry, encode_node, encode_xattr, name_key, node_key};
+use super::record::{Entries, decode_node, encode_entry, encode_node, encode_xattr, name_key, node_key};
 use super::*;
 use crate::types::{NewNode, RenameFlags, XattrSet};
 
@@ -30,9 +30,13 @@ fn a_flipped_bit_in_any_record_is_found() {
     let loads = |key: &[u8], entry_key: &[u8], node: &[u8], entry: &[u8], xattr: &[u8]| {
         let mut loaded: Tree<()> = Tree::empty(10);
         let (root_key, root) = (node_key(ROOT), encode_node(ROOT, tree.get(ROOT).unwrap()));
-        loaded.load_node(&root_key, &root)?;
-        loaded.load_node(key, node)?;
-        loaded.load_entry(entry_key, entry)?;
+        for (key, node) in [(root_key.as_slice(), root.as_slice()), (key, node)] {
+            let (id, node) = decode_node(key, node)?;
+            loaded.add_node(id, node)?;
+        }
+        let mut entries = Entries::default();
+        entries.record(entry_key, entry)?;
+        loaded.add_entries(entries)?;
         loaded.load_xattr(
             &name_key(id, OsStr::new("f")),
             &encode_xattr(&name_key(id, OsStr::new("f")), b"ok"),
@@ -94,23 +98,27 @@ fn what_does_not_fit_together_is_not_loaded() {
         let mut loaded: Tree<()> = Tree::empty(source.next_node());
         for id in nodes {
             let (key, value) = node(*id, &source);
-            loaded.load_node(&key, &value)?;
+            let (id, node) = decode_node(&key, &value)?;
+            loaded.add_node(id, node)?;
         }
+        let mut records = Entries::default();
         for (key, value) in entries {
-            loaded.load_entry(key, value)?;
+            records.record(key, value)?;
         }
+        loaded.add_entries(records)?;
         loaded.check()
     };
     let d = entry(ROOT, "d", dir, NodeKind::Directory);
     let f = entry(dir, "f", file, NodeKind::Region);
     load(&[ROOT, dir, file], &[d.clone(), f.clone()]).unwrap();
-    let bad: [(&[NodeId], Vec<_>); 7] = [
+    let bad: [(&[NodeId], Vec<_>); 8] = [
         (&[dir, file], vec![d.clone(), f.clone()]),
         (&[ROOT, dir], vec![d.clone(), f.clone()]),
         (&[ROOT, dir, file], vec![d.clone()]),
         (&[ROOT, dir, file], vec![f.clone()]),
         (&[ROOT, dir, file], vec![d.clone(), entry(dir, "f", file, NodeKind::Fifo)]),
         (&[ROOT, dir, file], vec![d.clone(), f.clone(), entry(file, "x", file, NodeKind::Region)]),
+        (&[ROOT, dir, file], vec![f.clone(), d.clone(), f.clone()]),
         (&[ROOT, dir, file], vec![entry(dir, "d", dir, NodeKind::Directory), f.clone()]),
     ];
     for (index, (nodes, entries)) in bad.iter().enumerate() {

@@ -117,7 +117,9 @@ impl<B: Send + Sync + 'static> Fs<B> {
                 }
                 None => {
                     state.mode = Some(IoMode::Served);
-                    self.served(&mut state.cached, ino, access.direct)
+                    // Who only writes, and alone, has no use for the page cache: around it a write is copied once, not twice.
+                    let around = access.write && !access.read && self.writes_around_cache();
+                    self.served(&mut state.cached, ino, access.direct || around)
                 }
             },
         };

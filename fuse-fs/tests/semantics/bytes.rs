@@ -5,6 +5,7 @@ use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use engine::FormatOptions;
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags};
@@ -127,6 +128,74 @@ both_ways! {
         fs::write(&log, b"short").unwrap();
         assert_eq!(reader.metadata().unwrap().len(), 5);
         assert_eq!(std::io::read_to_string(&reader).unwrap(), "short");
+    }
+
+    fn a_lone_writer_is_seen_at_once_by_who_comes_later(mount: Mount) {
+        // Opened first and for writing only: where the daemon serves it, its writes go around the page cache.
+        let writer = File::create(mount.path("f")).unwrap();
+        let mut expected = pattern(6, 300_000);
+        writer.write_all_at(&expected, 0).unwrap();
+        let readers: Vec<File> = (0..2).map(|_| File::open(mount.path("f")).unwrap()).collect();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // Reads all the time, so that many meet a write under way: what it leaves in the page cache must not outlive the write.
+            scope.spawn(|| {
+                let mut all = vec![0; 1 << 20];
+                while !stop.load(Relaxed) {
+                    readers[0].read_at(&mut all, 0).unwrap();
+                }
+            });
+            // Over pages, within one, and at the end, which lies in the middle of a page.
+            for round in 0..400u64 {
+                let bytes = pattern(round, [1, 700, 4096, 9000][round as usize % 4]);
+                let at = match round % 5 {
+                    0 => expected.len(),
+                    n => (round.wrapping_mul(n * 7919 + 13) % 290_000) as usize,
+                };
+                writer.write_all_at(&bytes, at as u64).unwrap();
+                let end = at + bytes.len();
+                if end > expected.len() {
+                    expected.resize(end, 0);
+                }
+                expected[at..end].copy_from_slice(&bytes);
+                for reader in &readers {
+                    let mut read = vec![0; bytes.len()];
+                    reader.read_exact_at(&mut read, at as u64).unwrap();
+                    assert!(read == bytes, "round {round}: {} bytes at {at} are not those written", bytes.len());
+                    assert_eq!(reader.metadata().unwrap().len(), expected.len() as u64);
+                }
+            }
+            stop.store(true, Relaxed);
+        });
+        for reader in &readers {
+            let mut all = vec![0; expected.len()];
+            reader.read_exact_at(&mut all, 0).unwrap();
+            assert!(all == expected);
+        }
+        drop((writer, readers));
+        assert!(fs::read(mount.path("f")).unwrap() == expected);
+    }
+
+    fn a_mapping_sees_a_lone_writer(mount: Mount) {
+        let script = r#"
+import mmap, os
+w = os.open("m", os.O_WRONLY | os.O_CREAT, 0o644)
+os.pwrite(w, bytes(100000), 0)
+r = os.open("m", os.O_RDONLY)
+m = mmap.mmap(r, 100000, prot=mmap.PROT_READ)
+assert m[:] == bytes(100000)
+for i in range(300):
+    at, word = (i * 7919) % 99000, b"%07d" % i
+    os.pwrite(w, word, at)
+    assert m[at:at + 7] == word, (i, at, m[at:at + 7])
+    assert os.pread(r, 7, at) == word
+os.close(w)
+assert m[at:at + 7] == word
+print("ok")
+"#;
+        if let Some(out) = python(&mount, script) {
+            assert_eq!(out, "ok\n");
+        }
     }
 
     fn content_survives_a_remount(mount: Mount) {

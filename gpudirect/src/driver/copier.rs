@@ -1,4 +1,4 @@
-//! A stream that a thread of ours carries out: batches in order, one at a time.
+//! A stream that a thread of ours carries out: batches and moves in order, one at a time.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -6,11 +6,20 @@ use std::thread::JoinHandle;
 
 use super::{Batch, Refused, Stream};
 use crate::error::{Error, ErrorKind, Result};
+use crate::paged::Move;
+
+/// What the thread does.
+pub(super) enum Work {
+    /// A batch of copies.
+    Copy(Batch),
+    /// A gather or scatter.
+    Move(Arc<Move>),
+}
 
 #[derive(Default)]
 struct State {
-    waiting: VecDeque<Batch>,
-    done: VecDeque<Batch>,
+    waiting: VecDeque<Work>,
+    done: VecDeque<Work>,
     /// The first failure; it stays, as a GPU's does.
     failed: Option<(ErrorKind, String)>,
     busy: bool,
@@ -46,7 +55,7 @@ impl Copier {
     /// Starts the thread. `lag`: how many batches are held back while nobody waits, so that copies end as late as they may.
     pub(super) fn start(
         lag: usize,
-        mut carry_out: impl FnMut(&mut Batch) -> Result<()> + Send + 'static,
+        mut carry_out: impl FnMut(&mut Work) -> Result<()> + Send + 'static,
     ) -> Result<Copier> {
         let shared = Arc::new(Shared::default());
         let of_thread = shared.clone();
@@ -56,7 +65,7 @@ impl Copier {
             loop {
                 let due = state.waiting.len() > lag || state.wanted || state.closed;
                 let next = if due { state.waiting.pop_front() } else { None };
-                let Some(mut batch) = next else {
+                let Some(mut work) = next else {
                     if state.closed {
                         return;
                     }
@@ -66,19 +75,25 @@ impl Copier {
                 state.busy = true;
                 let skip = state.failed.is_some();
                 drop(state);
-                let result = if skip { Ok(()) } else { carry_out(&mut batch) };
+                let result = if skip { Ok(()) } else { carry_out(&mut work) };
                 state = shared.state();
                 state.busy = false;
                 state.wanted = false;
                 if let Err(error) = result {
                     state.failed.get_or_insert((error.kind(), error.to_string()));
                 }
-                state.done.push_back(batch);
+                state.done.push_back(work);
                 shared.changed.notify_all();
             }
         });
         let thread = thread.map_err(|error| Error::io("start a thread for copies", error))?;
         Ok(Copier { shared, in_flight: 0, thread: Some(thread) })
+    }
+
+    fn push(&mut self, work: Work) {
+        self.shared.state().waiting.push_back(work);
+        self.shared.changed.notify_all();
+        self.in_flight += 1;
     }
 }
 
@@ -87,9 +102,7 @@ impl Stream for Copier {
         if let Err(error) = batch.check() {
             return Err(Refused { batch, error });
         }
-        self.shared.state().waiting.push_back(batch);
-        self.shared.changed.notify_all();
-        self.in_flight += 1;
+        self.push(Work::Copy(batch));
         Ok(())
     }
 
@@ -107,12 +120,29 @@ impl Stream for Copier {
         drop(state);
         let count = done.len();
         self.in_flight -= count;
-        done.into_iter().for_each(each);
+        for work in done {
+            match work {
+                Work::Copy(batch) => each(batch),
+                Work::Move(_) => {}
+            }
+        }
         Ok(count)
     }
 
     fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    fn shuffle(&mut self, job: &Arc<Move>) -> Result<()> {
+        self.push(Work::Move(job.clone()));
+        Ok(())
+    }
+
+    fn finish(&mut self, each: &mut dyn FnMut(Batch)) -> Result<()> {
+        while self.in_flight > 0 {
+            self.reap(true, each)?;
+        }
+        Ok(())
     }
 }
 

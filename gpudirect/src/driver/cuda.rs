@@ -1,6 +1,6 @@
 //! The real driver, by cudarc, which loads libcuda at run time.
 //!
-//! All unsafe code of this crate is here. cudarc panics when a library or a symbol is missing, so both are looked for
+//! All unsafe code of this crate that calls CUDA is here and in the files of `cuda/`. cudarc panics when a library or a symbol is missing, so both are looked for
 //! before anything is called: what is not there is an error of ours.
 //!
 //! **Who owns what.** A batch's buffers are kept in the stream's list from the first copy of the batch until the event
@@ -10,18 +10,25 @@
 
 #![allow(unsafe_code)]
 
-use std::collections::VecDeque;
-use std::ffi::{CStr, c_char, c_int};
-use std::sync::Arc;
+mod kernel;
+mod vmm;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUresult};
 use nvme::Arena;
 
-use super::{Batch, DeviceInfo, Direction, Driver, Refused, Stream};
+use super::mapped::Mapping;
+use super::{Batch, DeviceCopy, DeviceInfo, Direction, Driver, Refused, Stream, VirtualMemory};
 use crate::error::{Error, ErrorKind, Result};
+use crate::paged::Move;
+use kernel::Kernels;
 
 /// Every symbol that is called here, but for those that are optional.
-const NEEDED: [&CStr; 25] = [
+const NEEDED: [&CStr; 40] = [
     c"cuInit",
     c"cuDriverGetVersion",
     c"cuDeviceGetCount",
@@ -38,6 +45,7 @@ const NEEDED: [&CStr; 25] = [
     c"cuMemFree_v2",
     c"cuMemcpyHtoDAsync_v2",
     c"cuMemcpyDtoHAsync_v2",
+    c"cuMemcpyDtoDAsync_v2",
     c"cuStreamCreate",
     c"cuStreamDestroy_v2",
     c"cuStreamSynchronize",
@@ -47,10 +55,26 @@ const NEEDED: [&CStr; 25] = [
     c"cuEventSynchronize",
     c"cuEventDestroy_v2",
     c"cuGetErrorString",
+    c"cuDeviceGetAttribute",
+    c"cuPointerGetAttribute",
+    c"cuModuleLoadDataEx",
+    c"cuModuleGetFunction",
+    c"cuModuleUnload",
+    c"cuLaunchKernel",
+    c"cuMemAddressReserve",
+    c"cuMemAddressFree",
+    c"cuMemCreate",
+    c"cuMemRelease",
+    c"cuMemMap",
+    c"cuMemUnmap",
+    c"cuMemSetAccess",
+    c"cuMemGetAllocationGranularity",
 ];
 
 /// `CU_MEMHOSTREGISTER_PORTABLE` of cuda.h: pinned for every context of the process.
 const PORTABLE: u32 = 1;
+/// `CU_MEMHOSTREGISTER_READ_ONLY`: pages that this process may not write to, such as those of a file.
+const READ_ONLY: u32 = 8;
 /// Batches of fewer copies are made one by one: the driver's batch call pays off from a few on.
 const BATCH_MIN: usize = 4;
 
@@ -66,6 +90,10 @@ type CopyBatch = unsafe extern "C" fn(
     *mut usize,
     sys::CUstream,
 ) -> CUresult;
+
+/// Arenas that are pinned, by address: how often, and by which context, which must not go before they are unpinned. All
+/// contexts of the process know them.
+static PINNED: Mutex<BTreeMap<usize, (usize, Arc<Context>)>> = Mutex::new(BTreeMap::new());
 
 /// What the driver says of a result. Called only once [`NEEDED`] is known to be there.
 fn explain(result: CUresult) -> String {
@@ -138,6 +166,8 @@ struct Context {
     device: sys::CUdevice,
     context: sys::CUcontext,
     copy_batch: Option<CopyBatch>,
+    /// Compiled by the driver when they are first needed.
+    kernels: Mutex<Option<Arc<Kernels>>>,
     /// CUDA does not survive fork(2).
     pid: u32,
 }
@@ -165,7 +195,14 @@ impl CudaDriver {
         let copy_batch =
             unsafe { sys::culib().get::<CopyBatch>(b"cuMemcpyBatchAsync\0") }.ok().map(|symbol| *symbol);
         let pid = std::process::id();
-        Ok(CudaDriver(Arc::new(Context { ordinal, device, context, copy_batch, pid })))
+        Ok(CudaDriver(Arc::new(Context {
+            ordinal,
+            device,
+            context,
+            copy_batch,
+            kernels: Mutex::new(None),
+            pid,
+        })))
     }
 }
 
@@ -185,15 +222,76 @@ impl Context {
             format!("enter the context of cuda:{}", self.ordinal)
         })
     }
+
+    fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<c_int> {
+        let mut value: c_int = 0;
+        // SAFETY: `value` is valid for writes; the device was given by the driver.
+        let result = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.device) };
+        check(result, || format!("ask what cuda:{} can do", self.ordinal))?;
+        Ok(value)
+    }
+}
+
+/// One attribute of an address. `T` is the type that cuda.h names for it.
+fn pointer_attribute<T: Default>(attribute: sys::CUpointer_attribute, address: u64) -> Result<T> {
+    let mut value = T::default();
+    // SAFETY: `value` is valid for writes and of the attribute's own type; any address may be asked about.
+    let result = unsafe { sys::cuPointerGetAttribute((&raw mut value).cast::<c_void>(), attribute, address) };
+    check(result, || format!("look at device address {address:#x}"))?;
+    Ok(value)
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
         if std::process::id() == self.pid {
+            let kernels = self.kernels.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(kernels) = kernels
+                && self.enter().is_ok()
+            {
+                kernels.unload();
+            }
             // SAFETY: retained once in `open`, released once here; streams and their events hold an Arc of this.
             unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
         }
     }
+}
+
+impl CudaDriver {
+    /// Copies `len` bytes on the device `times` times, and says how long that took: a ceiling to compare with. Both ranges must
+    /// be memory of this device.
+    pub fn time_device_copy(&self, from: u64, to: u64, len: u64, times: u32) -> Result<Duration> {
+        self.check_range(from, len)?;
+        self.check_range(to, len)?;
+        if from.abs_diff(to) < len {
+            return Err(Error::new(ErrorKind::Invalid, "copy a range to itself"));
+        }
+        let mut stream = std::ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: `stream` is valid for writes; it is destroyed below.
+        check(unsafe { sys::cuStreamCreate(&mut stream, flags) }, || "make a stream".into())?;
+        let mut failed = None;
+        let mut took = Duration::ZERO;
+        // The first time warms up.
+        for times in [1, times] {
+            let started = Instant::now();
+            for _ in 0..times {
+                // SAFETY: both ranges were found to be memory of this device and not to overlap; the caller keeps it.
+                let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, size(len), stream) };
+                failed = failed.or(check(result, || format!("copy {len} bytes on the device")).err());
+            }
+            // SAFETY: the stream is alive.
+            let result = unsafe { sys::cuStreamSynchronize(stream) };
+            failed = failed.or(check(result, || "wait for copies on the device".into()).err());
+            took = started.elapsed();
+        }
+        // SAFETY: made above, destroyed once.
+        unsafe { sys::cuStreamDestroy_v2(stream) };
+        failed.map_or(Ok(took), Err)
+    }
+}
+
+fn size(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
 }
 
 impl Driver for CudaDriver {
@@ -236,6 +334,11 @@ impl Driver for CudaDriver {
 
     fn pin(&self, arena: &Arena) -> Result<()> {
         self.0.enter()?;
+        let mut pinned = PINNED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((count, _)) = pinned.get_mut(&(arena.as_ptr() as usize)) {
+            *count += 1;
+            return Ok(());
+        }
         // SAFETY: the arena's mapping is valid for its length; the caller's lane keeps it until `unpin`. Registering changes
         // no contents.
         let result = unsafe { sys::cuMemHostRegister_v2(arena.as_ptr().cast(), arena.len(), PORTABLE) };
@@ -247,12 +350,25 @@ impl Driver for CudaDriver {
                 Error::new(ErrorKind::OutOfHostMemory, error.to_string()).with_source(error)
             }
             _ => error,
-        })
+        })?;
+        pinned.insert(arena.as_ptr() as usize, (1, self.0.clone()));
+        Ok(())
     }
 
     fn unpin(&self, arena: &Arena) -> Result<()> {
-        self.0.enter()?;
-        // SAFETY: registered by `pin`; no copy uses it, as the trait asks.
+        let address = arena.as_ptr() as usize;
+        let mut pinned = PINNED.lock().unwrap_or_else(PoisonError::into_inner);
+        let context = match pinned.get_mut(&address) {
+            Some((count, _)) if *count > 1 => {
+                *count -= 1;
+                return Ok(());
+            }
+            Some((_, context)) => context.clone(),
+            None => return Err(Error::new(ErrorKind::Invalid, "unpin an arena that is not pinned")),
+        };
+        context.enter()?;
+        pinned.remove(&address);
+        // SAFETY: registered by `pin` with this context; nobody else pinned it, and no copy uses it, as the trait asks.
         let result = unsafe { sys::cuMemHostUnregister(arena.as_ptr().cast()) };
         check(result, || format!("unpin {} bytes of host memory", arena.len()))
     }
@@ -260,9 +376,8 @@ impl Driver for CudaDriver {
     fn alloc(&self, len: u64) -> Result<u64> {
         self.0.enter()?;
         let mut address = 0;
-        let size = usize::try_from(len).unwrap_or(usize::MAX);
         // SAFETY: `address` is valid for writes; a context is current.
-        let result = unsafe { sys::cuMemAlloc_v2(&mut address, size) };
+        let result = unsafe { sys::cuMemAlloc_v2(&mut address, size(len)) };
         check(result, || {
             let free = self.info().map_or(0, |info| info.free_bytes);
             format!("allocate {len} bytes on cuda:{}, which has {free} free", self.0.ordinal)
@@ -291,6 +406,106 @@ impl Driver for CudaDriver {
             events: Vec::new(),
         }))
     }
+
+    fn enter(&self) -> Result<()> {
+        self.0.enter()
+    }
+
+    fn copy_within(&self, moves: &[DeviceCopy]) -> Result<()> {
+        self.0.enter()?;
+        let mut stream = std::ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: `stream` is valid for writes; it is destroyed by `Once`.
+        check(unsafe { sys::cuStreamCreate(&mut stream, flags) }, || "make a copy stream".into())?;
+        Once(stream).copy(moves)
+    }
+
+    fn check_range(&self, address: u64, len: u64) -> Result<()> {
+        use sys::CUpointer_attribute as Attribute;
+        self.0.enter()?;
+        let no_memory = |at: u64| {
+            let context = format!(
+                "{len} bytes at {address:#x}: there is no memory of cuda:{} at {at:#x}",
+                self.0.ordinal
+            );
+            Error::new(ErrorKind::Invalid, context)
+        };
+        let end = address.checked_add(len).ok_or_else(|| no_memory(address))?;
+        let mut at = address;
+        while at < end {
+            let failed = |error: Error| no_memory(at).with_source(error);
+            let kind: u32 =
+                pointer_attribute(Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, at).map_err(failed)?;
+            let ordinal: c_int =
+                pointer_attribute(Attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, at).map_err(failed)?;
+            if kind != sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32 || ordinal != self.0.device {
+                return Err(no_memory(at));
+            }
+            let start: u64 =
+                pointer_attribute(Attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, at).map_err(failed)?;
+            let size: usize =
+                pointer_attribute(Attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE, at).map_err(failed)?;
+            // A tensor may lie in several allocations that are neighbours, as those of virtual memory are.
+            let next = start.saturating_add(size as u64);
+            if next <= at {
+                return Err(no_memory(at));
+            }
+            at = next;
+        }
+        Ok(())
+    }
+
+    fn pin_mapped(&self, mapping: &Mapping, offset: u64, len: usize) -> Result<()> {
+        mapping.check(offset, len)?;
+        self.0.enter()?;
+        let supported = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED;
+        if self.0.attribute(supported)? == 0 {
+            let context = format!("cuda:{} cannot pin memory that is only read", self.0.ordinal);
+            return Err(Error::new(ErrorKind::Unsupported, context));
+        }
+        let address = (mapping.address() + offset) as *mut c_void;
+        // SAFETY: the range is whole pages of the mapping (checked), which the piece that is made of this keeps until it was
+        // unpinned. The pages are only read, by the device.
+        let result = unsafe { sys::cuMemHostRegister_v2(address, len, PORTABLE | READ_ONLY) };
+        check(result, || format!("pin {len} bytes of a file for cuda:{}{}", self.0.ordinal, memlock_hint()))
+    }
+
+    fn unpin_mapped(&self, mapping: &Mapping, offset: u64, len: usize) -> Result<()> {
+        self.0.enter()?;
+        let address = (mapping.address() + offset) as *mut c_void;
+        // SAFETY: registered by `pin_mapped`; no copy uses it, as the trait asks.
+        check(unsafe { sys::cuMemHostUnregister(address) }, || format!("unpin {len} bytes of a file"))
+    }
+
+    fn virtual_memory(&self) -> Option<&dyn VirtualMemory> {
+        let supported = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
+        match self.0.attribute(supported) {
+            Ok(value) if value != 0 => Some(self),
+            _ => None,
+        }
+    }
+}
+
+/// A stream of its own for a few copies, waited for when it goes.
+struct Once(sys::CUstream);
+
+impl Once {
+    fn copy(&self, moves: &[DeviceCopy]) -> Result<()> {
+        for one in moves {
+            // SAFETY: the driver refuses addresses that are not allocated; the stream is alive.
+            let result = unsafe { sys::cuMemcpyDtoDAsync_v2(one.to, one.from, one.len as usize, self.0) };
+            check(result, || format!("copy {} bytes on the device to {:#x}", one.len, one.to))?;
+        }
+        // SAFETY: the stream is alive.
+        check(unsafe { sys::cuStreamSynchronize(self.0) }, || "wait for copies on the device".into())
+    }
+}
+
+impl Drop for Once {
+    fn drop(&mut self) {
+        // SAFETY: made in `copy_within`, destroyed once; what it still runs ends by itself, in memory of the device.
+        unsafe { sys::cuStreamDestroy_v2(self.0) };
+    }
 }
 
 /// RLIMIT_MEMLOCK, where there is a limit: drivers differ in whether they heed it.
@@ -309,8 +524,8 @@ struct CudaStream {
     cuda: Arc<Context>,
     stream: sys::CUstream,
     copy_batch: Option<CopyBatch>,
-    /// Batches in order, each with the event after its last copy.
-    running: VecDeque<(Batch, sys::CUevent)>,
+    /// Batches in order, each with the event after its last copy; moves have no batch.
+    running: VecDeque<(Option<Batch>, sys::CUevent)>,
     /// Events to use again.
     events: Vec<sys::CUevent>,
 }
@@ -335,7 +550,8 @@ impl CudaStream {
     /// Puts the batch's copies into the stream, and an event behind them.
     fn issue(&mut self, batch: &mut Batch, event: sys::CUevent) -> Result<()> {
         let direction = batch.direction;
-        let hosts: Vec<u64> = batch.buffers.iter_mut().map(|buffer| buffer.as_mut_ptr() as u64).collect();
+        let owned = batch.buffers.iter_mut().map(|buffer| buffer.as_mut_ptr() as u64);
+        let hosts: Vec<u64> = owned.chain(batch.lent.iter().map(super::Lent::address)).collect();
         let host = |part: &super::Part| hosts[part.buffer as usize] + part.offset as u64;
         let batched = match self.copy_batch {
             Some(function) if batch.parts.len() >= BATCH_MIN => self.issue_batch(function, batch, &host)?,
@@ -344,8 +560,8 @@ impl CudaStream {
         if !batched {
             for part in &batch.parts {
                 let result = match direction {
-                    // SAFETY: `check` found the part inside its buffer, which the stream keeps until the event behind this
-                    // copy has happened; the driver refuses device addresses that are not allocated.
+                    // SAFETY: `check` found the part inside its buffer or what was lent, which the stream keeps until the event
+                    // behind this copy has happened; the driver refuses device addresses that are not allocated.
                     Direction::ToDevice => unsafe {
                         sys::cuMemcpyHtoDAsync_v2(part.device, host(part) as *const _, part.len, self.stream)
                     },
@@ -433,10 +649,11 @@ impl Stream for CudaStream {
             // Some of its copies may run.
             if !self.drained() {
                 std::mem::forget(std::mem::take(&mut batch.buffers));
+                std::mem::forget(std::mem::take(&mut batch.lent));
             }
             return Err(Refused { batch, error });
         }
-        self.running.push_back((batch, event));
+        self.running.push_back((Some(batch), event));
         Ok(())
     }
 
@@ -457,7 +674,7 @@ impl Stream for CudaStream {
             if let Some((batch, event)) = self.running.pop_front() {
                 self.events.push(event);
                 count += 1;
-                each(batch);
+                batch.into_iter().for_each(&mut *each);
             }
         }
         Ok(count)
@@ -465,6 +682,28 @@ impl Stream for CudaStream {
 
     fn in_flight(&self) -> usize {
         self.running.len()
+    }
+
+    fn shuffle(&mut self, job: &Arc<Move>) -> Result<()> {
+        self.cuda.enter()?;
+        let kernels = self.cuda.kernels()?;
+        let event = self.event()?;
+        let started = kernels.start(job, self.stream).and_then(|()| {
+            // SAFETY: both handles are ours and alive.
+            check(unsafe { sys::cuEventRecord(event, self.stream) }, || "record an event".into())
+        });
+        match started {
+            Ok(()) => self.running.push_back((None, event)),
+            Err(_) => self.events.push(event),
+        }
+        started
+    }
+
+    fn finish(&mut self, each: &mut dyn FnMut(Batch)) -> Result<()> {
+        while !self.running.is_empty() {
+            self.reap(true, each)?;
+        }
+        Ok(())
     }
 }
 

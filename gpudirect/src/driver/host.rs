@@ -1,97 +1,16 @@
 //! The machine's own memory as a device: for loads without a GPU, and so that everything above runs in any test.
 //!
-//! Copies run on a thread of the stream, in order, as a GPU's copy engine does them beside the I/O.
+//! Copies run on a thread of the stream, in order, as a GPU's copy engine does them beside the I/O. Files in the page cache are
+//! not read through a mapping: a file that is truncated would end the process, since here it is the processor that reads.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use nvme::{Arena, ArenaOptions, Buffer};
+use nvme::Arena;
 
-use super::{Batch, DeviceInfo, Direction, Driver, Part, Stream};
-use crate::driver::copier::Copier;
+use super::copier::{Copier, Work};
+use super::memory::{GRANULARITY, Memory};
+use super::{DeviceCopy, DeviceInfo, Driver, Stream, VirtualMemory};
 use crate::error::{Error, ErrorKind, Result};
-
-/// Memory by address. Each block is one mapping of huge pages where there are any.
-#[derive(Debug, Default)]
-pub(super) struct Memory {
-    blocks: Mutex<BTreeMap<u64, Block>>,
-}
-
-#[derive(Clone, Debug)]
-struct Block {
-    len: u64,
-    bytes: Arc<Mutex<Buffer>>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Memory {
-    /// Takes a block, filled with `poison` where one is given.
-    pub(super) fn alloc(&self, len: u64, poison: Option<u8>) -> Result<u64> {
-        let failed = |error: nvme::Error| {
-            let context = format!("allocate {len} bytes of host memory for tensors");
-            Error::new(ErrorKind::OutOfDeviceMemory, context).with_source(error)
-        };
-        let size = usize::try_from(len).unwrap_or(usize::MAX);
-        let arena =
-            Arena::new(size, ArenaOptions { prefault: false, ..ArenaOptions::default() }).map_err(failed)?;
-        let mut bytes = arena.alloc(size).ok_or_else(|| {
-            failed(nvme::Error::new(nvme::ErrorKind::NoMemory, "an arena smaller than was asked for"))
-        })?;
-        if let Some(poison) = poison {
-            bytes.fill(poison);
-        }
-        let address = bytes.as_ref().as_ptr() as u64;
-        locked(&self.blocks).insert(address, Block { len, bytes: Arc::new(Mutex::new(bytes)) });
-        Ok(address)
-    }
-
-    /// Gives a block back.
-    pub(super) fn free(&self, address: u64) -> Result<u64> {
-        let block = locked(&self.blocks).remove(&address);
-        block.map(|block| block.len).ok_or_else(|| {
-            let context = format!("free memory at {address:#x}: nothing is allocated there (freed twice?)");
-            Error::new(ErrorKind::Invalid, context)
-        })
-    }
-
-    /// Blocks that were not given back, and their bytes.
-    pub(super) fn held(&self) -> (usize, u64) {
-        let blocks = locked(&self.blocks);
-        (blocks.len(), blocks.values().map(|block| block.len).sum())
-    }
-
-    /// Carries a batch out.
-    pub(super) fn copy(&self, batch: &mut Batch) -> Result<()> {
-        for part in &batch.parts {
-            let (block, start) = self.find(part)?;
-            let mut bytes = locked(&block);
-            let device = &mut bytes[start..start + part.len];
-            let host = &mut batch.buffers[part.buffer as usize][part.offset..part.offset + part.len];
-            match batch.direction {
-                Direction::ToDevice => device.copy_from_slice(host),
-                Direction::ToHost => host.copy_from_slice(device),
-            }
-        }
-        Ok(())
-    }
-
-    fn find(&self, part: &Part) -> Result<(Arc<Mutex<Buffer>>, usize)> {
-        let blocks = locked(&self.blocks);
-        let found = blocks.range(..=part.device).next_back().and_then(|(address, block)| {
-            let start = part.device - address;
-            let end = start.checked_add(part.len as u64)?;
-            (end <= block.len).then(|| (block.bytes.clone(), start as usize))
-        });
-        found.ok_or_else(|| {
-            let context =
-                format!("copy {} bytes at {:#x}, which is outside every allocation", part.len, part.device);
-            Error::new(ErrorKind::Device, context)
-        })
-    }
-}
 
 /// The machine's memory.
 #[derive(Debug, Default)]
@@ -103,6 +22,16 @@ impl HostDriver {
     /// Opens it.
     pub fn new() -> HostDriver {
         HostDriver::default()
+    }
+
+    /// The kernel would promise more than there is, and end some process for it later.
+    fn check_free(&self, len: u64) -> Result<()> {
+        let free = self.info()?.free_bytes;
+        if free > 0 && len > free {
+            let context = format!("allocate {len} bytes of host memory for tensors: {free} are available");
+            return Err(Error::new(ErrorKind::OutOfDeviceMemory, context));
+        }
+        Ok(())
     }
 }
 
@@ -132,12 +61,7 @@ impl Driver for HostDriver {
     }
 
     fn alloc(&self, len: u64) -> Result<u64> {
-        let free = self.info()?.free_bytes;
-        // The kernel would promise more than there is, and end some process for it later.
-        if free > 0 && len > free {
-            let context = format!("allocate {len} bytes of host memory for tensors: {free} are available");
-            return Err(Error::new(ErrorKind::OutOfDeviceMemory, context));
-        }
+        self.check_free(len)?;
         self.memory.alloc(len, None)
     }
 
@@ -147,6 +71,55 @@ impl Driver for HostDriver {
 
     fn stream(&self) -> Result<Box<dyn Stream>> {
         let memory = self.memory.clone();
-        Ok(Box::new(Copier::start(0, move |batch| memory.copy(batch))?))
+        let unmapped = |_: &_, _, _: &mut [u8]| {
+            Err(Error::new(ErrorKind::Unsupported, "host memory reads no mapped files"))
+        };
+        Ok(Box::new(Copier::start(0, move |work| match work {
+            Work::Copy(batch) => memory.copy(batch, &unmapped),
+            Work::Move(job) => memory.shuffle(job),
+        })?))
+    }
+
+    fn copy_within(&self, moves: &[DeviceCopy]) -> Result<()> {
+        self.memory.copy_within(moves)
+    }
+
+    fn check_range(&self, address: u64, len: u64) -> Result<()> {
+        self.memory.check_range(address, len)
+    }
+
+    fn virtual_memory(&self) -> Option<&dyn VirtualMemory> {
+        Some(self)
+    }
+}
+
+impl VirtualMemory for HostDriver {
+    fn granularity(&self) -> Result<u64> {
+        Ok(GRANULARITY)
+    }
+
+    fn reserve(&self, len: u64) -> Result<u64> {
+        self.memory.reserve(len)
+    }
+
+    fn unreserve(&self, address: u64, len: u64) -> Result<()> {
+        self.memory.unreserve(address, len)
+    }
+
+    fn create(&self, len: u64) -> Result<u64> {
+        self.check_free(len)?;
+        self.memory.create(len)
+    }
+
+    fn release(&self, physical: u64) -> Result<()> {
+        self.memory.release(physical)
+    }
+
+    fn map(&self, address: u64, len: u64, physical: u64) -> Result<()> {
+        self.memory.map(address, len, physical, None)
+    }
+
+    fn unmap(&self, address: u64, len: u64) -> Result<()> {
+        self.memory.unmap(address, len)
     }
 }

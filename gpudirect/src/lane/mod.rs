@@ -5,11 +5,16 @@
 //! pieces -> SQEs (O_DIRECT, registered buffers) -> checked -> batches on a copy stream -> buffers free again
 //! ```
 //!
+//! What lies in memory already may go without a read and without the ring: pages of a pool's RAM tier
+//! ([`Lane::use_tier`]), and files in the page cache ([`CachedMode::Map`]).
+//!
 //! The ring is one arena of huge pages, known to io_uring (its pages are pinned once) and to the device (so that copies
 //! need no staging). A buffer is the drive's, then this thread's, then the copy engine's: ownership says whose turn it is.
 
-mod pieces;
+mod lend;
+pub(crate) mod pieces;
 mod read;
+mod tier;
 pub(crate) mod write;
 
 use std::sync::Arc;
@@ -17,11 +22,26 @@ use std::time::{Duration, Instant};
 
 use nvme::{Arena, ArenaOptions, Backend, Buffer, Queue};
 
+use crate::autotune::Origin;
 use crate::driver::{Batch, Direction, Driver, Part, Refused, Stream};
 use crate::error::{Error, ErrorKind, Result};
 
 pub use pieces::Run;
 pub(crate) use read::Transfer;
+pub use tier::PinnedTier;
+
+/// How files are read that are in memory already (page cache, tmpfs).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum CachedMode {
+    /// The one that is faster as far as was measured: [`CachedMode::Copy`].
+    #[default]
+    Auto,
+    /// The device reads the page cache: the file is mapped, and pinned piece by piece by several threads. A file whose pages
+    /// cannot be pinned, or whose checksums are compared, is copied.
+    Map,
+    /// Threads copy them into the ring.
+    Copy,
+}
 
 /// Settings of a [`Lane`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,10 +58,24 @@ pub struct LaneOptions {
     pub gap: u64,
     /// How long one read or write may take. Default: 30 s.
     pub io_deadline: Duration,
-    /// Threads that read what is in memory already (page cache, tmpfs). Default: as many as there are cores, at most 16.
+    /// Threads that read what is in memory already (page cache, tmpfs). Default: as many as there are cores for this process
+    /// (its affinity and cgroup limits count), at most 32: more than the bus takes.
     pub threads: u32,
     /// Who executes reads and writes. Default: io_uring, or threads for what is in memory.
     pub backend: Backend,
+    /// Where chunk, depth and threads come from, for reports.
+    pub origin: Origin,
+    /// How files are read that are in memory already.
+    pub cached: CachedMode,
+    /// Bytes of a mapped file that are pinned by one call, a multiple of 4096. Default: 32 MiB.
+    pub map_piece: usize,
+    /// Bytes of mapped files that are pinned at once. Default: 1 GiB.
+    pub map_limit: usize,
+}
+
+/// The cores that this process may use.
+pub(crate) fn cores() -> u32 {
+    std::thread::available_parallelism().map_or(2, |n| n.get()).min(1024) as u32
 }
 
 impl Default for LaneOptions {
@@ -53,8 +87,12 @@ impl Default for LaneOptions {
             copy_unit: 8 << 20,
             gap: 64 << 10,
             io_deadline: Duration::from_secs(30),
-            threads: std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, 16) as u32,
+            threads: cores().clamp(2, 32),
             backend: Backend::Auto,
+            origin: Origin::Default,
+            cached: CachedMode::Auto,
+            map_piece: 32 << 20,
+            map_limit: 1 << 30,
         }
     }
 }
@@ -65,6 +103,8 @@ pub struct Lane {
     options: LaneOptions,
     arena: Arena,
     pinned: bool,
+    /// RAM tiers whose pages are copied from where they are.
+    tiers: Vec<Arc<PinnedTier>>,
     setup: Duration,
 }
 
@@ -72,21 +112,17 @@ impl Lane {
     /// Takes and pins the ring.
     pub fn new(driver: Arc<dyn Driver>, options: LaneOptions) -> Result<Lane> {
         let started = Instant::now();
-        let LaneOptions { chunk, ring, depth, .. } = options;
-        if !chunk.is_power_of_two() || !((64 << 10)..=(64 << 20)).contains(&chunk) {
-            let context =
-                format!("a chunk of {chunk} bytes: it must be a power of two from 64 KiB to 64 MiB");
-            return Err(Error::new(ErrorKind::Invalid, context));
-        }
-        if ring < 4 * chunk || depth == 0 || depth > nvme::queue::DEPTH_MAX {
-            let context = format!(
-                "a ring of {ring} bytes and a depth of {depth}: at least four chunks and 1 are needed"
-            );
-            return Err(Error::new(ErrorKind::Invalid, context));
-        }
-        let arena = Arena::new(ring, ArenaOptions::default())?;
+        check(&options, options.ring)?;
+        let arena = Arena::new(options.ring, ArenaOptions::default())?;
         driver.pin(&arena)?;
-        Ok(Lane { driver, options, arena, pinned: true, setup: started.elapsed() })
+        Ok(Lane { driver, options, arena, pinned: true, tiers: Vec::new(), setup: started.elapsed() })
+    }
+
+    /// Other settings for what comes next; the ring stays as it is.
+    pub fn adjust(&mut self, options: LaneOptions) -> Result<()> {
+        check(&options, self.arena.len())?;
+        self.options = LaneOptions { ring: self.options.ring, ..options };
+        Ok(())
     }
 
     /// The device.
@@ -141,6 +177,7 @@ impl Lane {
             let batch = Batch {
                 direction: Direction::ToHost,
                 buffers: buffer.take().into_iter().collect(),
+                lent: Vec::new(),
                 parts: vec![one],
                 tag: 0,
             };
@@ -154,9 +191,33 @@ impl Lane {
         Ok(())
     }
 
+    /// Copies bytes of host memory to the device: for self-tests, not for speed.
+    pub fn write_device(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        let mut stream = self.driver.stream()?;
+        let len = self.options.chunk;
+        let mut buffer =
+            Some(self.arena.alloc(len).ok_or_else(|| Error::new(ErrorKind::Invalid, "the ring is in use"))?);
+        for (i, part) in bytes.chunks(len).enumerate() {
+            let Some(mut one) = buffer.take() else {
+                return Err(Error::new(ErrorKind::Device, "a copy did not end"));
+            };
+            one[..part.len()].copy_from_slice(part);
+            let place = Part { buffer: 0, offset: 0, device: address + (i * len) as u64, len: part.len() };
+            let batch = Batch { buffers: vec![one], parts: vec![place], ..Batch::new(Direction::ToDevice) };
+            stream.copy(batch).map_err(|refused| refused.error)?;
+            stream.reap(true, &mut |mut batch| buffer = batch.buffers.pop())?;
+        }
+        Ok(())
+    }
+
     /// Copies the ring to the device again and again for about `time`, and says how fast that was, bytes per second: the
     /// ceiling of the bus, measured now with this lane's own settings.
     pub fn copy_ceiling(&self, time: Duration) -> Result<f64> {
+        self.copy_ceiling_of(Direction::ToDevice, time)
+    }
+
+    /// As [`copy_ceiling`](Self::copy_ceiling), in either direction.
+    pub fn copy_ceiling_of(&self, direction: Direction, time: Duration) -> Result<f64> {
         let len = self.options.chunk;
         let mut free = self.buffers(len)?;
         let room = crate::driver::DeviceMemory::new(&self.driver, len as u64 * free.len() as u64)?;
@@ -176,12 +237,8 @@ impl Lane {
             while let Some(buffer) = free.pop() {
                 let part = Part { buffer: 0, offset: 0, device: room.address() + place, len };
                 place = (place + len as u64) % room.len();
-                let batch = Batch {
-                    direction: Direction::ToDevice,
-                    buffers: vec![buffer],
-                    parts: vec![part],
-                    tag: 0,
-                };
+                let batch =
+                    Batch { direction, buffers: vec![buffer], lent: Vec::new(), parts: vec![part], tag: 0 };
                 stream.copy(batch).map_err(|refused| refused.error)?;
             }
             stream.reap(true, &mut |mut batch| {
@@ -214,6 +271,25 @@ impl std::fmt::Debug for Lane {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Lane").field("driver", &self.driver).field("options", &self.options).finish()
     }
+}
+
+/// Refuses settings that cannot work.
+fn check(options: &LaneOptions, ring: usize) -> Result<()> {
+    let LaneOptions { chunk, depth, .. } = *options;
+    if !chunk.is_power_of_two() || !((64 << 10)..=(64 << 20)).contains(&chunk) {
+        let context = format!("a chunk of {chunk} bytes: it must be a power of two from 64 KiB to 64 MiB");
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    if ring < 4 * chunk || depth == 0 || depth > nvme::queue::DEPTH_MAX {
+        let context =
+            format!("a ring of {ring} bytes and a depth of {depth}: at least four chunks and 1 are needed");
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    if options.map_piece == 0 || !options.map_piece.is_multiple_of(4096) {
+        let context = format!("pieces of mapped files of {} bytes: no multiple of 4096", options.map_piece);
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    Ok(())
 }
 
 /// Starts a batch; what was refused gives its buffers to `free`.

@@ -32,7 +32,7 @@ pub struct Run {
 
 /// A copy out of a piece's buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct PiecePart {
+pub(crate) struct PiecePart {
     pub offset: u32,
     pub len: u32,
     pub device: u64,
@@ -40,7 +40,7 @@ pub(super) struct PiecePart {
 
 /// One read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Piece {
+pub(crate) struct Piece {
     pub source: u32,
     /// Which of the source's extents; `None`: a hole, nothing is read.
     pub stored: Option<u32>,
@@ -62,7 +62,7 @@ pub(super) struct Piece {
 
 /// All reads of a load.
 #[derive(Debug, Default)]
-pub(super) struct Pieces {
+pub(crate) struct Pieces {
     pub order: Vec<Piece>,
     pub parts: Vec<PiecePart>,
     /// Bytes that a buffer must hold.
@@ -73,30 +73,61 @@ pub(super) struct Pieces {
     pub copy_bytes: u64,
 }
 
+impl Pieces {
+    /// Adds reads that were planned later.
+    pub fn append(&mut self, mut other: Pieces) {
+        let first = self.parts.len();
+        for piece in &mut other.order {
+            piece.parts = piece.parts.start + first..piece.parts.end + first;
+        }
+        self.order.append(&mut other.order);
+        self.parts.append(&mut other.parts);
+        self.read_bytes += other.read_bytes;
+        self.copy_bytes += other.copy_bytes;
+    }
+}
+
+/// What is wanted, source by source and in order. Refuses runs that share bytes or leave their source.
+pub(super) fn by_source(sources: &[Source], runs: &[Run]) -> Result<Vec<(u32, Vec<Run>)>> {
+    let mut sorted: Vec<Run> = runs.iter().filter(|run| run.len > 0).copied().collect();
+    sorted.sort_by_key(|run| (run.source, run.offset));
+    let mut groups = Vec::new();
+    for list in sorted.chunk_by(|a, b| a.source == b.source) {
+        let index = list[0].source;
+        let source = sources.get(index as usize).ok_or_else(|| {
+            let context = format!("a run of source {index}, of which there are {}", sources.len());
+            Error::new(ErrorKind::Invalid, context)
+        })?;
+        for pair in list.windows(2) {
+            if pair[0].offset.saturating_add(pair[0].len) > pair[1].offset {
+                let context = format!("two tensors share bytes at {} of {}", pair[1].offset, source.name());
+                return Err(Error::new(ErrorKind::Invalid, context));
+            }
+        }
+        let last = list.last().map_or(0, |run| run.offset.saturating_add(run.len));
+        if last > source.len() {
+            let context = format!("{} ends at {}, before {last}", source.name(), source.len());
+            return Err(Error::new(ErrorKind::Changed, context));
+        }
+        groups.push((index, list.to_vec()));
+    }
+    Ok(groups)
+}
+
 /// Cuts up what is wanted. `chunk`: bytes of a read, a power of two of at least 64 KiB; `gap`: bytes between two runs that are
 /// read along.
-pub(super) fn plan(sources: &[Source], runs: &[Run], chunk: usize, gap: u64) -> Result<Pieces> {
+pub(crate) fn plan(sources: &[Source], runs: &[Run], chunk: usize, gap: u64) -> Result<Pieces> {
     let mut pieces = Pieces::default();
-    let mut sorted: Vec<&Run> = runs.iter().filter(|run| run.len > 0).collect();
-    sorted.sort_by_key(|run| (run.source, run.offset));
     let mut groups: Vec<(u64, VecDeque<Piece>)> = Vec::new();
-    let mut start = 0;
-    while start < sorted.len() {
-        let index = sorted[start].source;
-        let end = start + sorted[start..].iter().take_while(|run| run.source == index).count();
-        let source = sources.get(index as usize).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Invalid,
-                format!("a run of source {index}, of which there are {}", sources.len()),
-            )
-        })?;
-        for (group, piece) in of_source(source, index, &sorted[start..end], chunk, gap, &mut pieces)? {
+    for (index, list) in by_source(sources, runs)? {
+        let source = &sources[index as usize];
+        let list: Vec<&Run> = list.iter().collect();
+        for (group, piece) in of_source(source, index, &list, chunk, gap, &mut pieces) {
             match groups.iter_mut().find(|(other, _)| *other == group) {
                 Some((_, list)) => list.push_back(piece),
                 None => groups.push((group, VecDeque::from([piece]))),
             }
         }
-        start = end;
     }
     // Drives in turn, each in its own order.
     while !groups.is_empty() {
@@ -115,19 +146,8 @@ fn of_source(
     chunk: usize,
     gap: u64,
     pieces: &mut Pieces,
-) -> Result<Vec<(u64, Piece)>> {
+) -> Vec<(u64, Piece)> {
     let unit = source.sums.as_ref().map_or(1, |sums| sums.chunk_size.max(1));
-    for pair in runs.windows(2) {
-        if pair[0].offset + pair[0].len > pair[1].offset {
-            let context = format!("two tensors share bytes at {} of {}", pair[1].offset, source.name());
-            return Err(Error::new(ErrorKind::Invalid, context));
-        }
-    }
-    let last = runs.last().map_or(0, |run| run.offset.saturating_add(run.len));
-    if last > source.len() {
-        let context = format!("{} ends at {}, before {last}", source.name(), source.len());
-        return Err(Error::new(ErrorKind::Changed, context));
-    }
     let chunk = (chunk as u64).max(unit.next_power_of_two());
     let mut found = Vec::new();
     let mut next_run = 0;
@@ -145,7 +165,7 @@ fn of_source(
         window(source, index, runs, &mut next_run, start..end, chunk, pieces, &mut found);
         at = until;
     }
-    Ok(found)
+    found
 }
 
 fn end_of(piece: &Piece) -> u64 {

@@ -1,21 +1,34 @@
 //! Source -> ring -> device.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use nvme::{Buffer, Op, Queue, Verb};
 
+use super::lend::{IN_FLIGHT, Loan, Pinned, Pinner};
 use super::pieces::{Piece, Pieces};
-use super::{Busy, Lane, Run, pieces, start};
+use super::{Busy, CachedMode, Lane, LaneOptions, Run, lend, pieces, start, tier};
+use crate::admission::Admission;
 use crate::control::Control;
-use crate::driver::{Batch, Direction, Part, Stream};
+use crate::driver::{Batch, Direction, Lent, Part, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
+
+/// Threads that pin pieces of mapped files: the kernel and the driver lock enough that more do not help.
+const PIN_THREADS: u32 = 8;
+/// How long a piece is waited for before copies are looked at.
+const PIN_WAIT: Duration = Duration::from_micros(500);
+/// The same, while none runs.
+const PIN_WAIT_IDLE: Duration = Duration::from_millis(50);
 
 /// How a transfer went.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Transfer {
     pub bytes: u64,
     pub read_bytes: u64,
+    /// Copied from pages of a RAM tier, and from mapped files: neither read nor copied on the host.
+    pub tier_bytes: u64,
+    pub mapped_bytes: u64,
     pub elapsed: Duration,
     /// While at least one read (or write) was in flight.
     pub io_busy: Duration,
@@ -51,8 +64,21 @@ struct Work<'a> {
     free: Vec<Buffer>,
     ready: Vec<Ready>,
     next: usize,
+    /// Copies that need no read, to be started.
+    loans: VecDeque<Loan>,
+    /// What pins pieces of mapped files.
+    pinner: Option<Pinner>,
+    options: &'a LaneOptions,
     done: u64,
     out: Transfer,
+}
+
+/// What is copied without being read, and what is left to read.
+struct Sorted {
+    read: Vec<Run>,
+    loans: Vec<Loan>,
+    wishes: Vec<lend::Wish>,
+    note: Option<String>,
 }
 
 impl Lane {
@@ -65,17 +91,29 @@ impl Lane {
         control: &mut Control<'_>,
     ) -> Result<Transfer> {
         let started = Instant::now();
-        let pieces = pieces::plan(sources, runs, self.options.chunk, self.options.gap)?;
-        control.check(0, pieces.copy_bytes)?;
-        if pieces.order.is_empty() {
+        let total: u64 = runs.iter().map(|run| run.len).sum();
+        let sorted = self.sort(sources, runs)?;
+        let pieces = pieces::plan(sources, &sorted.read, self.options.chunk, self.options.gap)?;
+        control.check(0, total)?;
+        if total == 0 {
             return Ok(Transfer::default());
         }
-        let used = |i: usize| pieces.order.iter().any(|piece| piece.source as usize == i);
+        let used = |i: usize| runs.iter().any(|run| run.source as usize == i && run.len > 0);
         let cached =
             sources.iter().enumerate().filter(|(i, _)| used(*i)).all(|(_, source)| source.is_cached());
         let queue = self.queue(cached)?;
         let stream = self.driver.stream()?;
         let free = self.buffers(pieces.buffer_len.max(self.options.chunk))?;
+        let options = &self.options;
+        let pinner = match sorted.wishes.is_empty() {
+            true => None,
+            false => Some(Pinner::start(
+                &self.driver,
+                sorted.wishes,
+                options.threads.min(PIN_THREADS),
+                options.map_limit,
+            )?),
+        };
         let mut work = Work {
             sources,
             pieces,
@@ -85,30 +123,73 @@ impl Lane {
             free,
             ready: Vec::new(),
             next: 0,
+            loans: sorted.loans.into(),
+            pinner,
+            options,
             done: 0,
-            out: Transfer::default(),
+            out: Transfer { note: sorted.note, ..Transfer::default() },
         };
-        let result = work.run(self.options.copy_unit, control);
+        let admission = Admission::enter(control.priority);
+        let result = work.run(total, &admission, control);
         // Whatever happened, nothing may be under way when the caller frees the memory on the device.
         let drained = work.drain();
         result.and(drained)?;
-        let Work { mut out, queue, .. } = work;
+        // Unpins.
+        drop(work.pinner.take());
+        let Work { mut out, queue, pieces, .. } = work;
         out.elapsed = started.elapsed();
         out.backend = queue.backend().to_string();
         out.fixed_buffers = queue.has_fixed_buffers();
-        out.note = queue.note().map(str::to_owned);
+        out.read_bytes = pieces.read_bytes;
+        out.note = out.note.or(queue.note().map(str::to_owned));
         Ok(out)
+    }
+
+    /// Takes out of what is wanted what need not be read.
+    fn sort(&self, sources: &[Source], runs: &[Run]) -> Result<Sorted> {
+        let mut sorted = Sorted { read: Vec::new(), loans: Vec::new(), wishes: Vec::new(), note: None };
+        for (index, runs) in pieces::by_source(sources, runs)? {
+            let source = &sources[index as usize];
+            if let Some(lease) = source.lease()
+                && lease.ram_arena().is_some_and(|arena| self.tiers.iter().any(|tier| tier.is(arena)))
+                && let (Some(first), Some(last)) = (runs.first(), runs.last())
+            {
+                let resident = lease.resident(first.offset..last.offset + last.len);
+                tier::split(runs, &resident, &mut sorted.read, &mut sorted.loans);
+                continue;
+            }
+            let mapped = match self.options.cached {
+                CachedMode::Map => source.map(),
+                CachedMode::Auto | CachedMode::Copy => None,
+            };
+            match mapped {
+                Some(Ok(mapping)) => {
+                    let piece = self.options.map_piece as u64;
+                    sorted.wishes.append(&mut lend::wishes(&mapping, runs, piece));
+                }
+                Some(Err(error)) => {
+                    sorted.note = Some(format!("{} is copied by threads: {error}", source.name()));
+                    sorted.read.extend(runs);
+                }
+                None => sorted.read.extend(runs),
+            }
+        }
+        Ok(sorted)
     }
 }
 
 impl Work<'_> {
-    fn run(&mut self, copy_unit: usize, control: &mut Control<'_>) -> Result<()> {
-        let total = self.pieces.copy_bytes;
-        (self.out.bytes, self.out.read_bytes) = (total, self.pieces.read_bytes);
+    fn run(&mut self, total: u64, admission: &Admission, control: &mut Control<'_>) -> Result<()> {
+        let copy_unit = self.options.copy_unit;
+        self.out.bytes = total;
         let (mut io, mut copies) = (Busy::default(), Busy::default());
         while self.done < total {
             control.check(self.done, total)?;
-            self.issue()?;
+            let paused = admission.paused();
+            if !paused {
+                self.issue()?;
+                self.lend()?;
+            }
             self.queue.wait(0)?;
             self.reap_reads()?;
             self.reap_copies(false)?;
@@ -119,18 +200,29 @@ impl Work<'_> {
             }
             let now = Instant::now();
             io.set(self.queue.in_flight() > 0, now);
-            copies.set(self.stream.in_flight() > 0, now);
+            let copying = self.stream.in_flight() > 0;
+            copies.set(copying, now);
             if self.done >= total {
                 break;
             }
             let starved = self.free.is_empty() && self.next < self.pieces.order.len();
-            if self.stream.in_flight() > 0 && (starved || self.queue.in_flight() == 0) {
+            let pinning = self.pinner.as_ref().is_some_and(Pinner::is_working);
+            let few = self.stream.in_flight() < IN_FLIGHT / 2;
+            if pinning && few && self.queue.in_flight() == 0 {
+                // Copies are looked at again soon: they end while pieces come.
+                self.wait_for_pieces(if copying { PIN_WAIT } else { PIN_WAIT_IDLE });
+            } else if self.stream.in_flight() > 0 && (starved || self.queue.in_flight() == 0) {
                 self.reap_copies(true)?;
                 self.out.copy_wait += now.elapsed();
             } else if self.queue.in_flight() > 0 {
                 self.queue.wait(1)?;
                 self.out.io_wait += now.elapsed();
+            } else if paused {
+                admission.wait();
+            } else if self.pinner.as_ref().is_some_and(Pinner::is_open) {
+                self.wait_for_pieces(PIN_WAIT_IDLE);
             } else if self.ready.is_empty()
+                && self.loans.is_empty()
                 && self.next >= self.pieces.order.len()
                 && self.stream.in_flight() == 0
             {
@@ -144,6 +236,50 @@ impl Work<'_> {
         copies.set(false, now);
         (self.out.io_busy, self.out.copy_busy) = (io.total, copies.total);
         control.check(self.done, total)
+    }
+
+    fn wait_for_pieces(&mut self, time: Duration) {
+        let started = Instant::now();
+        if let Some(pinner) = &self.pinner {
+            pinner.wait(time);
+        }
+        self.out.io_wait += started.elapsed();
+    }
+
+    /// Starts copies of what needs no read, about a `copy_unit` to a batch.
+    fn lend(&mut self) -> Result<()> {
+        for result in self.pinner.as_ref().map(Pinner::results).unwrap_or_default() {
+            match result {
+                Pinned::Loans(loans) => self.loans.extend(loans),
+                Pinned::Refused(runs, error) => {
+                    let LaneOptions { chunk, gap, .. } = *self.options;
+                    self.pieces.append(pieces::plan(self.sources, &runs, chunk, gap)?);
+                    self.out
+                        .note
+                        .get_or_insert_with(|| format!("a file in memory is copied by threads: {error}"));
+                }
+            }
+        }
+        while !self.loans.is_empty() && self.stream.in_flight() < IN_FLIGHT {
+            let mut batch = Batch::new(Direction::ToDevice);
+            let (mut bytes, mut tier, mut mapped) = (0, 0, 0);
+            while bytes < self.options.copy_unit {
+                let Some(Loan { lent, offset, device, len }) = self.loans.pop_front() else { break };
+                match &lent {
+                    Lent::Page(_) => tier += len as u64,
+                    Lent::Mapped(_) => mapped += len as u64,
+                }
+                bytes += len;
+                batch.parts.push(Part { buffer: batch.lent.len() as u32, offset, device, len });
+                batch.lent.push(lent);
+            }
+            (self.out.batches, self.out.copies) =
+                (self.out.batches + 1, self.out.copies + batch.parts.len() as u64);
+            (self.out.tier_bytes, self.out.mapped_bytes) =
+                (self.out.tier_bytes + tier, self.out.mapped_bytes + mapped);
+            start(&mut self.stream, batch, &mut self.free)?;
+        }
+        Ok(())
     }
 
     /// Starts reads while there are buffers and room in the queue.
@@ -248,8 +384,7 @@ impl Work<'_> {
     /// Starts copies of what is ready, about `unit` bytes to a batch.
     fn copy(&mut self, unit: usize) -> Result<()> {
         while !self.ready.is_empty() {
-            let mut batch =
-                Batch { direction: Direction::ToDevice, buffers: Vec::new(), parts: Vec::new(), tag: 0 };
+            let mut batch = Batch::new(Direction::ToDevice);
             let mut bytes = 0;
             while bytes < unit {
                 let Some(Ready { piece, buffer }) = self.ready.pop() else { break };
@@ -273,10 +408,13 @@ impl Work<'_> {
     }
 
     fn reap_copies(&mut self, wait: bool) -> Result<()> {
-        let (free, done) = (&mut self.free, &mut self.done);
+        let (free, done, pinner) = (&mut self.free, &mut self.done, &self.pinner);
         self.stream.reap(wait, &mut |mut batch| {
             *done += batch.len();
             free.append(&mut batch.buffers);
+            if let Some(pinner) = pinner {
+                pinner.give_back(std::mem::take(&mut batch.lent));
+            }
         })?;
         Ok(())
     }

@@ -148,7 +148,13 @@ impl Work<'_> {
                 self.ready.push_back((at, buffer));
                 continue;
             }
-            let batch = Batch { direction: Direction::ToHost, buffers: vec![buffer], parts, tag: at };
+            let batch = Batch {
+                direction: Direction::ToHost,
+                buffers: vec![buffer],
+                lent: Vec::new(),
+                parts,
+                tag: at,
+            };
             start(&mut self.stream, batch, &mut self.free)?;
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier};
+use std::time::Duration;
 
 use crate::io::Files;
 use crate::layout;
@@ -56,6 +57,8 @@ pub struct Evidence {
     pub disk: Option<(String, f64, f64)>,
     /// The drive's ceiling.
     pub ceiling: Option<DriveCeiling>,
+    /// Bytes per second of copies to the device (or from it) alone, measured now.
+    pub copies: Option<f64>,
     /// No drive at all (`ioengine=null`).
     pub null: bool,
 }
@@ -67,6 +70,8 @@ pub enum Bound {
     Option,
     /// The drive.
     Drive,
+    /// Copies to or from the device.
+    Device,
     /// Too few operations in flight.
     QueueDepth,
     /// CPU time of submission, completion and the kernel.
@@ -87,6 +92,7 @@ impl Bound {
         match self {
             Bound::Option => "option",
             Bound::Drive => "drive",
+            Bound::Device => "device copies",
             Bound::QueueDepth => "queue depth",
             Bound::Cpu => "cpu",
             Bound::Data => "copy and checksum",
@@ -166,9 +172,24 @@ impl Evidence {
             && !self.memory_answered()
         {
             let (best, how) = (units::binary(ceiling.bandwidth), &ceiling.how);
-            let text =
-                format!("drive: {rate} is {:.0} % of its {best}/s ({how}); {flight}, {busy}", 100.0 * share);
+            let copies = self.copies.map_or(String::new(), |copies| {
+                format!("; copies to or from the device alone reach {}/s", units::binary(copies))
+            });
+            let text = format!(
+                "drive: {rate} is {:.0} % of its {best}/s ({how}); {flight}, {busy}{copies}",
+                100.0 * share
+            );
             return (Bound::Drive, text);
+        }
+        if let Some(copies) = self.copies
+            && self.bandwidth >= REACHED * copies
+        {
+            let text = format!(
+                "copies to or from the device: {rate} is {:.0} % of their {}/s (measured now); {flight}, {busy}",
+                100.0 * self.bandwidth / copies.max(1.0),
+                units::binary(copies)
+            );
+            return (Bound::Device, text);
         }
         if self.data_share >= 0.5 {
             let text = format!(
@@ -310,6 +331,22 @@ pub fn find(
     best
 }
 
+/// Bytes per second of copies between pinned memory and the job's device, for engines that make such copies.
+pub fn find_copies(source: CeilingSource, settings: &Settings) -> Option<f64> {
+    let direction = match settings.engine {
+        EngineKind::Bounce => gpudirect::Direction::ToDevice,
+        EngineKind::VramWrite => gpudirect::Direction::ToHost,
+        _ => return None,
+    };
+    if matches!(source, CeilingSource::Off) {
+        return None;
+    }
+    let driver = crate::io::device::open_driver(settings).ok()?;
+    let options = gpudirect::LaneOptions { ring: 64 << 20, ..gpudirect::LaneOptions::default() };
+    let lane = gpudirect::Lane::new(driver, options).ok()?;
+    lane.copy_ceiling_of(direction, Duration::from_micros(POINT_US)).ok()
+}
+
 /// Bytes per second of a short O_DIRECT run on the file.
 fn measure(
     job: &Settings,
@@ -399,6 +436,12 @@ mod tests {
             text.contains("take 10000 us each") && text.contains("needs 4848 us for each of 32"),
             "{text}"
         );
+        let (kind, text) = bound(|e| (e.ceiling, e.copies) = (None, Some(e.bandwidth * 1.05)));
+        assert_eq!(kind, Bound::Device);
+        assert!(text.contains("95 % of their"), "{text}");
+        let (kind, text) = bound(|e| e.copies = Some(e.bandwidth * 9.0));
+        assert_eq!(kind, Bound::Drive);
+        assert!(text.contains("alone reach"), "{text}");
         assert_eq!(bound(|e| (e.ceiling, e.worker_cpu) = (None, 0.97)).0, Bound::Cpu);
         assert_eq!(bound(|e| (e.ceiling, e.data_share) = (None, 0.7)).0, Bound::Data);
         assert_eq!(bound(|e| e.paused_share = 0.4).0, Bound::Option);

@@ -77,6 +77,20 @@ impl Error {
         Error { kind, context: context.into(), errno: None, source: Some(Box::new(source)) }
     }
 
+    /// A failure of the device, or of what is between it and the drive.
+    pub fn gpu(context: impl Into<String>, source: gpudirect::Error) -> Error {
+        use gpudirect::ErrorKind as K;
+        let kind = match source.kind() {
+            K::NotFound => ErrorKind::NotFound,
+            K::NoSpace => ErrorKind::NoSpace,
+            K::Busy => ErrorKind::Busy,
+            K::Invalid => ErrorKind::Usage,
+            K::NoDriver | K::OldDriver | K::NoDevice | K::Unsupported => ErrorKind::NotSupported,
+            _ => ErrorKind::Io,
+        };
+        Error { kind, context: context.into(), errno: None, source: Some(Box::new(source)) }
+    }
+
     /// The number fio would put into `error`: an errno (EILSEQ for bad data, EIO where none is known).
     pub fn errno(&self) -> i32 {
         let known = match self.kind {

@@ -165,7 +165,8 @@ fn verdicts(source: CeilingSource, run: &RunReport) -> Vec<Verdict> {
         let source = if moved == 0 || run.interrupted { CeilingSource::Off } else { source };
         let target = workers[0].calibration_path();
         let ceiling = ceiling::find(source, settings, target.as_deref(), workers[0].span);
-        let evidence = Evidence::of(&workers, phase, ceiling);
+        let mut evidence = Evidence::of(&workers, phase, ceiling);
+        evidence.copies = ceiling::find_copies(source, settings);
         let (bound, text) = evidence.verdict();
         verdicts.push(Verdict {
             group,

@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use crate::options::{self, Value};
-use crate::settings::Settings;
+use crate::settings::{EngineKind, Pattern, Profile, Settings};
 
 /// When the `eta` line is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -315,9 +315,14 @@ impl Parser {
 
 /// Rules that need more than one option to be seen.
 fn check(job: &mut Settings, read_only: bool) -> Result<(), String> {
-    use crate::settings::{EngineKind, Profile};
     if let Some(profile) = job.profile {
         crate::profile::adjust(job, profile)?;
+    }
+    if job.engine.has_device() {
+        check_device(job)?;
+    } else if job.was_given("device") {
+        let name = job.engine.name();
+        return Err(format!("device= means nothing to ioengine={name}: use bounce, cufile or vram-write"));
     }
     if read_only && job.pattern.write {
         return Err("it writes, and --readonly was given".into());
@@ -360,6 +365,37 @@ fn check(job: &mut Settings, read_only: bool) -> Result<(), String> {
     if job.batch_complete_min > job.iodepth {
         return Err("iodepth_batch_complete_min is larger than iodepth: it would wait for ever".into());
     }
+    Ok(())
+}
+
+/// Engines whose other end is a device.
+fn check_device(job: &mut Settings) -> Result<(), String> {
+    let name = job.engine.name();
+    if job.engine == EngineKind::VramWrite && !job.was_given("rw") {
+        job.pattern = Pattern { read: false, write: true, random: false };
+    }
+    match job.engine {
+        EngineKind::Bounce if job.pattern.write => {
+            return Err("ioengine=bounce only reads: for the way back use ioengine=vram-write".into());
+        }
+        EngineKind::VramWrite if job.pattern.read => {
+            return Err("ioengine=vram-write only writes: for the way there use ioengine=bounce".into());
+        }
+        EngineKind::CuFile if !job.direct && (job.was_given("direct") || job.was_given("buffered")) => {
+            return Err("ioengine=cufile is past the page cache always: leave direct and buffered out".into());
+        }
+        _ => {}
+    }
+    if job.verify.is_some() {
+        return Err(format!(
+            "verify looks at host memory, ioengine={name} moves a device's: `nvtier load --check` compares what is there"
+        ));
+    }
+    if !job.was_given("direct") && !job.was_given("buffered") {
+        job.direct = true;
+    }
+    // What is written is on the device.
+    job.scramble_buffers = false;
     Ok(())
 }
 
@@ -406,7 +442,6 @@ fn expand(value: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::settings::EngineKind;
 
     fn run(args: &[&str]) -> Result<Request, String> {
         let args: Vec<OsString> = args.iter().map(OsString::from).collect();
@@ -475,6 +510,12 @@ mod tests {
             (&["--name=a", "--rw=write", "--readonly"], "--readonly"),
             (&["--name=a", "--ioengine=mmap", "--direct=1"], "mmap"),
             (&["--name=a", "--size=1k"], "smaller than one block"),
+            (&["--name=a", "--device=cpu"], "device= means nothing to ioengine=pread"),
+            (&["--name=a", "--ioengine=bounce", "--rw=write"], "use ioengine=vram-write"),
+            (&["--name=a", "--ioengine=vram-write", "--rw=randrw"], "use ioengine=bounce"),
+            (&["--name=a", "--ioengine=vram-write", "--readonly"], "--readonly"),
+            (&["--name=a", "--ioengine=cufile", "--direct=0"], "leave direct"),
+            (&["--name=a", "--ioengine=bounce", "--verify=crc32c"], "nvtier load --check"),
             (&["-x"], "--name=value"),
             (&[], "no job"),
         ] {

@@ -73,6 +73,12 @@ pub enum EngineKind {
     Pool,
     /// A file on an nvtier mount; refuses any other file.
     Mount,
+    /// Drive, pinned memory, device: as `nvtier load` goes.
+    Bounce,
+    /// NVIDIA's cuFile, past the host.
+    CuFile,
+    /// Device, pinned memory, drive: as `nvtier load --save` goes.
+    VramWrite,
     /// Nothing: what the harness itself costs.
     Null,
 }
@@ -87,8 +93,16 @@ impl EngineKind {
             EngineKind::Mmap => "mmap",
             EngineKind::Pool => "pool",
             EngineKind::Mount => "mount",
+            EngineKind::Bounce => "bounce",
+            EngineKind::CuFile => "cufile",
+            EngineKind::VramWrite => "vram-write",
             EngineKind::Null => "null",
         }
+    }
+
+    /// Whether one end of it is a device's memory.
+    pub fn has_device(self) -> bool {
+        matches!(self, EngineKind::Bounce | EngineKind::CuFile | EngineKind::VramWrite)
     }
 }
 
@@ -215,6 +229,8 @@ pub struct Settings {
     pub hipri: bool,
     /// Pool of `ioengine=pool`.
     pub pool: Option<PathBuf>,
+    /// Device of `ioengine=bounce`, `cufile` and `vram-write`.
+    pub device: String,
     /// RAM tier given to the pool, bytes.
     pub pool_ram_bytes: u64,
     /// Compare the pool's checksums on read.
@@ -291,6 +307,7 @@ impl Default for Settings {
             fixedbufs: true,
             hipri: false,
             pool: None,
+            device: "cuda:0".into(),
             pool_ram_bytes: 256 << 20,
             pool_verify: true,
             unlink: false,

@@ -363,3 +363,91 @@ fn profiles_read_a_checkpoint_and_kv_blocks() {
     assert_eq!(code, 0, "{report}");
     assert!(report["jobs"][0]["read"]["io_bytes"].as_u64().unwrap() >= 4 * (4 << 20));
 }
+
+/// To and from the memory of a device; host memory is one like any other.
+#[test]
+fn bounce_and_vram_write_move_what_they_were_told_to() {
+    for (engine, rw, depth) in [
+        ("bounce", "read", "1"),
+        ("bounce", "randread", "7"),
+        ("vram-write", "write", "1"),
+        ("vram-write", "randwrite", "7"),
+    ] {
+        let scratch = Scratch::new();
+        let engine_arg = format!("--ioengine={engine}");
+        let (rw_arg, depth_arg) = (format!("--rw={rw}"), format!("--iodepth={depth}"));
+        let options = ["--device=cpu", "--bs=64k", "--size=4m", "--end_fsync=1"];
+        let mut args = vec!["--name=a", &engine_arg, &rw_arg, &depth_arg];
+        args.extend(options);
+        let (code, report) = scratch.json(&args);
+        assert_eq!(code, 0, "{engine} {rw}: {report}");
+        let (this, other) = if engine == "bounce" { ("read", "write") } else { ("write", "read") };
+        let job = &report["jobs"][0];
+        assert_eq!((&job[this]["io_bytes"], &job[this]["total_ios"]), (&(4 << 20).into(), &64.into()));
+        assert_eq!((&job[this]["clat_ns"]["N"], &job[other]["total_ios"]), (&64.into(), &0.into()));
+        if engine == "vram-write" {
+            // What is on the device is random, and differs from slot to slot.
+            let bytes = std::fs::read(scratch.path("a.0.0")).unwrap();
+            assert_eq!(bytes.len(), 4 << 20);
+            let blocks: std::collections::HashSet<&[u8]> = bytes.chunks(64 << 10).collect();
+            assert_eq!(blocks.len(), depth.parse::<usize>().unwrap());
+            let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
+            assert!(zeros < bytes.len() / 64, "{zeros} of {} bytes are zero", bytes.len());
+        }
+    }
+}
+
+#[test]
+fn the_last_line_of_a_run_with_a_device_names_what_bound() {
+    let scratch = Scratch::new();
+    for engine in ["bounce", "vram-write"] {
+        let engine = format!("--ioengine={engine}");
+        let mut args: Vec<OsString> = vec![format!("--output={}", scratch.path("report").display()).into()];
+        args.extend(
+            ["--name=a", &engine, "--device=cpu", "--bs=1m", "--size=16m", "--iodepth=8"].map(Into::into),
+        );
+        args.push(format!("--directory={}", scratch.directory.path().display()).into());
+        assert_eq!(bench::run_code(&args), 0);
+        let report = std::fs::read_to_string(scratch.path("report")).unwrap();
+        let last = report.lines().last().unwrap();
+        assert!(last.starts_with("Ceiling: bound by "), "{report}");
+    }
+}
+
+#[test]
+fn a_profile_reads_a_checkpoint_into_a_device() {
+    let scratch = Scratch::new();
+    let header = br#"{"a":{"dtype":"U8","shape":[3000000],"data_offsets":[0,3000000]}}"#;
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend_from_slice(header);
+    file.resize(file.len() + 3_000_000, 7);
+    std::fs::write(scratch.path("m.safetensors"), file).unwrap();
+    let args =
+        ["--name=a", "--profile=model-load", "--ioengine=bounce", "--device=cpu", "--filename=m.safetensors"];
+    let (code, report) = scratch.json(&args);
+    assert_eq!(code, 0, "{report}");
+    assert!(report["jobs"][0]["read"]["io_bytes"].as_u64().unwrap() >= 3_000_000);
+}
+
+#[test]
+fn devices_that_are_not_there_are_refused() {
+    let scratch = Scratch::new();
+    let run = |engine: &str, device: &str| {
+        let (engine, device) = (format!("--ioengine={engine}"), format!("--device={device}"));
+        scratch.run(&["--name=a", &engine, &device, "--bs=64k", "--size=2m"])
+    };
+    assert_eq!(run("bounce", "tpu").0, 2);
+    let (code, report) = run("cufile", "cpu");
+    assert_eq!(code, 7, "{report}");
+    assert!(report.contains("no CUDA device"), "{report}");
+    match gpudirect::driver::open("cuda:0") {
+        Ok(_) => println!("skipped: this machine has CUDA"),
+        Err(_) => {
+            for engine in ["bounce", "cufile", "vram-write"] {
+                let (code, report) = run(engine, "cuda:0");
+                assert_eq!(code, 7, "{report}");
+                assert!(report.contains("CUDA"), "{report}");
+            }
+        }
+    }
+}

@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use engine::{Session, SessionOptions};
+use gpudirect::autotune::{Given, Origin, Tune, Tuner};
+use gpudirect::paths::{self, PathState, Survey};
 use gpudirect::{
-    CachePolicy, Control, Error, ErrorKind, Lane, LaneOptions, Loaded, Plan, PlanOptions, Report,
-    SaveOptions, SaveReport, SaveTensor, Source, Verify,
+    CachePolicy, CachedMode, Control, Error, ErrorKind, Lane, LaneOptions, Loaded, PathChoice, PathOptions,
+    Paths, Plan, PlanOptions, Report, SaveOptions, SaveReport, SaveTensor, Source, Verify,
 };
 use serde_json::json;
 
-use crate::cli::{CacheMode, Global, Load};
+use crate::cli::{CacheMode, CachedHow, Global, Load, PathMode};
 use crate::failure::{Failure, Outcome, code};
 use crate::progress::Progress;
 use crate::{ceiling, interrupt, names, output, size};
@@ -32,6 +34,9 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
             failure.hint("`--device cpu` loads into host memory, without CUDA")
         }
     })?;
+    if args.explain {
+        return explain(global, args, &driver.info().map_err(failure)?);
+    }
     let pool = args.pool.as_deref().map(open_pool).transpose()?;
     let sources = match &pool {
         Some(session) => regions(session, args)?,
@@ -42,15 +47,32 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
     };
     let options = PlanOptions { filters: args.filter.clone(), shard: None };
     let plan = Plan::new(sources, &options).map_err(failure)?;
+    let given =
+        Given { chunk: args.chunk.map(|size| size as usize), depth: args.depth, threads: args.threads };
     let defaults = LaneOptions::default();
     let lane = LaneOptions {
-        chunk: args.chunk.map_or(defaults.chunk, |size| size as usize),
+        chunk: given.chunk.unwrap_or(defaults.chunk),
         ring: args.ring.map_or(defaults.ring, |size| size as usize),
-        depth: args.depth.unwrap_or(defaults.depth),
-        threads: args.threads.unwrap_or(defaults.threads),
+        depth: given.depth.unwrap_or(defaults.depth),
+        threads: given.threads.unwrap_or(defaults.threads),
+        origin: if given == Given::default() { Origin::Default } else { Origin::Given },
+        cached: match args.cached {
+            CachedHow::Auto => CachedMode::Auto,
+            CachedHow::Map => CachedMode::Map,
+            CachedHow::Copy => CachedMode::Copy,
+        },
         ..defaults
     };
     let mut lane = Lane::new(driver, lane).map_err(failure)?;
+    let mut poll = |_: u64, _: u64| !interrupt::requested();
+    let mut control = Control { progress: Some(&mut poll), ..Control::default() };
+    let tune = if args.tune { Tune::Now } else { Tune::FirstUse };
+    let tuned = match args.no_tune {
+        true => None,
+        false => {
+            Tuner::here().settle(&mut lane, plan.sources(), given, tune, &mut control).map_err(failure)?
+        }
+    };
     let total = plan.tensors().iter().map(|tensor| tensor.len).sum();
     let drive = args.pool.as_ref().or(args.paths.first()).and_then(|path| ceiling::of_path(path));
     let mut progress = Progress::new(global, format!("load to {}", args.device), total, drive);
@@ -59,9 +81,11 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
             progress.set(done);
             !interrupt::requested()
         };
-        gpudirect::load(&mut lane, &plan, &mut Control { progress: Some(&mut watch), ..Control::default() })
+        let mut control = Control { progress: Some(&mut watch), ..Control::default() };
+        gpudirect::load_by(&mut lane, &plan, &Paths::here(), &way(args), &mut control)
     };
-    let loaded = loaded.map_err(failure)?;
+    let mut loaded = loaded.map_err(failure)?;
+    loaded.report.notes.extend(tuned);
     progress.finish();
     let checked = if args.check { Some(check(&lane, &plan, &loaded, pool.as_ref())?) } else { None };
     let saved = args.save.as_deref().map(|path| save(global, &mut lane, &loaded, path)).transpose()?;
@@ -87,6 +111,69 @@ struct Ceilings {
     copy: Option<f64>,
     /// The drive's, as it was measured by the demo or the benchmark last.
     drive: Option<f64>,
+}
+
+fn way(args: &Load) -> PathOptions {
+    let choice = match args.path {
+        PathMode::Auto => PathChoice::Auto,
+        PathMode::Bounce => PathChoice::Bounce,
+        PathMode::Cufile => PathChoice::CuFile,
+    };
+    PathOptions { choice, retest: args.retest, ..PathOptions::default() }
+}
+
+/// Says which ways there are, and loads nothing.
+fn explain(global: &Global, args: &Load, device: &gpudirect::DeviceInfo) -> Outcome {
+    let place = args.pool.as_ref().unwrap_or(&args.paths[0]);
+    std::fs::metadata(place).map_err(|error| Failure::io(format!("look at {}", place.display()), &error))?;
+    let survey = paths::survey(device, place);
+    if global.json {
+        return output::json(&json!(survey));
+    }
+    let mut text = describe_survey(&survey);
+    if args.pool.is_some() && !args.no_verify {
+        text.push_str("\nThe pool's checksums are compared on the way (no --no-verify): by bounce, whatever else is usable.");
+    }
+    output::line(&text)
+}
+
+fn describe_survey(survey: &Survey) -> String {
+    let Survey { device, place, cufile, paths } = survey;
+    let model = if place.model.is_empty() { String::new() } else { format!(" ({})", place.model) };
+    let mut lines = vec![
+        format!("device      {} ({})", device.id, device.name),
+        format!("source      {}{model}", output::printable(&place.describe())),
+    ];
+    if let Some(cufile) = cufile {
+        let (major, minor) = cufile.nvidia_fs;
+        lines.push(format!("cuFile      {}, nvidia-fs {major}.{minor}", cufile.library));
+    }
+    // The first that is usable is the one that a load takes.
+    let taken = paths.iter().position(|state| state.usable == Some(true));
+    for (index, PathState { path, usable, why, conditions, .. }) in paths.iter().enumerate() {
+        let state = match usable {
+            Some(true)
+                if Some(index) == taken && paths[..index].iter().any(|better| better.usable.is_none()) =>
+            {
+                "taken where the test fails"
+            }
+            Some(true) if Some(index) == taken => "taken",
+            Some(true) => "usable, not the best",
+            Some(false) => "not taken",
+            None => "to be tested",
+        };
+        let why = if why.is_empty() { String::new() } else { format!(": {}", output::printable(why)) };
+        lines.push(format!("{path}: {state}{why}"));
+        for condition in conditions {
+            let mark = match condition.met {
+                Some(true) => "yes",
+                Some(false) => "NO ",
+                None => "?  ",
+            };
+            lines.push(format!("  {mark} {}: {}", condition.needs, output::printable(&condition.found)));
+        }
+    }
+    lines.join("\n")
 }
 
 fn policy(mode: CacheMode) -> CachePolicy {
@@ -278,12 +365,25 @@ fn describe(
             size::duration(report.seconds),
             size::rate(rate)
         ),
-        format!("path        {}: drive, pinned memory, device", report.path),
+        match report.path {
+            paths::BOUNCE => format!("path        {}: drive, pinned memory, device", report.path),
+            path => format!(
+                "path        {path}: drive, device; no byte passed the host, no checksum was compared"
+            ),
+        },
     ];
     for other in &report.not_taken {
         lines.push(format!("  not       {}: {}", other.path, other.why));
     }
+    for (bytes, from) in
+        [(report.tier_bytes, "the RAM tier"), (report.mapped_bytes, "the page cache, by the device itself")]
+    {
+        if bytes > 0 {
+            lines.push(format!("  of that   {} from {from}", size::human(bytes)));
+        }
+    }
     let what = match report.bound_by {
+        "source" if report.mapped_bytes == report.bytes => "pinning pages of the page cache",
         "source" if report.cached_sources == report.sources => "copies out of the page cache",
         "source" => "the drive",
         "device" => "copies to the device",
@@ -298,6 +398,25 @@ fn describe(
         report.copy_wait_seconds,
         report.verify_seconds
     ));
+    let settings = &report.settings;
+    let origin = match settings.origin {
+        Origin::Default => "the default ones",
+        Origin::Given => "as given",
+        Origin::Measured => "measured now",
+        Origin::Remembered => "measured earlier on this machine, drive and device",
+    };
+    lines.push(format!(
+        "settings    reads of {}, {} in flight, {} threads for what is in memory: {origin}",
+        size::human(settings.chunk as u64),
+        settings.depth,
+        settings.threads
+    ));
+    if report.path_seconds >= 0.05 {
+        lines.push(format!(
+            "self-test   {:.2} s, before the load; its result is remembered",
+            report.path_seconds
+        ));
+    }
     if let Some(copy) = ceilings.copy {
         lines.push(format!("ceiling     copies to the device, measured now: {}", share(copy)));
     }
@@ -311,6 +430,9 @@ fn describe(
         size::human(report.device_bytes),
         size::human(report.device_extra_bytes)
     ));
+    if report.staging_bytes > 0 {
+        lines.push(format!("staging     {} on the device meanwhile", size::human(report.staging_bytes)));
+    }
     if let Some(bytes) = checked {
         lines.push(format!("checked     {} bytes equal those of a plain read", bytes));
     }

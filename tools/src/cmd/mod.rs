@@ -1,6 +1,7 @@
 //! The commands, one file each. Each takes its parsed arguments and returns what `main` turns into an exit code.
 
 pub mod completions;
+pub mod doctor;
 pub mod drive;
 pub mod export;
 pub mod format;

@@ -3,6 +3,8 @@
 //! An engine owns one buffer for each *slot* (0..iodepth). The worker fills a slot's buffer, queues the slot, commits,
 //! and reaps slots; so a buffer is never touched while the kernel has it, and nothing is allocated in the loop.
 
+mod cufile;
+pub(crate) mod device;
 mod mapped;
 mod null;
 mod pool;
@@ -89,6 +91,8 @@ pub fn open(settings: &Settings, files: &Files) -> Result<Box<dyn IoEngine>> {
         EngineKind::Pread => Box::new(pread::PreadEngine::open(settings, files)?),
         EngineKind::Mmap => Box::new(mapped::MmapEngine::open(settings, files)?),
         EngineKind::IoUring | EngineKind::IoUringCmd => Box::new(uring::UringEngine::open(settings, files)?),
+        EngineKind::Bounce | EngineKind::VramWrite => Box::new(device::DeviceEngine::open(settings, files)?),
+        EngineKind::CuFile => Box::new(cufile::CuFileEngine::open(settings, files)?),
         EngineKind::Mount if settings.iodepth > 1 => Box::new(uring::UringEngine::open(settings, files)?),
         EngineKind::Mount => Box::new(pread::PreadEngine::open(settings, files)?),
         EngineKind::Pool => {

@@ -333,6 +333,17 @@ pub static OPTIONS: &[Spec] = &[
         s.pool = Some(PathBuf::from(v));
         Ok(())
     }),
+    spec!(
+        "device",
+        [],
+        Value::Text,
+        "cuda:0",
+        "device of bounce, cufile and vram-write: cuda:N, or cpu for host memory (not in fio)",
+        |s, v| {
+            s.device = v.to_owned();
+            Ok(())
+        }
+    ),
     spec!("pool_ram", [], Value::Bytes, "256m", "RAM tier given to the pool (not in fio)", |s, v| {
         s.pool_ram_bytes = parse_bytes(v, s.kb_base)?;
         Ok(())

@@ -22,6 +22,9 @@ pub(super) const ENGINES: &[(&str, &str)] = &[
     ("mmap", "loads and stores through a mapping"),
     ("pool", "a region of an nvtier pool, through the engine, checksums verified (needs --pool)"),
     ("mount", "a file that must lie on an nvtier mount: io_uring when iodepth > 1, else pread"),
+    ("bounce", "reads, and copies to a device by pinned memory, as nvtier load does (needs a device=)"),
+    ("cufile", "NVIDIA's cuFile, straight to or from a device; refused where it would not be GPUDirect"),
+    ("vram-write", "copies from a device to pinned memory, and writes, as nvtier load --save does"),
     ("null", "no transfer at all: what the harness itself costs"),
 ];
 
@@ -78,6 +81,9 @@ pub(super) fn set_engine(s: &mut Settings, v: &str) -> Result<(), String> {
         "mmap" => EngineKind::Mmap,
         "pool" => EngineKind::Pool,
         "mount" => EngineKind::Mount,
+        "bounce" => EngineKind::Bounce,
+        "cufile" => EngineKind::CuFile,
+        "vram-write" => EngineKind::VramWrite,
         "null" => EngineKind::Null,
         _ => return Err(not_one_of(v, ENGINES)),
     };

@@ -1,0 +1,121 @@
+//! The tables of hardware, as data.
+
+/// A GPU of the table. Empty where the table has nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuRow {
+    /// `professional`, `consumer`, `laptop`.
+    pub class: &'static str,
+    /// As its vendor calls it.
+    pub name: &'static str,
+    /// Its generation.
+    pub architecture: &'static str,
+    /// Kind of memory.
+    pub memory_type: &'static str,
+    /// Bytes of memory, powers of 1000.
+    pub memory_bytes: u64,
+    /// Memory bandwidth, bytes a second.
+    pub bandwidth: u64,
+}
+
+/// A CPU of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuRow {
+    /// As its vendor calls it.
+    pub model: &'static str,
+    /// PCIe lanes.
+    pub pcie_lanes: u32,
+}
+
+fn rows(text: &'static str) -> impl Iterator<Item = Vec<&'static str>> {
+    text.lines().skip(1).filter(|line| !line.is_empty()).map(|line| line.split(',').collect())
+}
+
+fn giga(text: &str) -> u64 {
+    text.split(' ').next().and_then(|number| number.parse::<u64>().ok()).unwrap_or(0) * 1_000_000_000
+}
+
+/// GPUs that are known.
+pub fn gpus() -> Vec<GpuRow> {
+    rows(include_str!("../data/gpus.csv"))
+        .map(|row| GpuRow {
+            class: row[0],
+            name: row[1],
+            architecture: row[2],
+            memory_type: row[3],
+            memory_bytes: giga(row[4]),
+            bandwidth: giga(row[5]),
+        })
+        .collect()
+}
+
+/// CPUs that are known.
+pub fn cpus() -> Vec<CpuRow> {
+    rows(include_str!("../data/cpus.csv"))
+        .map(|row| CpuRow { model: row[1], pcie_lanes: row[5].parse().unwrap_or(0) })
+        .collect()
+}
+
+/// The row whose name is the longest that `found` contains, word by word.
+pub(crate) fn gpu(found: &str) -> Option<GpuRow> {
+    best(found, gpus(), |row| row.name)
+}
+
+pub(crate) fn cpu(found: &str) -> Option<CpuRow> {
+    best(found, cpus(), |row| row.model)
+}
+
+fn words(name: &str) -> Vec<String> {
+    let clean = name.replace("(R)", " ").replace("(TM)", " ").to_lowercase();
+    clean
+        .split(|c: char| !c.is_alphanumeric() && c != '+')
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
+fn best<T>(found: &str, rows: Vec<T>, name: impl Fn(&T) -> &'static str) -> Option<T> {
+    let found = words(found);
+    let fits = |row: &T| {
+        // What the vendor leaves out now and then.
+        let wanted: Vec<String> = words(name(row))
+            .into_iter()
+            .filter(|word| !["nvidia", "geforce", "generation", "gpu", "core"].contains(&word.as_str()))
+            .collect();
+        wanted.iter().all(|word| found.contains(word)).then_some(wanted.len())
+    };
+    rows.into_iter()
+        .filter_map(|row| fits(&row).map(|words| (words, row)))
+        .max_by_key(|(words, _)| *words)
+        .map(|(_, row)| row)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_whole() {
+        assert_eq!((gpus().len(), cpus().len()), (28, 12));
+        assert!(gpus().iter().all(|row| row.memory_bytes >= 16_000_000_000 && row.bandwidth > 0));
+        assert!(cpus().iter().all(|row| row.pcie_lanes >= 20));
+    }
+
+    #[test]
+    fn names_as_drivers_write_them_are_found() {
+        for (driver, table) in [
+            ("NVIDIA GeForce RTX 4090", "GeForce RTX 4090"),
+            ("NVIDIA GeForce RTX 4090 D", "GeForce RTX 4090 D"),
+            ("NVIDIA GeForce RTX 4090 Laptop GPU", "GeForce RTX 4090 Laptop GPU"),
+            ("NVIDIA GeForce RTX 4080 SUPER", "GeForce RTX 4080 Super"),
+            ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
+            ("NVIDIA RTX A6000", "NVIDIA RTX A6000"),
+            ("NVIDIA L40S", "NVIDIA L40S"),
+        ] {
+            assert_eq!(gpu(driver).map(|row| row.name), Some(table), "{driver}");
+        }
+        assert_eq!(gpu("NVIDIA GeForce GTX 1080"), None);
+        assert_eq!(cpu("Intel(R) Xeon(R) Gold 6538Y+").map(|row| row.pcie_lanes), Some(80));
+        assert_eq!(cpu("13th Gen Intel(R) Core(TM) i9-13900").map(|row| row.pcie_lanes), Some(20));
+        assert_eq!(cpu("AMD EPYC 7713P 64-Core Processor").map(|row| row.pcie_lanes), Some(128));
+    }
+}

@@ -1,0 +1,290 @@
+//! The checks, shown machines that this one is not.
+
+use std::fs;
+use std::path::Path;
+
+use doctor::{Finding, Report, Status, System, examine};
+
+/// Files of a machine, made below a temporary directory.
+struct Machine(tempfile::TempDir);
+
+impl Machine {
+    /// A good one: new kernel, many cores, much memory, one NVMe drive with ext4, one GPU of the table.
+    fn good() -> Machine {
+        let machine = Machine(tempfile::tempdir().unwrap());
+        let processor = "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Gold 6330 CPU @ 2.00GHz\n\n";
+        let controller = "/sys/class/nvme/nvme0";
+        let gpu = "/sys/bus/pci/devices/0000:41:00.0";
+        machine
+            .file("/etc/os-release", "NAME=\"Ubuntu\"\nPRETTY_NAME=\"Ubuntu 24.04.3 LTS\"\n")
+            .file("/proc/sys/kernel/osrelease", "6.14.0-29-generic\n")
+            .file("/proc/cpuinfo", &processor.repeat(28))
+            .file("/proc/meminfo", "MemTotal:       131072000 kB\nMemFree:        1 kB\n")
+            .file("/proc/self/limits", "Limit                     Soft Limit           Hard Limit           Units     \nMax locked memory         unlimited            unlimited            bytes     \n")
+            .file("/proc/self/mountinfo", "29 1 259:2 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p2 rw,discard\n30 29 0:26 / /tmp rw - tmpfs tmpfs rw\n")
+            .file("/sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n")
+            .file("/dev/fuse", "")
+            .file("/proc/sys/fs/fuse/max_pages_limit", "256\n")
+            .file(&format!("{controller}/model"), "A good drive 4TB     \n")
+            .file(&format!("{controller}/firmware_rev"), "1.0     \n")
+            .file(&format!("{controller}/transport"), "pcie\n")
+            .file("/sys/block/nvme0n1/size", "7814037168\n")
+            .file("/sys/block/nvme0n1/queue/logical_block_size", "512\n")
+            .file("/sys/block/nvme0n1/queue/max_hw_sectors_kb", "2048\n")
+            .file("/sys/block/nvme0n1/queue/max_sectors_kb", "1280\n")
+            .file("/sys/block/nvme0n1/queue/rotational", "0\n")
+            .file("/sys/block/nvme0n1/nvme0n1p2/partition", "2\n")
+            .link_speed(&format!("{controller}/device"), "16.0 GT/s PCIe", "4", "16.0 GT/s PCIe", "4")
+            .file(&format!("{gpu}/class"), "0x030000\n")
+            .file(&format!("{gpu}/vendor"), "0x10de\n")
+            .link_speed(gpu, "2.5 GT/s PCIe", "16", "16.0 GT/s PCIe", "16")
+            .file("/proc/driver/nvidia/gpus/0000:41:00.0/information", "Model: \t\t NVIDIA GeForce RTX 4090\nIRQ:   \t\t 100\n")
+            .file("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06\n")
+            .file("/proc/driver/nvidia/params", "RegistryDwords: \"\"\n");
+        let dev = machine.0.path().join("sys/dev/block");
+        fs::create_dir_all(&dev).unwrap();
+        std::os::unix::fs::symlink("../../devices/x/nvme0n1/nvme0n1p2", dev.join("259:2")).unwrap();
+        machine
+    }
+
+    fn file(&self, path: &str, text: &str) -> &Machine {
+        let path = self.0.path().join(path.trim_start_matches('/'));
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+        self
+    }
+
+    fn without(&self, path: &str) -> &Machine {
+        let path = self.0.path().join(path.trim_start_matches('/'));
+        if path.is_dir() {
+            fs::remove_dir_all(path).unwrap()
+        } else {
+            fs::remove_file(path).unwrap()
+        }
+        self
+    }
+
+    fn link_speed(&self, device: &str, now: &str, lanes: &str, best: &str, best_lanes: &str) -> &Machine {
+        self.file(&format!("{device}/current_link_speed"), now)
+            .file(&format!("{device}/current_link_width"), lanes)
+            .file(&format!("{device}/max_link_speed"), best)
+            .file(&format!("{device}/max_link_width"), best_lanes)
+    }
+
+    fn report(&self) -> Report {
+        examine(&System::below(self.0.path()), Path::new("/"))
+    }
+
+    #[track_caller]
+    fn finding(&self, area: &str, item: &str) -> Finding {
+        let report = self.report();
+        let found = report.findings.iter().find(|finding| finding.area == area && finding.item == item);
+        found.unwrap_or_else(|| panic!("no {area}/{item} in {report:#?}")).clone()
+    }
+}
+
+#[test]
+fn a_good_machine_is_good() {
+    let report = Machine::good().report();
+    let bad: Vec<_> = report.findings.iter().filter(|finding| finding.status > Status::Info).collect();
+    assert!(bad.is_empty() && report.verdict == Status::Ok, "{bad:#?}");
+    let said: Vec<&str> = report.findings.iter().map(|finding| finding.found.as_str()).collect();
+    for part in [
+        "Ubuntu 24.04.3 LTS",
+        "28 threads",
+        "64 (Xeon Gold 6330)",
+        "125.0 GiB",
+        "A good drive 4TB, firmware 1.0, pcie",
+        "3.6 TiB",
+        "PCIe 4 x4 now",
+        "Ada Lovelace, 24 GB GDDR6X, in the table",
+    ] {
+        assert!(said.iter().any(|found| found.contains(part)), "nothing says {part:?}: {said:#?}");
+    }
+}
+
+#[test]
+fn each_fault_is_found_by_itself_with_its_effect_and_remedy() {
+    type Fault = fn(&Machine) -> &Machine;
+    let faults: [(&str, &str, Fault, &[&str]); 18] = [
+        (
+            "platform",
+            "kernel",
+            |m| m.file("/proc/sys/kernel/osrelease", "6.8.0-45-generic"),
+            &["FUSE passthrough", "page cache"],
+        ),
+        (
+            "platform",
+            "processor",
+            |m| m.file("/proc/cpuinfo", "processor\t: 0\nmodel name\t: X\nprocessor\t: 1\n"),
+            &["cores"],
+        ),
+        (
+            "platform",
+            "PCIe lanes",
+            |m| {
+                m.file(
+                    "/proc/cpuinfo",
+                    &"processor\t: 0\nmodel name\t: 13th Gen Intel(R) Core(TM) i9-13900\n".repeat(32),
+                )
+            },
+            &["lanes"],
+        ),
+        ("memory", "RAM", |m| m.file("/proc/meminfo", "MemTotal:       16384000 kB\n"), &["RAM"]),
+        ("memory", "RAM", |m| m.file("/sys/fs/cgroup/memory.max", "8589934592\n"), &["cgroup", "8.0 GiB"]),
+        (
+            "memory",
+            "huge pages",
+            |m| m.file("/sys/kernel/mm/transparent_hugepage/enabled", "always madvise [never]"),
+            &["4 KiB pages", "madvise"],
+        ),
+        (
+            "memory",
+            "locked memory (memlock)",
+            |m| {
+                m.file(
+                    "/proc/self/limits",
+                    "Max locked memory         65536                65536                bytes     \n",
+                )
+            },
+            &["64.0 KiB", "ulimit -l"],
+        ),
+        (
+            "io",
+            "io_uring",
+            |m| m.file("/proc/sys/kernel/io_uring_disabled", "2"),
+            &["kernel.io_uring_disabled", "threads"],
+        ),
+        ("fuse", "/dev/fuse", |m| m.without("/dev/fuse"), &["modprobe fuse", "cannot be mounted"]),
+        ("fuse", "/dev/fuse", |m| m.without("/dev/fuse").file("/.dockerenv", ""), &["--device /dev/fuse"]),
+        ("fuse", "passthrough", |m| m.file("/proc/sys/kernel/osrelease", "6.8.0"), &["6.9"]),
+        (
+            "file system",
+            "/",
+            |m| m.file("/proc/self/mountinfo", "29 1 0:30 / / rw - overlay overlay rw,lowerdir=/x\n"),
+            &["docker run -v"],
+        ),
+        ("drive", "NVMe", |m| m.without("/sys/class/nvme"), &["virtual disk"]),
+        (
+            "drive",
+            "nvme0 link",
+            |m| m.link_speed("/sys/class/nvme/nvme0/device", "16.0 GT/s PCIe", "2", "16.0 GT/s PCIe", "4"),
+            &["2 of 4 lanes", "slot"],
+        ),
+        (
+            "drive",
+            "nvme0 link",
+            |m| m.link_speed("/sys/class/nvme/nvme0/device", "8.0 GT/s PCIe", "4", "16.0 GT/s PCIe", "4"),
+            &["PCIe 3"],
+        ),
+        (
+            "iommu",
+            "mode",
+            |m| {
+                m.file("/sys/class/iommu/dmar0/x", "")
+                    .file("/sys/kernel/iommu_groups/1/type", "DMA-FQ")
+                    .file("/sys/block/nvme0n1/queue/max_hw_sectors_kb", "128")
+            },
+            &["128 KiB", "iommu=pt", "nvme0n1"],
+        ),
+        ("gpu", "0000:41:00.0", |m| m.without("/proc/driver/nvidia/gpus"), &["driver"]),
+        (
+            "gpu",
+            "0000:41:00.0 link",
+            |m| {
+                m.link_speed(
+                    "/sys/bus/pci/devices/0000:41:00.0",
+                    "16.0 GT/s PCIe",
+                    "4",
+                    "16.0 GT/s PCIe",
+                    "16",
+                )
+            },
+            &["4 of 16 lanes"],
+        ),
+    ];
+    for (area, item, fault, words) in faults {
+        let machine = Machine::good();
+        fault(&machine);
+        let finding = machine.finding(area, item);
+        assert_eq!(finding.status, Status::Degraded, "{finding:#?}");
+        assert!(
+            !finding.needed.is_empty() && !finding.effect.is_empty() && !finding.remedy.is_empty(),
+            "{finding:#?}"
+        );
+        let all = format!("{finding:?}");
+        for word in words {
+            assert!(all.contains(word), "{word:?} is not in {finding:#?}");
+        }
+        assert_eq!(machine.report().verdict, Status::Degraded);
+    }
+}
+
+#[test]
+fn a_file_system_that_cannot_be_written_cannot_hold_a_pool() {
+    let machine = Machine::good();
+    machine.file("/proc/self/mountinfo", "29 1 259:2 / / ro,relatime - ext4 /dev/nvme0n1p2 ro\n");
+    assert_eq!(machine.finding("file system", "/").status, Status::CannotRun);
+    assert_eq!(machine.report().verdict, Status::CannotRun);
+}
+
+#[test]
+fn conditions_of_gpudirect_are_told_one_by_one_and_are_no_fault() {
+    let machine = Machine::good();
+    let says = |item: &str| machine.finding("gpudirect", item);
+    for item in ["nvidia-fs", "static BAR1"] {
+        let finding = says(item);
+        assert_eq!(finding.status, Status::Info, "{finding:#?}");
+        assert!(finding.effect.contains("bounce") && !finding.remedy.is_empty(), "{finding:#?}");
+    }
+    for item in ["open kernel module", "kernel 6.2", "IOMMU", "drive below the path"] {
+        assert_eq!(says(item).status, Status::Ok, "{item}");
+    }
+    machine.file("/proc/driver/nvidia-fs/stats", "").file(
+        "/proc/driver/nvidia/params",
+        "RegistryDwords: \"RMForceStaticBar1=1;RmForceDisableIomapWC=1\"\n",
+    );
+    assert_eq!([says("nvidia-fs").status, says("static BAR1").status], [Status::Ok, Status::Ok]);
+    // A stack of devices below the path.
+    machine.without("/sys/dev/block").file("/sys/block/md0/slaves/nvme0n1/x", "");
+    let dev = machine.0.path().join("sys/dev/block");
+    fs::create_dir_all(&dev).unwrap();
+    std::os::unix::fs::symlink("../../devices/virtual/block/md0", dev.join("259:2")).unwrap();
+    assert_eq!(says("drive below the path").status, Status::Info);
+    assert!(machine.finding("file system", "below it").found.contains("md0"));
+}
+
+/// Whatever is missing or says nonsense: findings, no panic.
+#[test]
+fn nonsense_is_survived() {
+    let empty = tempfile::tempdir().unwrap();
+    let report = examine(&System::below(empty.path()), Path::new("/no/such/path"));
+    assert!(report.findings.iter().any(|finding| finding.status == Status::Unknown), "{report:#?}");
+    let machine = Machine::good();
+    let mut files = vec![machine.0.path().to_path_buf()];
+    let mut count = 0;
+    while let Some(path) = files.pop() {
+        if path.is_symlink() {
+            continue;
+        }
+        if path.is_dir() {
+            files.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            continue;
+        }
+        let good = fs::read(&path).unwrap();
+        for bad in [
+            &b""[..],
+            b"\xff\xfe",
+            b"-1",
+            b"999999999999999999999999",
+            b": - :\n - \n[[\n",
+            &good[..good.len() / 2],
+        ] {
+            fs::write(&path, bad).unwrap();
+            machine.report();
+        }
+        fs::write(&path, good).unwrap();
+        count += 1;
+    }
+    assert!(count > 25, "{count} files");
+}
