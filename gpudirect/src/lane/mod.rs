@@ -12,6 +12,7 @@
 //! need no staging). A buffer is the drive's, then this thread's, then the copy engine's: ownership says whose turn it is.
 
 mod lend;
+mod numa;
 pub(crate) mod pieces;
 mod read;
 mod tier;
@@ -113,7 +114,11 @@ impl Lane {
     pub fn new(driver: Arc<dyn Driver>, options: LaneOptions) -> Result<Lane> {
         let started = Instant::now();
         check(&options, options.ring)?;
-        let arena = Arena::new(options.ring, ArenaOptions::default())?;
+        let take = || Arena::new(options.ring, ArenaOptions::default());
+        let arena = match numa::processors_near(&driver.info()?.pci) {
+            Some(processors) => numa::on(&processors, take)?,
+            None => take()?,
+        };
         driver.pin(&arena)?;
         Ok(Lane { driver, options, arena, pinned: true, tiers: Vec::new(), setup: started.elapsed() })
     }
@@ -133,6 +138,11 @@ impl Lane {
     /// Bytes of pinned memory.
     pub fn pinned_bytes(&self) -> u64 {
         self.arena.len() as u64
+    }
+
+    /// Where the ring lies in this process: to look it up in `/proc/self/numa_maps`.
+    pub fn ring_address(&self) -> usize {
+        self.arena.as_ptr() as usize
     }
 
     /// How long it took to take and pin the ring.
@@ -157,11 +167,24 @@ impl Lane {
 
     /// A queue for this lane's I/O. What is in memory is copied by threads: one alone would be slower than a bus.
     fn queue(&self, cached: bool) -> Result<Queue> {
+        self.queue_of(cached, self.options.depth)
+    }
+
+    /// A queue for writes. The more of them are in flight the better, as measured: all of the ring, unless somebody chose.
+    fn write_queue(&self, cached: bool) -> Result<Queue> {
+        let most = (self.options.ring / self.options.chunk).min(nvme::queue::DEPTH_MAX as usize) as u32;
+        match self.options.origin {
+            Origin::Given => self.queue(cached),
+            _ => self.queue_of(cached, self.options.depth.max(most)),
+        }
+    }
+
+    fn queue_of(&self, cached: bool, depth: u32) -> Result<Queue> {
         let backend = match self.options.backend {
             Backend::Auto if cached => Backend::Threads,
             backend => backend,
         };
-        let depth = if cached { self.options.threads.max(1) } else { self.options.depth };
+        let depth = if cached { self.options.threads.max(1) } else { depth };
         let builder = Queue::builder().depth(depth).deadline(self.options.io_deadline).backend(backend);
         Ok(builder.measure_latency(false).arena(Some(&self.arena)).build()?)
     }
