@@ -336,31 +336,34 @@ impl Driver for Foreign {
     fn free(&self, _: u64) -> gpudirect::Result<()> {
         Err(Error::new(ErrorKind::Unsupported, "free memory of others"))
     }
-    fn copy_within(&self, _: &[DeviceCopy]) -> gpudirect::Result<()> {
-        Err(Error::new(ErrorKind::Unsupported, "copy within memory of others"))
-    }
-    fn check_range(&self, address: u64, len: u64) -> gpudirect::Result<()> {
-        if inside(&self.ranges, address, len) {
-            return Ok(());
-        }
-        Err(Error::new(ErrorKind::Invalid, format!("{len} bytes at {address:#x}: outside the tensors")))
-    }
     fn stream(&self) -> gpudirect::Result<Box<dyn Stream>> {
         Ok(Box::new(Copies { ranges: self.ranges.clone(), done: VecDeque::new() }))
     }
+    fn copy_within(&self, _: &[DeviceCopy]) -> gpudirect::Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "write to memory that is only saved from"))
+    }
+    fn check_range(&self, address: u64, len: u64) -> gpudirect::Result<()> {
+        outside(&self.ranges, address, len)
+    }
+}
+
+/// Refuses what is not inside one of the ranges, which are sorted.
+fn outside(ranges: &[(u64, u64)], address: u64, len: u64) -> gpudirect::Result<()> {
+    let at = ranges.partition_point(|&(start, _)| start <= address);
+    // Ranges may overlap: views of one tensor.
+    let inside = ranges[..at].iter().rev().any(|&(start, size)| {
+        address.checked_add(len).is_some_and(|end| start.checked_add(size).is_some_and(|last| end <= last))
+    });
+    if inside {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Device, format!("{len} bytes at {address:#x}: outside the tensors")))
 }
 
 /// Copies that are over when they were started.
 struct Copies {
     ranges: Arc<Vec<(u64, u64)>>,
     done: VecDeque<Batch>,
-}
-
-/// Whether a range is in one of these, which are sorted; they may overlap, as views of one tensor do.
-fn inside(ranges: &[(u64, u64)], address: u64, len: u64) -> bool {
-    let at = ranges.partition_point(|&(start, _)| start <= address);
-    let Some(end) = address.checked_add(len) else { return false };
-    ranges[..at].iter().rev().any(|&(start, size)| start.checked_add(size).is_some_and(|last| end <= last))
 }
 
 impl Copies {
@@ -377,10 +380,7 @@ impl Copies {
                 let context = format!("copy {} bytes at {} of a buffer", part.len, part.offset);
                 return Err(Error::new(ErrorKind::Invalid, context));
             };
-            if !inside(&self.ranges, part.device, part.len as u64) {
-                let context = format!("copy {} bytes at {:#x}: outside the tensors", part.len, part.device);
-                return Err(Error::new(ErrorKind::Device, context));
-            }
+            outside(&self.ranges, part.device, part.len as u64)?;
             // SAFETY: the source is inside one range, which is memory of a tensor that the caller holds (see `Foreign::new`); `room` has `part.len` bytes and
             // is a buffer of ours, so the two do not overlap.
             unsafe {
@@ -410,7 +410,7 @@ impl Stream for Copies {
         self.done.len()
     }
     fn shuffle(&mut self, _: &Arc<Move>) -> gpudirect::Result<()> {
-        Err(Error::new(ErrorKind::Unsupported, "gather or scatter memory of others"))
+        Err(Error::new(ErrorKind::Unsupported, "gather or scatter memory that is only saved from"))
     }
     fn finish(&mut self, each: &mut dyn FnMut(Batch)) -> gpudirect::Result<()> {
         self.reap(true, each).map(drop)
