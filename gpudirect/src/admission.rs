@@ -54,8 +54,9 @@ impl Admission {
 impl Drop for Admission {
     fn drop(&mut self) {
         if self.0 == Priority::Foreground && RUNNING.fetch_sub(1, Ordering::SeqCst) == 1 {
-            // Under the lock, so that nobody misses it between looking and waiting.
-            let _held = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
+            // Under the lock, so that nobody misses it between looking and waiting; but it is not waited for: who does miss it looks
+            // again soon, and in a child that was forked while another thread held it nobody would ever let it go.
+            let _held = LOCK.try_lock();
             ENDED.notify_all();
         }
     }

@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use engine::Session;
 use engine::tensors::TensorInfo;
 use gpudirect::plan::Part;
-use gpudirect::{Control, ErrorKind, LoadedTensor, Plan, PlanOptions, Report};
+use gpudirect::{
+    Control, ErrorKind, LoadedTensor, PathChoice, PathOptions, Paths, Plan, PlanOptions, Report,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -74,7 +76,10 @@ impl Inner {
     ) -> gpudirect::Result<gpudirect::Loaded> {
         let plan = self.plan.part(parts)?;
         let mut lane = lanes::borrow(device, plan.device_bytes())?;
-        let result = gpudirect::load(&mut lane, &plan, control);
+        // For a little the choice of a way costs more than the way.
+        let choice = if plan.device_bytes() > lanes::SMALL { PathChoice::Auto } else { PathChoice::Bounce };
+        let options = PathOptions { choice, ..PathOptions::default() };
+        let result = gpudirect::load_by(&mut lane, &plan, &Paths::here(), &options, control);
         lane.settle(result)
     }
 

@@ -9,7 +9,9 @@ use gpudirect::{ErrorKind, Lane, LaneOptions};
 use crate::process::Born;
 
 /// Loads of up to this many bytes take the small ring.
-const SMALL: u64 = 64 << 20;
+pub const SMALL: u64 = 64 << 20;
+const SMALL_RING: usize = 16 << 20;
+const SMALL_CHUNK: usize = 1 << 20;
 
 /// How long the list of idle lanes is waited for. It is held for moments only; but in a child that was forked in such a moment
 /// for ever, and there a lane of its own is as good.
@@ -47,7 +49,7 @@ fn idle<T>(run: impl FnOnce(&mut Vec<Idle>) -> T) -> Option<T> {
 fn options(small: bool) -> LaneOptions {
     let defaults = LaneOptions::default();
     if small {
-        LaneOptions { chunk: 1 << 20, ring: 16 << 20, threads: defaults.threads.min(4), ..defaults }
+        LaneOptions { chunk: SMALL_CHUNK, ring: SMALL_RING, threads: defaults.threads.min(4), ..defaults }
     } else {
         defaults
     }
@@ -65,7 +67,11 @@ pub fn borrow(device: &str, bytes: u64) -> gpudirect::Result<Borrowed> {
     })
     .flatten();
     let idle = match found {
-        Some(idle) => idle,
+        Some(mut idle) => {
+            // What the last load was given is nothing to this one.
+            idle.lane.adjust(options(small))?;
+            idle
+        }
         None => {
             let driver = gpudirect::driver::open(device)?;
             Idle { device: device.to_owned(), small, lane: Lane::new(driver, options(small))? }

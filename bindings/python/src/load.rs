@@ -6,7 +6,11 @@ use std::sync::Arc;
 
 use engine::Session;
 use engine::tensors::Dtype;
-use gpudirect::{CachePolicy, Plan, PlanOptions, SaveOptions, SaveTensor, Shard, Source, Verify};
+use gpudirect::autotune::{Given, Tune, Tuner};
+use gpudirect::{
+    CachePolicy, CachedMode, LaneOptions, PathChoice, PathOptions, Paths, Plan, PlanOptions, SaveOptions,
+    SaveTensor, Shard, Source, Verify,
+};
 use pyo3::prelude::*;
 
 use crate::error::{IntoPy, closed, invalid, unsupported};
@@ -24,6 +28,26 @@ pub fn policy(name: &str) -> PyResult<CachePolicy> {
         "direct" => Ok(CachePolicy::Direct),
         "buffered" => Ok(CachePolicy::Buffered),
         _ => Err(invalid(format!("cache={name:?}: write \"auto\", \"direct\" or \"buffered\""))),
+    }
+}
+
+/// Which way bytes go.
+fn choice(name: &str) -> PyResult<PathChoice> {
+    match name {
+        "auto" => Ok(PathChoice::Auto),
+        "bounce" => Ok(PathChoice::Bounce),
+        "cufile" => Ok(PathChoice::CuFile),
+        _ => Err(invalid(format!("path={name:?}: write \"auto\", \"bounce\" or \"cufile\""))),
+    }
+}
+
+/// How files are read that are in memory already.
+fn cached_mode(name: &str) -> PyResult<CachedMode> {
+    match name {
+        "auto" => Ok(CachedMode::Auto),
+        "map" => Ok(CachedMode::Map),
+        "copy" => Ok(CachedMode::Copy),
+        _ => Err(invalid(format!("cached={name:?}: write \"auto\", \"map\" or \"copy\""))),
     }
 }
 
@@ -52,7 +76,7 @@ pub fn session(pool: Option<&Bound<'_, Pool>>) -> PyResult<Option<Arc<Mine<Sessi
 type ShardArgs = (u32, u32, Vec<(String, usize)>);
 
 #[pyfunction]
-#[pyo3(signature = (paths, *, device, filters, shard, pool, verify, cache, progress, deadline))]
+#[pyo3(signature = (paths, *, device, filters, shard, pool, verify, cache, path, cached, progress, deadline))]
 #[allow(clippy::too_many_arguments)] // keyword arguments of one private function
 fn load<'py>(
     py: Python<'py>,
@@ -63,20 +87,33 @@ fn load<'py>(
     pool: Option<Bound<'py, Pool>>,
     verify: bool,
     cache: &str,
+    path: &str,
+    cached: &str,
     progress: Option<Py<PyAny>>,
     deadline: Option<f64>,
 ) -> PyResult<(Vec<DeviceTensor>, Bound<'py, PyAny>)> {
     let until = self::deadline(deadline)?;
     may_use(device)?;
     let policy = policy(cache)?;
+    let (way, cached) =
+        (PathOptions { choice: choice(path)?, ..PathOptions::default() }, cached_mode(cached)?);
     let session = session(pool.as_ref())?;
     let shard = shard.map(|(rank, world, rules)| Shard { rank, world, rules });
     let options = PlanOptions { filters, shard };
     let loaded = watched(py, progress.as_ref(), until, |control| {
         let plan = plan(&paths, session.as_deref().map(|session| &**session), verify, policy, &options)?;
         let mut lane = lanes::borrow(device, plan.device_bytes())?;
-        let result = gpudirect::load(&mut lane, &plan, control);
-        lane.settle(result)
+        let settings = LaneOptions { cached, ..lane.options().clone() };
+        lane.adjust(settings)?;
+        let mut note = None;
+        if plan.device_bytes() > lanes::SMALL {
+            // What `nvtier load` found out on this machine; a library does not stop to measure.
+            note = Tuner::here().settle(&mut lane, plan.sources(), Given::default(), Tune::Never, control)?;
+        }
+        let result = gpudirect::load_by(&mut lane, &plan, &Paths::here(), &way, control);
+        let mut loaded = lane.settle(result)?;
+        loaded.report.notes.extend(note);
+        Ok(loaded)
     })?;
     Ok((DeviceTensor::all(loaded.tensors, device), to_dict(py, &loaded.report)?))
 }

@@ -27,6 +27,9 @@ pub fn watched<T: Send>(
     deadline: Option<Instant>,
     run: impl FnOnce(&mut Control<'_>) -> gpudirect::Result<T> + Send,
 ) -> PyResult<T> {
+    // Made once, with the interpreter held: a fork by Python then never meets it half made by another thread, which a child would
+    // wait for for ever.
+    gpudirect::Paths::here();
     let mut raised: Option<PyErr> = None;
     let mut told = None;
     let result = py.detach(|| {

@@ -82,6 +82,8 @@ def load(
     deadline: Optional[float] = None,
     verify: bool = True,
     cache: str = "auto",
+    path: str = "auto",
+    cached: str = "auto",
 ) -> Loaded:
     """Loads tensor files (safetensors, GGUF, npy) onto a device.
 
@@ -89,7 +91,8 @@ def load(
     path of one) they are names of regions. ``filters``: patterns of names with ``*`` and ``?``. ``shard``: ``(rank, world,
     rules)``, rules being patterns and the dimension that such tensors are cut along; others are loaded whole. ``progress``: True
     for a tqdm bar, a bar of your own, or a function of ``(done, total)`` bytes. ``deadline``: seconds from now. ``verify``: compare
-    the checksums of a pool. ``cache``: "auto", "direct" (O_DIRECT) or "buffered".
+    the checksums of a pool. ``cache``: "auto", "direct" (O_DIRECT) or "buffered". ``path``: the best way that can be trusted ("auto"),
+    "bounce", or "cufile" (an error where it is not GPUDirect). ``cached``: how a file in the page cache is read, "copy" or "map".
 
     All tensors are on the device when it returns; after an error, Ctrl-C or a deadline nothing is.
     """
@@ -104,6 +107,8 @@ def load(
                 pool=session,
                 verify=verify,
                 cache=cache,
+                path=path,
+                cached=cached,
                 progress=report,
                 deadline=deadline,
             )

@@ -237,6 +237,8 @@ def load(
     pool: Optional[Pool],
     verify: bool,
     cache: str,
+    path: str,
+    cached: str,
     progress: Optional[Callable[[int, int], Any]],
     deadline: Optional[float],
 ) -> Tuple[List[DeviceTensor], Dict[str, Any]]: ...

@@ -133,6 +133,8 @@ def load_file(
     deadline: Optional[float] = None,
     verify: bool = True,
     cache: str = "auto",
+    path: str = "auto",
+    cached: str = "auto",
     pin_memory: bool = False,
 ) -> Dict[str, torch.Tensor]:
     """Loads tensor files. Arguments are those of ``nvtier.load``.
@@ -156,6 +158,8 @@ def load_file(
             deadline=deadline,
             verify=verify,
             cache=cache,
+            path=path,
+            cached=cached,
         )
         tensors = {name: _to_torch(tensor) for name, tensor in loaded.items()}
     del loaded
