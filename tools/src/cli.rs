@@ -94,6 +94,8 @@ pub enum Command {
     Stat(Stat),
     /// Read regions and compare them with their checksums
     Verify(Verify),
+    /// Look after the KV caches in a pool
+    Kv(Kv),
     /// Remove a region, or a directory with -r
     Rm(Rm),
     /// Mount a pool as a file system
@@ -406,6 +408,97 @@ pub struct Verify {
     /// Where NAME was imported from, to take the bytes of damaged chunks from
     #[arg(long, value_name = "SOURCE", requires = "repair", value_hint = ValueHint::AnyPath)]
     pub from: Option<String>,
+}
+
+/// `nvtier kv`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The pool must not be owned by another process (a mount, an inference server): a KV store is its owner's.
+
+  nvtier kv stat --pool /mnt/nvme0/pool
+  nvtier kv export prompt.kv 5a00..01 5a00..02 --namespace 0
+  nvtier kv import prompt.kv --pool /mnt/nvme1/pool")]
+pub struct Kv {
+    #[command(subcommand)]
+    pub command: KvCommand,
+    #[command(flatten)]
+    pub pool: KvPool,
+    /// Name of the store
+    #[arg(long, global = true, value_name = "NAME", default_value = "default")]
+    pub store: String,
+}
+
+/// The pool, before or after what to do.
+#[derive(Clone, Debug, Args)]
+pub struct KvPool {
+    /// The pool: its directory, image file or block device
+    #[arg(long, global = true, env = "NVTIER_POOL", value_name = "POOL", value_hint = ValueHint::AnyPath)]
+    pub pool: Option<PathBuf>,
+}
+
+/// What to do with a KV store.
+#[derive(Debug, Subcommand)]
+pub enum KvCommand {
+    /// Say what it holds: blocks, namespaces, tenants, bytes written
+    Stat,
+    /// List its blocks, in the order in which they came
+    Ls(KvSelect),
+    /// Read every block and compare it with its checksum; what is bad is dropped
+    Verify,
+    /// Remove blocks, pinned ones too
+    Evict(KvEvict),
+    /// Write blocks into one file, in the order of their keys on the command line
+    Export(KvExport),
+    /// Store the blocks of such a file
+    Import(KvImport),
+}
+
+/// Which blocks.
+#[derive(Debug, Args)]
+pub struct KvSelect {
+    /// Of this namespace, by its number in `nvtier kv stat`
+    #[arg(long, value_name = "NUMBER")]
+    pub namespace: Option<u16>,
+    /// Of this tenant
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
+}
+
+/// `nvtier kv evict`
+#[derive(Debug, Args)]
+pub struct KvEvict {
+    /// Keys, in hexadecimal digits; default: all that --namespace and --tenant choose
+    #[arg(value_name = "KEY")]
+    pub keys: Vec<String>,
+    #[command(flatten)]
+    pub select: KvSelect,
+    /// All blocks of the store
+    #[arg(long, conflicts_with = "keys")]
+    pub all: bool,
+}
+
+/// `nvtier kv export`
+#[derive(Debug, Args)]
+pub struct KvExport {
+    /// The file to make
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Keys, in hexadecimal digits; default: all that --namespace and --tenant choose
+    #[arg(value_name = "KEY")]
+    pub keys: Vec<String>,
+    #[command(flatten)]
+    pub select: KvSelect,
+}
+
+/// `nvtier kv import`
+#[derive(Debug, Args)]
+pub struct KvImport {
+    /// A file that `nvtier kv export` made
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Store them for this tenant
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
 }
 
 /// `nvtier rm`

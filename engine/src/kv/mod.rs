@@ -43,6 +43,7 @@ pub(crate) mod record;
 mod room;
 mod state;
 mod table;
+mod transfer;
 mod view;
 
 #[cfg(test)]
@@ -52,6 +53,7 @@ pub use key::Key;
 pub use lane::{Get, GetDone, Lane, Miss, Put, PutDone, Refusal, Stored};
 pub use options::{Admission, Clock, NamespaceInfo, StoreOptions, StoreStat, TenantInfo};
 pub use record::{FINGERPRINT_MAX, TENANT_MAX};
+pub use transfer::Moved;
 pub use view::{BlockInfo, View};
 
 use log::Log;

@@ -7,6 +7,7 @@ pub mod export;
 pub mod format;
 pub mod import;
 pub mod info;
+pub mod kv;
 pub mod load;
 pub mod ls;
 pub mod man;

@@ -13,6 +13,7 @@ use crate::pool::{FormatOptions, OpenOptions};
 mod damage;
 mod model;
 mod room;
+mod transfer;
 
 pub(super) const BLOCK: u32 = 8192;
 pub(super) const PRINT: &[u8] = b"weights and all that";
