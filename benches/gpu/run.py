@@ -276,7 +276,7 @@ class Run:
 
         def gpu_check():
             """Kernels, windows, RAM tier and mapped files; see gpudirect/examples/gpu_check."""
-            command = [a.gpu_check, "--device", "cuda:0", "--gb", str(min(a.gb, 4)), "--shm", a.shm, "--folder", a.disk,
+            command = [a.gpu_check, "--device", "cuda:0", "--gb", str(min(a.gb, 2)), "--shm", a.shm, "--folder", a.disk,
                        "--out", os.path.join(a.out, "gpu_check.json")]
             done, _ = call(command, max(10, self.left()))
             if done.returncode != 0:

@@ -98,7 +98,7 @@ pub struct Report {
     pub cached_sources: usize,
     /// Sources whose checksums were compared; none by cuFile, whose bytes never pass the host.
     pub verified_sources: usize,
-    /// `io_uring`, or `threads`.
+    /// `io_uring`, or `threads`; `none` where nothing had to be read.
     pub backend: String,
     /// Whether the ring is registered with io_uring.
     pub fixed_buffers: bool,

@@ -82,6 +82,7 @@ fn what_the_ram_tier_has_is_copied_from_there_without_a_read() {
             assert!(contents(&lane, &loaded) == expected, "{what}");
             let report = &loaded.report;
             assert_eq!((report.tier_bytes, report.reads, report.read_bytes), (report.bytes, 0, 0), "{what}");
+            assert_eq!(report.backend, "none", "{what}");
             // Nobody but the tier holds a page any more: it may be evicted.
             for name in &names {
                 let lease = pool.lease(session.stat_path(name).unwrap().node, 0, u64::MAX).unwrap();
@@ -365,4 +366,72 @@ fn errors_and_cancelling_leave_nothing_pinned() {
     assert_eq!(device.leaks(), ["1 pinned arenas"]);
     let loaded = load(&mut lane, &plan).unwrap();
     assert!(contents(&lane, &loaded) == expected);
+}
+
+/// What needs no read waits as well where others go first, and goes on when they are done.
+#[test]
+fn a_background_load_of_what_is_in_memory_lets_others_go_first() {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    /// Whatever becomes of the background load, nobody waits for it for ever.
+    struct LetsGo<'a>(&'a AtomicU64);
+    impl Drop for LetsGo<'_> {
+        fn drop(&mut self) {
+            self.0.store(1 << 20, Ordering::SeqCst);
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (paths, expected) = two_files(folder.path());
+    for cached in [CachedMode::Map, CachedMode::Copy] {
+        let (background_calls, foreground_runs, released) =
+            (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let foreground = scope.spawn(|| {
+                let (_, driver) = fake(FakeOptions::default());
+                let mut lane = Lane::new(driver, small()).unwrap();
+                let plan = plan(&paths, CachePolicy::Buffered, &PlanOptions::default()).unwrap();
+                // By its third call it is admitted: there it stays until the other one has looked a few times, or ended.
+                let mut calls = 0;
+                let mut hold = |_: u64, _: u64| {
+                    calls += 1;
+                    if calls == 3 {
+                        foreground_runs.store(true, Ordering::SeqCst);
+                        while background_calls.load(Ordering::SeqCst) < 10 {
+                            std::thread::yield_now();
+                        }
+                        released.store(true, Ordering::SeqCst);
+                    }
+                    true
+                };
+                let mut control = Control { progress: Some(&mut hold), ..Control::default() };
+                gpudirect::load(&mut lane, &plan, &mut control).unwrap();
+            });
+            let background = scope.spawn(|| {
+                while !foreground_runs.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                let _lets_go = LetsGo(&background_calls);
+                let (device, driver) = fake(FakeOptions::default());
+                let mut lane = Lane::new(driver, LaneOptions { cached, ..mapping() }).unwrap();
+                let plan = plan(&paths, CachePolicy::Buffered, &PlanOptions::default()).unwrap();
+                let mut early = 0;
+                let mut watch = |done: u64, _: u64| {
+                    if !released.load(Ordering::SeqCst) {
+                        early = early.max(done);
+                    }
+                    background_calls.fetch_add(1, Ordering::SeqCst);
+                    true
+                };
+                let priority = gpudirect::Priority::Background;
+                let mut control = Control { priority, progress: Some(&mut watch), ..Control::default() };
+                let loaded = gpudirect::load(&mut lane, &plan, &mut control).unwrap();
+                assert!(contents(&lane, &loaded) == expected, "{cached:?}");
+                assert_eq!(early, 0, "{cached:?}: bytes were copied while another load went first");
+                assert_eq!(loaded.report.mapped_bytes > 0, cached == CachedMode::Map);
+                drop((loaded, lane));
+                assert_eq!(device.leaks(), [""; 0]);
+            });
+            background.join().unwrap();
+            foreground.join().unwrap();
+        });
+    }
 }

@@ -3,6 +3,8 @@
 //!     cargo build --release -p nvtier-gpudirect --example gpu_check
 //!     gpu_check [--device cuda:0|cpu|fake] [--gb 2] [--shm /dev/shm] [--folder FOLDER] [--only NAME] [--out FILE]
 //!
+//! (`--cut` is what the check of files that are cut short starts as a process of its own.)
+//!
 //! A line for each check, and at the end one line of JSON. The exit code is 1 when a check failed. `cpu` and `fake` try the
 //! program itself; their rates mean nothing.
 
@@ -27,6 +29,8 @@ pub type Check<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// What the checks share.
 pub struct Bench {
+    /// Its name, as it was asked for.
+    pub name: String,
     /// The device.
     pub driver: Arc<dyn Driver>,
     /// The same, where it is a GPU.
@@ -92,6 +96,7 @@ struct Arguments {
     folder: PathBuf,
     only: Option<String>,
     out: Option<PathBuf>,
+    cut: bool,
 }
 
 fn arguments() -> Check<Arguments> {
@@ -102,6 +107,7 @@ fn arguments() -> Check<Arguments> {
         folder: std::env::temp_dir(),
         only: None,
         out: None,
+        cut: false,
     };
     let mut given = std::env::args().skip(1);
     while let Some(name) = given.next() {
@@ -111,6 +117,7 @@ fn arguments() -> Check<Arguments> {
             "--gb" => found.gb = value()?.parse()?,
             "--shm" => found.shm = value()?.into(),
             "--folder" => found.folder = value()?.into(),
+            "--cut" => found.cut = true,
             "--only" => found.only = Some(value()?),
             "--out" => found.out = Some(value()?.into()),
             _ => return Err(format!("{name}: see the top of examples/gpu_check/main.rs").into()),
@@ -138,6 +145,7 @@ fn open(arguments: &Arguments) -> Check<Bench> {
     driver.pin(&arena)?;
     let bytes = (arguments.gb * 1e9) as u64 / (64 << 20) * (64 << 20);
     let bench = Bench {
+        name: arguments.device.clone(),
         driver,
         cuda,
         bytes: bytes.max(64 << 20),
@@ -146,6 +154,17 @@ fn open(arguments: &Arguments) -> Check<Bench> {
         arena,
     };
     Ok(bench)
+}
+
+/// Where the ring of a lane lies, as the kernel says (`N0=` and so on: pages of each node).
+fn numa(bench: &Bench) -> Check<Value> {
+    let lane = bench.lane(LaneOptions::default())?;
+    let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap_or_default();
+    let ring = format!("{:x} ", lane.ring_address());
+    let found = maps.lines().find(|line| line.starts_with(&ring)).map(str::to_owned);
+    let pci = bench.driver.info()?.pci;
+    let node = std::fs::read_to_string(format!("/sys/bus/pci/devices/{pci}/numa_node")).unwrap_or_default();
+    Ok(json!({"device_node": node.trim(), "ring": found}))
 }
 
 fn main() -> ExitCode {
@@ -163,14 +182,28 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if arguments.cut {
+        return match memory::cut_file(&bench) {
+            Ok(text) => {
+                println!("{text}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                println!("{error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     type Step = (&'static str, fn(&Bench) -> Check<Value>);
-    let steps: [Step; 6] = [
+    let steps: [Step; 8] = [
         ("paged-bytes", paged::bytes),
         ("paged-rate", paged::rates),
         ("window", window::check),
         ("ram-tier", memory::ram_tier),
         ("mapped", memory::mapped),
         ("host-registered", memory::register_cost),
+        ("mapped-cut", memory::cut),
+        ("numa", numa),
     ];
     let mut results = Map::new();
     let mut failed = 0;

@@ -169,6 +169,7 @@ pub fn mapped(bench: &Bench) -> Check<Value> {
         ("map_32m", map(32, 1024, 8)),
         ("map_128m", map(128, 1024, 8)),
         ("map_32m_4_threads", map(32, 1024, 4)),
+        ("map_32m_16_threads", map(32, 1024, 16)),
         ("map_32m_unpinned_last", map(32, all, 8)),
         ("map_128m_unpinned_last", map(128, all, 8)),
     ];
@@ -234,4 +235,67 @@ pub fn register_cost(bench: &Bench) -> Check<Value> {
         );
     }
     Ok(Value::Object(found))
+}
+
+/// A file that is cut short while its pages are pinned, in a process of its own: SIGBUS would end that.
+pub fn cut(bench: &Bench) -> Check<Value> {
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    command
+        .args(["--cut", "--device", &bench.name, "--shm"])
+        .arg(&bench.shm)
+        .arg("--folder")
+        .arg(&bench.folder);
+    let done = command.output()?;
+    let said = String::from_utf8_lossy(&done.stdout).trim().to_owned();
+    if !done.status.success() {
+        let words = String::from_utf8_lossy(&done.stderr);
+        return Err(format!("{}: {said} {}", done.status, words.trim()).into());
+    }
+    Ok(json!(said))
+}
+
+/// Pins pieces of files, cuts the files to nothing, and copies: small and large, on tmpfs and on a drive.
+pub fn cut_file(bench: &Bench) -> Check<String> {
+    let mut said = Vec::new();
+    for place in [&bench.shm, &bench.folder] {
+        let folder = tempfile::Builder::new().prefix("nvtier-check-").tempdir_in(place)?;
+        let path = folder.path().join("file");
+        let len = 4usize << 20;
+        let bytes = pattern(9, len);
+        std::fs::write(&path, &bytes)?;
+        let file = std::fs::File::options().read(true).write(true).open(&path)?;
+        file.sync_all()?;
+        let mapping = std::sync::Arc::new(Mapping::new(&file)?);
+        let piece = match MappedPiece::pin(&bench.driver, &mapping, 0, len) {
+            Ok(piece) => std::sync::Arc::new(piece),
+            Err(error) => {
+                said.push(format!("{}: not pinned: {error}", place.display()));
+                continue;
+            }
+        };
+        file.set_len(0)?;
+        let room = DeviceMemory::new(&bench.driver, len as u64)?;
+        let mut stream = bench.driver.stream()?;
+        // Small copies may go another way through the driver than large ones.
+        let sizes = [16, 4096, 65_536, len];
+        let mut same = true;
+        for size in sizes {
+            let mut batch = Batch::new(Direction::ToDevice);
+            batch.lent.push(gpudirect::driver::Lent::Mapped(piece.clone()));
+            batch.parts.push(Part { buffer: 0, offset: 0, device: room.address(), len: size });
+            stream.copy(batch).map_err(|refused| refused.error)?;
+            stream.finish(&mut drop)?;
+            let lane = bench.lane(LaneOptions { ring: 8 << 20, ..LaneOptions::default() })?;
+            let mut seen = vec![0; size];
+            lane.read_device(room.address(), &mut seen)?;
+            same &= seen == bytes[..size];
+        }
+        said.push(format!(
+            "{}: {} copies of a file that is gone, bytes {}",
+            place.display(),
+            sizes.len(),
+            if same { "as they were" } else { "others" }
+        ));
+    }
+    Ok(said.join("; "))
 }

@@ -1,7 +1,7 @@
 //! The real driver, by cudarc, which loads libcuda at run time.
 //!
-//! All unsafe code of this crate that calls CUDA is here and in the files of `cuda/`. cudarc panics when a library or a symbol is missing, so both are looked for
-//! before anything is called: what is not there is an error of ours.
+//! The unsafe code of this crate that calls CUDA is here and in the files of `cuda/`. cudarc panics when a library or a symbol
+//! is missing, so both are looked for before anything is called: what is not there is an error of ours.
 //!
 //! **Who owns what.** A batch's buffers are kept in the stream's list from the first copy of the batch until the event
 //! after its last copy was seen to have happened. Should the driver fail in between, the memory is leaked: a copy engine may

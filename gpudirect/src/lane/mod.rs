@@ -12,6 +12,7 @@
 //! need no staging). A buffer is the drive's, then this thread's, then the copy engine's: ownership says whose turn it is.
 
 mod lend;
+mod numa;
 pub(crate) mod pieces;
 mod read;
 mod tier;
@@ -113,7 +114,11 @@ impl Lane {
     pub fn new(driver: Arc<dyn Driver>, options: LaneOptions) -> Result<Lane> {
         let started = Instant::now();
         check(&options, options.ring)?;
-        let arena = Arena::new(options.ring, ArenaOptions::default())?;
+        let take = || Arena::new(options.ring, ArenaOptions::default());
+        let arena = match numa::processors_near(&driver.info()?.pci) {
+            Some(processors) => numa::on(&processors, take)?,
+            None => take()?,
+        };
         driver.pin(&arena)?;
         Ok(Lane { driver, options, arena, pinned: true, tiers: Vec::new(), setup: started.elapsed() })
     }
@@ -133,6 +138,11 @@ impl Lane {
     /// Bytes of pinned memory.
     pub fn pinned_bytes(&self) -> u64 {
         self.arena.len() as u64
+    }
+
+    /// Where the ring lies in this process: to look it up in `/proc/self/numa_maps`.
+    pub fn ring_address(&self) -> usize {
+        self.arena.as_ptr() as usize
     }
 
     /// How long it took to take and pin the ring.

@@ -14,8 +14,8 @@ use crate::driver::{Batch, Direction, Lent, Part, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::Source;
 
-/// Threads that pin pieces of mapped files: the kernel and the driver lock enough that more do not help.
-const PIN_THREADS: u32 = 8;
+/// The most threads that pin pieces of mapped files: kernel and driver lock, so that many more could not help.
+const PIN_THREADS: u32 = 16;
 /// How long a piece is waited for before copies are looked at.
 const PIN_WAIT: Duration = Duration::from_micros(500);
 /// The same, while none runs.
@@ -59,7 +59,11 @@ struct Work<'a> {
     pieces: Pieces,
     /// Names a tensor by its number.
     tensor: &'a dyn Fn(u32) -> String,
-    queue: Queue,
+    lane: &'a Lane,
+    /// All sources are in memory.
+    cached: bool,
+    /// Made when there is something to read: it costs more than a few copies do.
+    queue: Option<Queue>,
     stream: Box<dyn Stream>,
     free: Vec<Buffer>,
     ready: Vec<Ready>,
@@ -68,7 +72,6 @@ struct Work<'a> {
     loans: VecDeque<Loan>,
     /// What pins pieces of mapped files.
     pinner: Option<Pinner>,
-    options: &'a LaneOptions,
     done: u64,
     out: Transfer,
 }
@@ -101,7 +104,6 @@ impl Lane {
         let used = |i: usize| runs.iter().any(|run| run.source as usize == i && run.len > 0);
         let cached =
             sources.iter().enumerate().filter(|(i, _)| used(*i)).all(|(_, source)| source.is_cached());
-        let queue = self.queue(cached)?;
         let stream = self.driver.stream()?;
         let free = self.buffers(pieces.buffer_len.max(self.options.chunk))?;
         let options = &self.options;
@@ -118,14 +120,15 @@ impl Lane {
             sources,
             pieces,
             tensor,
-            queue,
+            lane: self,
+            cached,
+            queue: None,
             stream,
             free,
             ready: Vec::new(),
             next: 0,
             loans: sorted.loans.into(),
             pinner,
-            options,
             done: 0,
             out: Transfer { note: sorted.note, ..Transfer::default() },
         };
@@ -138,10 +141,15 @@ impl Lane {
         drop(work.pinner.take());
         let Work { mut out, queue, pieces, .. } = work;
         out.elapsed = started.elapsed();
-        out.backend = queue.backend().to_string();
-        out.fixed_buffers = queue.has_fixed_buffers();
         out.read_bytes = pieces.read_bytes;
-        out.note = out.note.or(queue.note().map(str::to_owned));
+        match queue {
+            Some(queue) => {
+                out.backend = queue.backend().to_string();
+                out.fixed_buffers = queue.has_fixed_buffers();
+                out.note = out.note.or(queue.note().map(str::to_owned));
+            }
+            None => out.backend = "none".into(),
+        }
         Ok(out)
     }
 
@@ -180,7 +188,7 @@ impl Lane {
 
 impl Work<'_> {
     fn run(&mut self, total: u64, admission: &Admission, control: &mut Control<'_>) -> Result<()> {
-        let copy_unit = self.options.copy_unit;
+        let copy_unit = self.lane.options.copy_unit;
         self.out.bytes = total;
         let (mut io, mut copies) = (Busy::default(), Busy::default());
         while self.done < total {
@@ -188,18 +196,18 @@ impl Work<'_> {
             let paused = admission.paused();
             if !paused {
                 self.issue()?;
-                self.lend()?;
             }
-            self.queue.wait(0)?;
+            self.submit()?;
             self.reap_reads()?;
             self.reap_copies(false)?;
+            self.lend(paused)?;
             let gathered: usize = self.ready.iter().map(|ready| ready.buffer.len()).sum();
             let idle = self.stream.in_flight() == 0;
-            if gathered > 0 && (idle || gathered >= copy_unit || self.queue.in_flight() == 0) {
+            if gathered > 0 && (idle || gathered >= copy_unit || self.reading() == 0) {
                 self.copy(copy_unit)?;
             }
             let now = Instant::now();
-            io.set(self.queue.in_flight() > 0, now);
+            io.set(self.reading() > 0, now);
             let copying = self.stream.in_flight() > 0;
             copies.set(copying, now);
             if self.done >= total {
@@ -208,14 +216,14 @@ impl Work<'_> {
             let starved = self.free.is_empty() && self.next < self.pieces.order.len();
             let pinning = self.pinner.as_ref().is_some_and(Pinner::is_working);
             let few = self.stream.in_flight() < IN_FLIGHT / 2;
-            if pinning && few && self.queue.in_flight() == 0 {
+            if pinning && few && self.reading() == 0 {
                 // Copies are looked at again soon: they end while pieces come.
                 self.wait_for_pieces(if copying { PIN_WAIT } else { PIN_WAIT_IDLE });
-            } else if self.stream.in_flight() > 0 && (starved || self.queue.in_flight() == 0) {
+            } else if self.stream.in_flight() > 0 && (starved || self.reading() == 0) {
                 self.reap_copies(true)?;
                 self.out.copy_wait += now.elapsed();
-            } else if self.queue.in_flight() > 0 {
-                self.queue.wait(1)?;
+            } else if let Some(queue) = self.queue.as_mut().filter(|queue| queue.in_flight() > 0) {
+                queue.wait(1)?;
                 self.out.io_wait += now.elapsed();
             } else if paused {
                 admission.wait();
@@ -246,13 +254,13 @@ impl Work<'_> {
         self.out.io_wait += started.elapsed();
     }
 
-    /// Starts copies of what needs no read, about a `copy_unit` to a batch.
-    fn lend(&mut self) -> Result<()> {
+    /// Starts copies of what needs no read, about a `copy_unit` to a batch; none while others go first.
+    fn lend(&mut self, paused: bool) -> Result<()> {
         for result in self.pinner.as_ref().map(Pinner::results).unwrap_or_default() {
             match result {
                 Pinned::Loans(loans) => self.loans.extend(loans),
                 Pinned::Refused(runs, error) => {
-                    let LaneOptions { chunk, gap, .. } = *self.options;
+                    let LaneOptions { chunk, gap, .. } = self.lane.options;
                     self.pieces.append(pieces::plan(self.sources, &runs, chunk, gap)?);
                     self.out
                         .note
@@ -260,10 +268,10 @@ impl Work<'_> {
                 }
             }
         }
-        while !self.loans.is_empty() && self.stream.in_flight() < IN_FLIGHT {
+        while !paused && !self.loans.is_empty() && self.stream.in_flight() < IN_FLIGHT {
             let mut batch = Batch::new(Direction::ToDevice);
             let (mut bytes, mut tier, mut mapped) = (0, 0, 0);
-            while bytes < self.options.copy_unit {
+            while bytes < self.lane.options.copy_unit {
                 let Some(Loan { lent, offset, device, len }) = self.loans.pop_front() else { break };
                 match &lent {
                     Lent::Page(_) => tier += len as u64,
@@ -282,9 +290,28 @@ impl Work<'_> {
         Ok(())
     }
 
+    /// Reads in flight.
+    fn reading(&self) -> usize {
+        self.queue.as_ref().map_or(0, Queue::in_flight)
+    }
+
+    fn submit(&mut self) -> Result<()> {
+        if let Some(queue) = &mut self.queue {
+            queue.wait(0)?;
+        }
+        Ok(())
+    }
+
     /// Starts reads while there are buffers and room in the queue.
     fn issue(&mut self) -> Result<()> {
-        while self.next < self.pieces.order.len() && self.queue.in_flight() < self.queue.depth() {
+        if self.next >= self.pieces.order.len() {
+            return Ok(());
+        }
+        let queue = match &mut self.queue {
+            Some(queue) => queue,
+            none => none.insert(self.lane.queue(self.cached)?),
+        };
+        while self.next < self.pieces.order.len() && queue.in_flight() < queue.depth() {
             let Some(mut buffer) = self.free.pop() else { break };
             let index = self.next;
             let piece = &self.pieces.order[index];
@@ -303,7 +330,7 @@ impl Work<'_> {
                 range: 0..piece.read_len,
                 tag: index as u64,
             };
-            if let Err(refused) = self.queue.push(op) {
+            if let Err(refused) = queue.push(op) {
                 self.free.extend(refused.op.buffer);
                 if refused.error.kind().is_queue_full() {
                     break;
@@ -320,7 +347,8 @@ impl Work<'_> {
         let mut failed = None;
         let mut came = Vec::new();
         let (pieces, free) = (&self.pieces.order, &mut self.free);
-        self.queue.reap(|completion| {
+        let Some(queue) = &mut self.queue else { return Ok(()) };
+        queue.reap(|completion| {
             let index = completion.tag as usize;
             let Some(buffer) = completion.op.buffer else {
                 if let Err(error) = completion.result {
@@ -422,14 +450,16 @@ impl Work<'_> {
     /// Waits until nothing is under way.
     fn drain(&mut self) -> Result<()> {
         let mut failed = None;
-        while self.queue.in_flight() > 0 {
-            if let Err(error) = self.queue.wait(1) {
-                failed = Some(Error::from(error));
-                break;
+        if let Some(queue) = &mut self.queue {
+            while queue.in_flight() > 0 {
+                if let Err(error) = queue.wait(1) {
+                    failed = Some(Error::from(error));
+                    break;
+                }
+                queue.reap(drop);
             }
-            self.queue.reap(drop);
+            queue.reap(drop);
         }
-        self.queue.reap(drop);
         while self.stream.in_flight() > 0 {
             if let Err(error) = self.stream.reap(true, &mut drop) {
                 // Dropping the stream waits for what it can.
