@@ -27,6 +27,7 @@ use crate::content::{Committed, Content, Draft};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent_io::{ExtentIo, seek};
 use crate::layout::{Extent, Layout, MAX_CHUNKS, Piece};
+use crate::member::Hint;
 use crate::region_read::Source;
 use crate::types::{Allocate, NodeId, Seek, Timestamp};
 use crate::write_behind::RunOwner;
@@ -268,6 +269,58 @@ impl ExtentDraft {
                 format!("{len} bytes at {offset} end beyond the largest region of this pool, {most} bytes");
             Error::new(ErrorKind::TooLarge, context)
         })
+    }
+}
+
+impl ExtentDraft {
+    /// Takes `len` bytes, from the member `first` on of one that has them, else of all, and gives them as space beyond a size of 0, see
+    /// `pool/slab.rs`. All or nothing.
+    pub(crate) fn slab(&self, len: u64, first: usize) -> Result<Committed> {
+        let shared = &self.shared;
+        let len = self.check_end(0, len)?.next_multiple_of(shared.chunk);
+        let members = shared.io.stripes().members();
+        let hint = Hint { node: shared.node, logical: 0, after: None };
+        let mut extents = None;
+        for index in 0..members.len() {
+            match members[(first + index) % members.len()].allocate(len, &hint) {
+                Ok(got) => {
+                    extents = Some(got);
+                    break;
+                }
+                Err(error) if error.kind() == ErrorKind::NoSpace => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let extents = match extents {
+            Some(extents) => extents,
+            None => self.pieces_of_all(len)?,
+        };
+        let mut layout = Layout::new(shared.chunk as u32);
+        for extent in extents {
+            layout.replace(extent);
+        }
+        let allocated = layout.allocated();
+        Ok(Committed { layout, sealed: true, allocated, modified: None })
+    }
+
+    fn pieces_of_all(&self, len: u64) -> Result<Vec<Extent>> {
+        let shared = &self.shared;
+        let mut after = vec![None; shared.io.stripes().members().len()];
+        let mut got: Vec<Extent> = Vec::new();
+        let mut at = 0;
+        while at < len {
+            match shared.io.stripes().allocate(shared.node, &mut after, at, len - at) {
+                Ok(extents) => {
+                    at = extents.last().map_or(len, Extent::logical_end);
+                    got.extend(extents);
+                }
+                Err(error) => {
+                    shared.give_back(&got);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(got)
     }
 }
 

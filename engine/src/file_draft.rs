@@ -254,6 +254,15 @@ impl FileDraft {
         *self.known_sums() = None;
     }
 
+    /// Reserves `len` bytes in the empty file and gives them as space beyond a size of 0, see `pool/slab.rs`.
+    pub(crate) fn slab(&self, len: u64) -> Result<Committed> {
+        self.allocate(0, len, Allocate::Reserve { keep_size: false })?;
+        self.settle_charge()?;
+        let mut layout = Layout::new(self.chunk_size);
+        layout.replace(Extent { logical: 0, member: 0, file: self.number, offset: 0, len });
+        Ok(Committed { layout, sealed: true, allocated: self.charged(), modified: None })
+    }
+
     /// Its file's number.
     pub(crate) fn number(&self) -> u64 {
         self.number

@@ -253,3 +253,18 @@ pub fn kept(note: &[u8], key: &str, size: u64) -> u64 {
 pub fn progress(writes: &[(u64, u64)]) -> (u64, u64) {
     partial::progress_of(writes)
 }
+
+/// Records of a KV store's index, see [`crate::kv`]; what they show.
+pub fn kv_records(input: &[u8]) -> Result<String> {
+    crate::kv::fuzz::records(input)
+}
+
+/// A KV store whose index holds these bytes, opened and used; what it came to.
+pub fn kv_store(input: &[u8]) -> Result<String> {
+    crate::kv::fuzz::store(input)
+}
+
+/// Records of a KV store's index, as seeds: a block, one that is gone, a namespace, a tenant, the ledger.
+pub fn kv_seed() -> Vec<u8> {
+    crate::kv::fuzz::seed()
+}

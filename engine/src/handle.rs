@@ -10,7 +10,7 @@ use crate::file_draft::{FileStream, StreamWriters};
 use crate::layout::Layout;
 use crate::pool::live::{AnyDraft, Current, Live};
 use crate::pool::stored::Stored;
-use crate::pool::{Inner as PoolInner, Storage, Verify, lock};
+use crate::pool::{Inner as PoolInner, Shared, Storage, Verify, lock};
 use crate::prefetch::{PrefetchTicket, Prefetcher, Priority};
 use crate::types::{Access, Allocate, NodeId, Seek};
 
@@ -87,6 +87,11 @@ impl Handle {
         };
         self.inner.pool.shared.counters.read_bytes.fetch_add(read as u64, Relaxed);
         Ok(read)
+    }
+
+    /// See [`Pool::make_slab`](crate::Pool::make_slab).
+    pub(crate) fn make_slab(&self, shared: &Arc<Shared>, len: u64, first: usize) -> Result<()> {
+        self.with_space(|| self.inner.live.become_slab(shared, len, first))
     }
 
     /// The region's node.

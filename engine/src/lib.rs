@@ -13,6 +13,7 @@ pub mod format;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod handle;
+pub mod kv;
 pub mod layout;
 pub mod lease;
 pub mod member;
@@ -35,7 +36,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use handle::Handle;
 pub use lease::{Lease, LeasedExtent, Source};
 pub use pool::{
-    FormatOptions, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
+    FormatOptions, Generation, MemberInfo, MemberKind, OpenOptions, Pool, PoolInfo, PoolStat, RamStat, Verify,
 };
 pub use region_read::Resident;
 pub use repair::{RepairReport, RepairedChunk};

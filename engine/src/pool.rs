@@ -3,7 +3,8 @@
 //! - `names.rs`: the calls on names, each a moment under the tree's lock.
 //! - `live.rs`: open regions, their drafts and seals. `stored.rs`: committed content.
 //! - `commit.rs`: snapshots into the catalog, and freeing what they leave behind.
-//! - `format.rs`, `open.rs`: making and opening pools.
+//! - `format.rs`, `open.rs`: making and opening pools. `slab.rs`: space that the KV store manages itself.
+//! - `generations.rs`: what a region was before it was replaced.
 //!
 //! Locks, in the order they are taken: a region's gate, the snapshot turn, the tree, then `contents`, `graveyard`, `open`.
 //!
@@ -36,15 +37,18 @@ use crate::verify::{VerifyProgress, VerifyReport};
 
 mod commit;
 mod format;
+pub(crate) mod generations;
 pub(crate) mod live;
 mod names;
 mod open;
 mod options;
+pub(crate) mod slab;
 pub(crate) mod stored;
 
 #[cfg(test)]
 mod tests;
 
+pub use generations::{GENERATIONS_MAX, Generation};
 pub use options::*;
 
 use live::Live;
@@ -123,6 +127,8 @@ pub(crate) struct Shared {
     pub(crate) scrub: Mutex<crate::scrub::Noted>,
     /// A flush of data failed: what it was for may be lost although a later flush succeeds. No snapshot is made any more.
     flush_failed: OnceLock<String>,
+    /// Names of KV stores that are open.
+    pub(crate) kv_open: Mutex<HashSet<String>>,
     pub(crate) stop: Mutex<bool>,
     pub(crate) wake: Condvar,
     kick: AtomicBool,

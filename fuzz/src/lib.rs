@@ -11,6 +11,7 @@ mod catalog;
 mod command;
 mod control;
 mod kernel;
+mod kv;
 pub mod mutate;
 mod names;
 pub mod seeds;
@@ -152,6 +153,8 @@ pub const TARGETS: &[Target] = &[
         memory: (128 * KIB, 64),
         mutations: 4000,
     },
+    Target { name: "kv_records", run: kv::records, max_len: 4096, memory: (256 * KIB, 128), mutations: 4000 },
+    Target { name: "kv_store", run: kv::store, max_len: 4096, memory: (96 * MIB, 256), mutations: 1500 },
 ];
 
 /// The target of that name.

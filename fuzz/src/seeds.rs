@@ -29,6 +29,11 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "command_line" => COMMAND_LINES.iter().map(|line| line.replace(' ', "\0").into_bytes()).collect(),
         "config" => CONFIGS.iter().map(|text| text.as_bytes().to_vec()).collect(),
         "kernel_tables" => kernel_tables(),
+        "kv_records" => vec![engine::fuzzing::kv_seed()],
+        "kv_store" => [[0, 1, 5], [0, 2, 5], [0, 3, 4], [1, 0, 0]]
+            .into_iter()
+            .map(|head| [&head[..], &engine::fuzzing::kv_seed()].concat())
+            .collect(),
         _ => Vec::new(),
     }
 }

@@ -70,5 +70,5 @@ macro_rules! targets {
 
 targets! {
     superblock catalog_records layout catalog_image pool safetensors gguf npy names control_frames control_server control_client
-    job_file bench_arguments command_line config kernel_tables
+    job_file bench_arguments command_line config kernel_tables kv_records kv_store
 }

@@ -1,6 +1,8 @@
 //! Which tensors of which sources go where: names to one allocation on the device.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
 
 use engine::tensors::{self, Dtype, TensorInfo};
 
@@ -61,10 +63,22 @@ struct Rows {
     count: u64,
 }
 
+/// A tensor of a plan, or a range of one of its dimensions, for [`Plan::part`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which of the plan's tensors.
+    pub index: usize,
+    /// A dimension, and which of its elements; `None`: the whole tensor.
+    pub cut: Option<(usize, Range<u64>)>,
+}
+
 /// What a load does.
 #[derive(Debug)]
 pub struct Plan {
-    sources: Vec<Source>,
+    /// Shared with the plans that are parts of this one.
+    sources: Arc<Vec<Source>>,
+    /// Of each source.
+    metadata: Arc<Vec<BTreeMap<String, String>>>,
     tensors: Vec<PlannedTensor>,
     device_bytes: u64,
     padding_bytes: u64,
@@ -75,6 +89,7 @@ impl Plan {
     pub fn new(sources: Vec<Source>, options: &PlanOptions) -> Result<Plan> {
         let mut tensors: Vec<PlannedTensor> = Vec::new();
         let mut names: HashMap<String, u32> = HashMap::new();
+        let mut metadata = Vec::with_capacity(sources.len());
         for (index, source) in sources.iter().enumerate() {
             let parsed = tensors::parse(source.name(), source.len(), &mut |offset, out| {
                 source.read_at(offset, out).map_err(|error| {
@@ -111,14 +126,49 @@ impl Plan {
                     tensors.push(planned(tensor, index as u32, options.shard.as_ref())?);
                 }
             }
+            metadata.push(parsed.metadata);
         }
         if tensors.is_empty() && !options.filters.is_empty() && !names.is_empty() {
             let context = format!("no tensor of {} fits {:?}", names.len(), options.filters);
             return Err(Error::new(ErrorKind::NotFound, context));
         }
-        let mut plan = Plan { sources, tensors, device_bytes: 0, padding_bytes: 0 };
+        Plan::placed(Arc::new(sources), Arc::new(metadata), tensors)
+    }
+
+    fn placed(
+        sources: Arc<Vec<Source>>,
+        metadata: Arc<Vec<BTreeMap<String, String>>>,
+        tensors: Vec<PlannedTensor>,
+    ) -> Result<Plan> {
+        let mut plan = Plan { sources, metadata, tensors, device_bytes: 0, padding_bytes: 0 };
         plan.place()?;
         Ok(plan)
+    }
+
+    /// A plan of some of the tensors of this one, in the order given, from the same open sources. What this plan cut by a
+    /// [`Shard`] cannot be cut again.
+    pub fn part(&self, parts: &[Part]) -> Result<Plan> {
+        let mut tensors = Vec::with_capacity(parts.len());
+        for Part { index, cut } in parts {
+            let Some(tensor) = self.tensors.get(*index) else {
+                let context = format!("tensor {index} of a plan of {}", self.tensors.len());
+                return Err(Error::new(ErrorKind::Invalid, context));
+            };
+            tensors.push(match cut {
+                Some((dim, range)) if tensor.rows.count == 1 => tensor.cut(*dim, range.clone())?,
+                Some(_) => {
+                    let context = format!("cut tensor {:?}, which is cut already", tensor.name);
+                    return Err(Error::new(ErrorKind::Invalid, context));
+                }
+                None => tensor.clone(),
+            });
+        }
+        Plan::placed(self.sources.clone(), self.metadata.clone(), tensors)
+    }
+
+    /// What each source's header says beside its tensors: `__metadata__` of safetensors, key-values of GGUF.
+    pub fn metadata(&self) -> &[BTreeMap<String, String>] {
+        &self.metadata
     }
 
     /// Gives each tensor its place, in the order of the sources, so that neighbours there are neighbours here.
@@ -198,6 +248,42 @@ impl PlannedTensor {
         let Rows { start, len, stride, count } = self.rows;
         (0..count).map(move |row| (start + row * stride, len))
     }
+
+    fn uncut(&self, dim: usize, why: &str) -> Error {
+        let context =
+            format!("cut tensor {:?} of shape {:?} along dimension {dim}: {why}", self.name, self.shape);
+        Error::new(ErrorKind::Invalid, context)
+    }
+
+    /// A range of one dimension of a tensor that is whole.
+    fn cut(&self, dim: usize, range: Range<u64>) -> Result<PlannedTensor> {
+        let Some(&n) = self.shape.get(dim) else { return Err(self.uncut(dim, "it has no such dimension")) };
+        if range.start > range.end || range.end > n {
+            return Err(self.uncut(dim, &format!("{range:?} is no part of its {n} elements")));
+        }
+        let bytes = |elements: u64| {
+            let mut inner = self.shape[dim..].to_vec();
+            inner[0] = elements;
+            self.dtype.tensor_bytes(&inner)
+        };
+        let part = range.end - range.start;
+        // A row is what lies between two steps of the dimensions before this one.
+        let (Some(skip), Some(len), Some(stride)) = (bytes(range.start), bytes(part), bytes(n)) else {
+            return Err(self.uncut(dim, "a part is no whole number of bytes or blocks"));
+        };
+        let mut shape = self.shape.clone();
+        shape[dim] = part;
+        let count: u64 = self.shape[..dim].iter().product();
+        let start = self.rows.start;
+        let rows = if len == 0 || count == 0 {
+            Rows { start, len: 0, stride: 0, count: 0 }
+        } else if len == stride {
+            Rows { start, len: self.len, stride: 0, count: 1 }
+        } else {
+            Rows { start: start + skip, len, stride, count }
+        };
+        Ok(PlannedTensor { shape, len: rows.len * rows.count, rows, ..self.clone() })
+    }
 }
 
 fn planned(tensor: &TensorInfo, source: u32, shard: Option<&Shard>) -> Result<PlannedTensor> {
@@ -220,35 +306,16 @@ fn planned(tensor: &TensorInfo, source: u32, shard: Option<&Shard>) -> Result<Pl
     let Some(&(_, dim)) = shard.rules.iter().find(|(pattern, _)| fits(pattern, &tensor.name)) else {
         return Ok(all);
     };
-    let refuse = |why: &str| {
-        let context =
-            format!("cut tensor {:?} of shape {:?} along dimension {dim}: {why}", tensor.name, tensor.shape);
-        Err(Error::new(ErrorKind::Invalid, context))
-    };
-    let Some(&n) = tensor.shape.get(dim) else { return refuse("it has no such dimension") };
     let world = u64::from(shard.world);
-    if n % world != 0 {
-        return refuse(&format!("{n} is no multiple of {world} ranks"));
+    match tensor.shape.get(dim) {
+        Some(&n) if n % world == 0 => {
+            let part = n / world;
+            let start = u64::from(shard.rank) * part;
+            all.cut(dim, start..start + part)
+        }
+        Some(&n) => Err(all.uncut(dim, &format!("{n} is no multiple of {world} ranks"))),
+        None => Err(all.uncut(dim, "it has no such dimension")),
     }
-    let mut inner = tensor.shape[dim..].to_vec();
-    inner[0] = n / world;
-    let mut shape = tensor.shape.clone();
-    shape[dim] = n / world;
-    // A row is what lies between two steps of the dimensions before this one.
-    let (Some(len), Some(stride)) =
-        (tensor.dtype.tensor_bytes(&inner), tensor.dtype.tensor_bytes(&tensor.shape[dim..]))
-    else {
-        return refuse("a part is no whole number of bytes or blocks");
-    };
-    let count: u64 = tensor.shape[..dim].iter().product();
-    let rows = if stride == 0 {
-        Rows { start, len: 0, stride: 0, count: 0 }
-    } else if len == stride {
-        Rows { start, len: tensor.len(), stride: 0, count: 1 }
-    } else {
-        Rows { start: start + u64::from(shard.rank) * len, len, stride, count }
-    };
-    Ok(PlannedTensor { shape, len: rows.len * rows.count, ..whole(rows) })
 }
 
 /// Whether a name fits a pattern: `*` stands for any text, `?` for one character.
@@ -313,6 +380,24 @@ mod tests {
         assert_eq!(middle.ranges().collect::<Vec<_>>(), [(132, 16), (180, 16), (228, 16), (276, 16)]);
         let last = cut(&tensor, 0, 2, 2).unwrap();
         assert_eq!((last.ranges().count(), last.len), (24, 96));
+    }
+
+    #[test]
+    fn a_range_of_a_dimension() {
+        let whole = planned(&info(Dtype::F32, &[4, 6, 2]), 0, None).unwrap();
+        let rows = whole.cut(0, 1..3).unwrap();
+        assert_eq!((rows.shape.clone(), rows.len), (vec![2, 6, 2], 96));
+        assert_eq!(rows.ranges().collect::<Vec<_>>(), [(148, 96)]);
+        let columns = whole.cut(1, 5..6).unwrap();
+        assert_eq!(columns.ranges().collect::<Vec<_>>(), [(140, 8), (188, 8), (236, 8), (284, 8)]);
+        assert_eq!(whole.cut(1, 0..6).unwrap(), whole);
+        assert_eq!((whole.cut(2, 1..1).unwrap().shape, whole.cut(2, 1..1).unwrap().len), (vec![4, 6, 0], 0));
+        for (dim, range) in [(1, 5..7), (3, 0..1), (0, Range { start: 2, end: 1 })] {
+            assert_eq!(whole.cut(dim, range).unwrap_err().kind(), ErrorKind::Invalid);
+        }
+        let packed = planned(&info(Dtype::F4, &[2, 4]), 0, None).unwrap();
+        assert_eq!(packed.cut(1, 2..4).unwrap().ranges().collect::<Vec<_>>(), [(101, 1), (103, 1)]);
+        assert!(packed.cut(1, 1..3).is_err());
     }
 
     #[test]

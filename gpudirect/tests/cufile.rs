@@ -193,16 +193,32 @@ fn peer_to_peer_is_named_as_such() {
     assert!(why(&loaded, paths::NVIDIA_FS).contains("nvidia-fs is not loaded"));
 }
 
+/// Both ways are there, and the library takes one of them: the report names that one, not the one that was hoped for.
+#[test]
+fn a_way_that_the_reads_did_not_take_is_not_named() {
+    let Some(bench) = Bench::new() else { return };
+    bench.library.set(FakeCuFileOptions { mode: FakeMode::PeerToPeer, ..bench.fake() });
+    let report = bench.load(&options()).unwrap();
+    assert_eq!(report.path, paths::PEER_TO_PEER);
+    let reason = why(&report, paths::NVIDIA_FS);
+    assert!(reason.contains("(0 by nvidia-fs, 4 by peer-to-peer DMA)"), "{reason}");
+}
+
 /// Whatever cuFile does wrong, the self-test sees it, the load takes the bounce path, and the report has the reason; remembered
 /// until a new test is asked for.
 #[test]
 fn a_cufile_that_cannot_be_trusted_is_refused_with_the_reason() {
     type Change = fn(&mut FakeCuFileOptions);
-    let wrong: [(&str, Change); 6] = [
+    let wrong: [(&str, Change); 7] = [
         ("1 are wrong on the device", |fake| fake.wrong = 2),
         ("never arrived", |fake| fake.lost = 1),
         ("100000 came", |fake| fake.short = 100_000),
-        ("compatibility mode, not GPUDirect", |fake| fake.mode = FakeMode::Compat),
+        ("4 of 4 reads of the self-test by pread", |fake| {
+            (fake.mode, fake.system) = (FakeMode::Compat, PathBuf::new());
+        }),
+        ("bytes read by system calls: that is cuFile's compatibility mode, not GPUDirect", |fake| {
+            (fake.mode, fake.counts) = (FakeMode::Compat, false);
+        }),
         ("CU_FILE_IO_NOT_SUPPORTED (5008)", |fake| (fake.fail_call, fake.code) = (2, 5008)),
         ("CU_FILE_NVFS_DRIVER_ERROR (5010)", |fake| (fake.fail_call, fake.code) = (4, 5010)),
     ];
@@ -465,6 +481,23 @@ fn a_slower_cufile_is_not_taken_unless_it_is_asked_for() {
     bench.library.set(bench.fake());
     let forced = bench.load(&PathOptions { choice: PathChoice::CuFile, ..options() }).unwrap();
     assert_eq!(forced.path, paths::NVIDIA_FS);
+}
+
+/// All but the library is there: the real one is looked for, and on most machines is not.
+#[test]
+fn a_library_that_cannot_be_opened_is_named_with_its_own_words() {
+    let Some(bench) = Bench::new() else { return };
+    let open = || gpudirect::cufile::open().map(|library| Arc::new(library) as Arc<dyn CuFile>);
+    let bench = Bench { paths: Paths::of(System::at(bench.root()), open, Remembered::nowhere()), ..bench };
+    let words = match gpudirect::cufile::open() {
+        Ok(_) => return println!("skipped: this machine has cuFile"),
+        Err(error) => error.to_string(),
+    };
+    let report = bench.load(&options()).unwrap();
+    assert_eq!(report.path, paths::BOUNCE);
+    assert!(why(&report, paths::NVIDIA_FS).contains(&words), "{report:?}");
+    let forced = bench.load(&PathOptions { choice: PathChoice::CuFile, ..options() }).unwrap_err();
+    assert!(forced.to_string().contains(&words), "{forced}");
 }
 
 #[test]

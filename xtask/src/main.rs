@@ -15,6 +15,7 @@ mod sim;
 mod suites;
 mod sweep;
 mod tally;
+mod wheel;
 
 use std::process::ExitCode;
 
@@ -52,6 +53,8 @@ enum Task {
     Asan,
     /// Unit tests of buffers under Miri, where the toolchain has it.
     Miri,
+    /// Build the Python package as a wheel, into `target/wheels`.
+    Wheel(wheel::Args),
     /// Remove mounts, processes and loop devices that an interrupted test run left behind.
     Sweep,
 }
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Task::Loom => memory::loom(),
         Task::Asan => memory::asan(),
         Task::Miri => memory::miri(),
+        Task::Wheel(args) => wheel::run(&args),
         Task::Sweep => sweep::abandoned().map(|()| true),
     };
     match outcome {

@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use engine::tensors::TensorInfo;
-use engine::{ErrorKind, FormatOptions, NodeKind, Session, SessionOptions, WriterOptions};
+use engine::tensors::{TensorIndex, TensorInfo};
+use engine::{ErrorKind, FormatOptions, NodeKind, RegionReader, Session, SessionOptions, WriterOptions};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 
 use crate::error::{IntoPy, to_py};
+use crate::load::pool_closed;
+use crate::process::Mine;
+use crate::region::Region;
 
 /// Bytes that are moved between looks at pending signals: Ctrl-C works within a fraction of a second.
 const STEP: usize = 8 << 20;
@@ -20,6 +23,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Pool>()?;
     module.add_class::<Entry>()?;
     module.add_class::<Tensor>()?;
+    module.add_class::<Region>()?;
     module.add_function(wrap_pyfunction!(format, module)?)
 }
 
@@ -40,7 +44,7 @@ fn format<'py>(
 }
 
 /// Through JSON: these are small, and the names stay those of `nvtier --json`.
-fn to_dict<'py>(py: Python<'py>, value: &impl serde::Serialize) -> PyResult<Bound<'py, PyAny>> {
+pub fn to_dict<'py>(py: Python<'py>, value: &impl serde::Serialize) -> PyResult<Bound<'py, PyAny>> {
     let text =
         serde_json::to_string(value).map_err(|e| pyo3::exceptions::PyRuntimeError::new_err(e.to_string()))?;
     py.import("json")?.getattr("loads")?.call1((text,))
@@ -107,7 +111,7 @@ impl Entry {
 
 /// A named slice of a region.
 #[pyclass(frozen, module = "nvtier")]
-struct Tensor(TensorInfo);
+pub struct Tensor(pub TensorInfo);
 
 #[pymethods]
 impl Tensor {
@@ -139,16 +143,34 @@ impl Tensor {
 
 /// An open pool.
 #[pyclass(frozen, module = "nvtier")]
-struct Pool {
+pub struct Pool {
     path: PathBuf,
-    session: RwLock<Option<Arc<Session>>>,
+    session: RwLock<Option<Arc<Mine<Session>>>>,
 }
 
 impl Pool {
-    fn session(&self) -> PyResult<Arc<Session>> {
-        let closed =
-            || to_py(engine::Error::new(ErrorKind::Stale, format!("{} is closed", self.path.display())));
-        self.session.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(closed)
+    /// The open session. The lock is held for a moment, with the interpreter: at a fork nobody holds it.
+    pub fn session(&self) -> PyResult<Arc<Mine<Session>>> {
+        let session = self.session.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let session = session.ok_or_else(|| pool_closed(&self.path))?;
+        session.check(&format!("the pool {}", self.path.display()))?;
+        Ok(session)
+    }
+
+    /// `nvtier.load` of a region, or of several.
+    pub fn load_by_name<'py>(
+        &self,
+        py: Python<'py>,
+        this: &Bound<'py, Pool>,
+        names: impl IntoPyObject<'py>,
+        options: Option<&Bound<'py, PyDict>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let options = match options {
+            Some(options) => options.copy()?,
+            None => PyDict::new(py),
+        };
+        options.set_item("pool", this)?;
+        py.import("nvtier._load")?.getattr("load")?.call((names,), Some(&options))
     }
 
     fn call<T: Send>(
@@ -172,7 +194,7 @@ impl Pool {
         let options =
             SessionOptions { read_only, ram_bytes: ram.unwrap_or(defaults.ram_bytes), serve: true, wait };
         let session = py.detach(|| Session::open(&path, options)).py()?;
-        Ok(Pool { path, session: RwLock::new(Some(Arc::new(session))) })
+        Ok(Pool { path, session: RwLock::new(Some(Arc::new(Mine::new(session)))) })
     }
 
     #[getter]
@@ -321,31 +343,27 @@ impl Pool {
         length: Option<u64>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let reader = self.call(py, |s| s.reader(name))?;
-        let left = reader.len().saturating_sub(offset);
-        let len = length.unwrap_or(left).min(left);
-        let len =
-            usize::try_from(len).map_err(|e| pyo3::exceptions::PyOverflowError::new_err(e.to_string()))?;
-        PyBytes::new_with(py, len, |buf| {
-            for (part, at) in buf.chunks_mut(STEP).zip((offset..).step_by(STEP)) {
-                py.check_signals()?;
-                py.detach(|| reader.read_exact_at(at, part)).py()?;
-            }
-            Ok(())
-        })
+        read_bytes(py, &reader, offset, length)
     }
 
     fn tensors<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyDict>> {
         let index = self.call(py, |s| s.tensors(name))?;
-        let Some(index) = index else {
-            let context = format!("{name:?} is no tensor file (.safetensors, .gguf, .npy)");
-            return Err(to_py(engine::Error::new(ErrorKind::NotSupported, context)));
-        };
-        let dict = PyDict::new(py);
-        for info in index.tensors {
-            let name = info.name.clone();
-            dict.set_item(name, Tensor(info))?;
-        }
-        Ok(dict)
+        tensors_of(py, name, index)
+    }
+
+    /// A handle on the present content of a region.
+    fn region(slf: &Bound<'_, Self>, name: &str) -> PyResult<Region> {
+        Region::open(slf.py(), slf, name)
+    }
+
+    /// As `nvtier.load`, of regions by name.
+    #[pyo3(signature = (names, **options))]
+    fn load<'py>(
+        slf: &Bound<'py, Self>,
+        names: Bound<'py, PyAny>,
+        options: Option<&Bound<'py, PyDict>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().load_by_name(slf.py(), slf, names, options)
     }
 
     #[pyo3(signature = (path="", progress=None))]
@@ -376,7 +394,10 @@ impl Pool {
         let Some(session) = session else { return Ok(()) };
         // Another thread in a call keeps it open until it is through.
         match Arc::try_unwrap(session) {
-            Ok(session) => py.detach(|| session.close()).py(),
+            Ok(session) => match session.into_inner() {
+                Some(session) => py.detach(|| session.close()).py(),
+                None => Ok(()),
+            },
             Err(_) => Ok(()),
         }
     }
@@ -394,6 +415,43 @@ impl Pool {
     fn __repr__(&self) -> String {
         format!("Pool({:?})", self.path.display().to_string())
     }
+}
+
+/// Bytes of a region, fewer at its end.
+pub fn read_bytes<'py>(
+    py: Python<'py>,
+    reader: &RegionReader,
+    offset: u64,
+    length: Option<u64>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let left = reader.len().saturating_sub(offset);
+    let len = length.unwrap_or(left).min(left);
+    let len = usize::try_from(len).map_err(|e| pyo3::exceptions::PyOverflowError::new_err(e.to_string()))?;
+    PyBytes::new_with(py, len, |buf| {
+        for (part, at) in buf.chunks_mut(STEP).zip((offset..).step_by(STEP)) {
+            py.check_signals()?;
+            py.detach(|| reader.read_exact_at(at, part)).py()?;
+        }
+        Ok(())
+    })
+}
+
+/// The tensors of a region by name.
+pub fn tensors_of<'py>(
+    py: Python<'py>,
+    name: &str,
+    index: Option<TensorIndex>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let Some(index) = index else {
+        let context = format!("{name:?} is no tensor file (.safetensors, .gguf, .npy)");
+        return Err(to_py(engine::Error::new(ErrorKind::NotSupported, context)));
+    };
+    let dict = PyDict::new(py);
+    for info in index.tensors {
+        let name = info.name.clone();
+        dict.set_item(name, Tensor(info))?;
+    }
+    Ok(dict)
 }
 
 /// A file that is removed unless it is kept.

@@ -320,6 +320,13 @@ def test_a_mounted_pool(path, tmp_path):
             view = numpy.load(mount / ".tensors/d/m.safetensors/w.npy", mmap_mode="r")
             assert (view == weights).all() and view.dtype == weights.dtype
             del view
+            # Through the mount, and past it.
+            for loaded in (nvtier.load(mount / "d"), nvtier.load("d", pool=path), pool.load("d/m.safetensors")):
+                assert (numpy.asarray(loaded["w"]) == weights).all()
+            saved = mount / "saved.safetensors"
+            nvtier.numpy.save_file({"w": weights}, saved, {"a": "b"})
+            assert list(pool.tensors("saved.safetensors")) == ["w"]
+            assert (numpy.asarray(nvtier.load(saved)["w"]) == weights).all()
             check_views(numpy, pool, mount)
             (mount / "through-the-mount").write_bytes(b"hello")
             assert pool.read("through-the-mount") == b"hello"

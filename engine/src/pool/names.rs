@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 
+use super::generations::Dead;
 use super::live::Live;
 use super::{Pool, Shared, read, write};
 use crate::error::{Error, ErrorKind, Result};
@@ -41,7 +42,7 @@ fn snapshot(id: NodeId, node: &Node<Live>) -> (Attr, Option<Arc<Live>>) {
 
 impl Shared {
     /// Before a region changes its name: what is written so far gets one to change.
-    fn settle(self: &Arc<Self>, parent: NodeId, name: &OsStr) -> Result<()> {
+    pub(super) fn settle(self: &Arc<Self>, parent: NodeId, name: &OsStr) -> Result<()> {
         let live = {
             let tree = read(&self.tree);
             let Ok(entry) = tree.entry(parent, name) else { return Ok(()) };
@@ -164,14 +165,16 @@ impl Pool {
     pub fn unlink(&self, parent: NodeId, name: &OsStr) -> Result<()> {
         let shared = self.shared();
         shared.check_writable()?;
-        let dead = {
+        let mut dead = Dead::new();
+        {
             let mut tree = write(&shared.tree);
             let gone = tree.unlink(parent, name, Timestamp::now())?;
-            shared.bury_node(&mut tree, gone)
-        };
-        if let Some((id, node)) = dead {
-            shared.purge(id, &node, None, None);
+            if let Some(gone) = gone {
+                shared.drop_generations(&mut tree, gone.node, &mut dead);
+            }
+            dead.extend(shared.bury_node(&mut tree, gone));
         }
+        shared.purge_all(dead);
         Ok(())
     }
 
@@ -200,15 +203,34 @@ impl Pool {
         if flags.exchange {
             shared.settle(new_parent, new_name)?;
         }
-        let dead = {
+        let mut dead = Dead::new();
+        let done = {
             let mut tree = write(&shared.tree);
-            let gone = tree.rename(parent, name, new_parent, new_name, flags, Timestamp::now())?;
-            shared.bury_node(&mut tree, gone)
+            let (now, target) = (Timestamp::now(), (new_parent, new_name));
+            let aside = shared.set_aside(&mut tree, (parent, name), target, flags, now)?;
+            match tree.rename(parent, name, new_parent, new_name, flags, now) {
+                Ok(gone) => {
+                    if let Some(gone) = gone.filter(|_| aside.is_none()) {
+                        shared.drop_generations(&mut tree, gone.node, &mut dead);
+                    }
+                    dead.extend(shared.bury_node(&mut tree, gone));
+                    match aside {
+                        Some(aside) => tree.entry(new_parent, new_name).and_then(|new| {
+                            shared.set_aside_done(&mut tree, aside, new.node, now, &mut dead)
+                        }),
+                        None => Ok(()),
+                    }
+                }
+                Err(error) => {
+                    if let Some(aside) = aside {
+                        shared.bring_back(&mut tree, aside, target, now);
+                    }
+                    Err(error)
+                }
+            }
         };
-        if let Some((id, node)) = dead {
-            shared.purge(id, &node, None, None);
-        }
-        Ok(())
+        shared.purge_all(dead);
+        done
     }
 
     /// Up to `max` entries after `cookie` (0: from the start), each with the cookie that follows it; without `.` and `..`.

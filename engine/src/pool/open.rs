@@ -412,6 +412,7 @@ fn open_located(
         mended: Mutex::new(mended),
         scrub: Mutex::new(scrub),
         flush_failed: OnceLock::new(),
+        kv_open: Mutex::default(),
         stop: Mutex::new(false),
         wake: Condvar::new(),
         kick: AtomicBool::new(false),

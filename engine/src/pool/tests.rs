@@ -12,6 +12,7 @@ mod bad_input;
 mod content;
 mod crash;
 mod full;
+mod generations;
 mod kinds;
 mod random;
 

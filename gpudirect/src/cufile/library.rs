@@ -16,7 +16,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::names::{self, DRIVER_ALREADY_OPEN};
-use super::{CuFile, FileHandle, Properties};
+use super::{CuFile, FileHandle, Properties, ReadCounts};
 use crate::error::{Error, ErrorKind, Result};
 
 /// `CUfileError_t`.
@@ -93,7 +93,32 @@ struct Api {
     set_bool: Option<unsafe extern "C" fn(c_int, bool) -> Status>,
     get_bool: Option<unsafe extern "C" fn(c_int, *mut bool) -> Status>,
     set_string: Option<unsafe extern "C" fn(c_int, *const c_char) -> Status>,
+    stats_level: Option<unsafe extern "C" fn(c_int) -> Status>,
+    stats_start: Option<unsafe extern "C" fn() -> Status>,
+    stats_stop: Option<unsafe extern "C" fn() -> Status>,
+    stats: Option<unsafe extern "C" fn(*mut c_void) -> Status>,
 }
+
+/// Where `CUfileStatsLevel3_t` of a release has its number of GPUs, and the first of their structures. Looked up in the headers of
+/// releases 1.15 to 1.20; later ones may have grown, and are not guessed.
+fn stats_layout(version: c_int) -> Option<(usize, usize)> {
+    match version {
+        1150..1190 => Some((1024, 1032)),
+        1190..1210 => Some((1136, 1144)),
+        _ => None,
+    }
+}
+
+/// `CUfilePerGpuStats_t`: its size, and its counters of reads.
+const GPU_STATS: usize = 248;
+const N_TOTAL: usize = 48;
+const N_P2P: usize = 56;
+const N_NVFS: usize = 64;
+const N_POSIX: usize = 72;
+/// `maxGpus`.
+const GPUS_MAX: usize = 16;
+/// Level 3: per GPU.
+const STATS_LEVEL: c_int = 3;
 
 impl Api {
     /// Loads a library of this name or path. `None`: it is not there.
@@ -138,6 +163,10 @@ impl Api {
             set_bool: may!("cuFileSetParameterBool"),
             get_bool: may!("cuFileGetParameterBool"),
             set_string: may!("cuFileSetParameterString"),
+            stats_level: may!("cuFileSetStatsLevel"),
+            stats_start: may!("cuFileStatsStart"),
+            stats_stop: may!("cuFileStatsStop"),
+            stats: may!("cuFileGetStatsL3"),
         }))
     }
 }
@@ -230,14 +259,13 @@ impl Library {
         Ok(&self.0.api)
     }
 
-    fn version(&self) -> String {
+    /// As the library has it: 1000 x major + 10 x minor; 0 where it cannot say.
+    fn version(&self) -> c_int {
         let mut version: c_int = 0;
         match self.0.api.version {
             // SAFETY: `version` is valid for writes.
-            Some(get) if unsafe { get(&mut version) }.code == 0 && version > 0 => {
-                format!("{}.{}", version / 1000, version % 1000 / 10)
-            }
-            _ => String::new(),
+            Some(get) if unsafe { get(&mut version) }.code == 0 && version > 0 => version,
+            _ => 0,
         }
     }
 
@@ -286,7 +314,10 @@ impl CuFile for Library {
             compat_allowed = value || (self.0.was_open && compat_allowed);
         }
         Ok(Properties {
-            library: self.version(),
+            library: match self.version() {
+                0 => String::new(),
+                version => format!("{}.{}", version / 1000, version % 1000 / 10),
+            },
             nvidia_fs: (raw.major_version, raw.minor_version),
             nvme: raw.dstatusflags & NVME_SUPPORTED != 0,
             nvme_p2p: raw.dstatusflags & NVME_P2P_SUPPORTED != 0,
@@ -331,6 +362,46 @@ impl CuFile for Library {
         // SAFETY: registered by `register`; no read uses it, as the trait asks.
         let status = unsafe { (api.buf_deregister)(address as *const c_void) };
         check(status, || format!("deregister device memory at {address:#x}"))
+    }
+
+    fn count_reads(&self, on: bool) {
+        let (Ok(api), Some(_)) = (self.enter(), stats_layout(self.version())) else { return };
+        let (Some(level), Some(start), Some(stop)) = (api.stats_level, api.stats_start, api.stats_stop)
+        else {
+            return;
+        };
+        // Whether it took effect shows in the counts.
+        // SAFETY: they take plain values.
+        unsafe {
+            if on {
+                level(STATS_LEVEL);
+                start();
+            } else {
+                stop();
+                level(0);
+            }
+        }
+    }
+
+    fn counted(&self) -> Option<ReadCounts> {
+        let api = self.enter().ok()?;
+        let (count_at, first) = stats_layout(self.version())?;
+        // Twice as long as the longest structure that is known.
+        let mut raw = vec![0u64; 2048];
+        // SAFETY: `raw` is aligned and long enough for the structure of every release that `stats_layout` knows.
+        if unsafe { (api.stats?)(raw.as_mut_ptr().cast()) }.code != 0 {
+            return None;
+        }
+        let gpus = (raw[count_at / 8] as u32 as usize).min(GPUS_MAX);
+        let sum = |field: usize| {
+            (0..gpus).map(|gpu| raw[(first + gpu * GPU_STATS + field) / 8]).fold(0u64, u64::saturating_add)
+        };
+        Some(ReadCounts {
+            total: sum(N_TOTAL),
+            peer_to_peer: sum(N_P2P),
+            nvidia_fs: sum(N_NVFS),
+            posix: sum(N_POSIX),
+        })
     }
 }
 
@@ -475,6 +546,15 @@ mod tests {
         assert_eq!(failed.kind(), ErrorKind::Io);
         let lower = std::error::Error::source(&failed).and_then(|error| error.downcast_ref::<nvme::Error>());
         assert_eq!(lower.and_then(nvme::Error::errno), Some(5), "{failed}");
+        // Counted by the stand-in on its second GPU.
+        assert_eq!(library.counted().map(|counts| counts.total), Some(0));
+        library.count_reads(true);
+        assert_eq!(handle.read(base, 0, 100, 0).unwrap(), 100);
+        let counts = ReadCounts { total: 1, peer_to_peer: 10, nvidia_fs: 20, posix: 30 };
+        assert_eq!(library.counted(), Some(counts));
+        library.count_reads(false);
+        handle.read(base, 0, 100, 0).unwrap();
+        assert_eq!(library.counted(), Some(counts));
         drop(handle);
         library.deregister(base).unwrap();
         assert!(library.deregister(base).is_err());

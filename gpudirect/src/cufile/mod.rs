@@ -51,6 +51,19 @@ pub struct Properties {
     pub max_pinned_bytes: u64,
 }
 
+/// Reads by the way that the library says they took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadCounts {
+    /// All.
+    pub total: u64,
+    /// By the kernel's peer-to-peer DMA.
+    pub peer_to_peer: u64,
+    /// By nvidia-fs.
+    pub nvidia_fs: u64,
+    /// By `pread`: compatibility mode.
+    pub posix: u64,
+}
+
 /// libcufile, opened.
 pub trait CuFile: Send + Sync + fmt::Debug {
     /// What the driver says of itself.
@@ -61,6 +74,10 @@ pub trait CuFile: Send + Sync + fmt::Debug {
     fn register(&self, address: u64, len: u64) -> Result<()>;
     /// Takes [`register`](Self::register) back. No read may use the memory any more.
     fn deregister(&self, address: u64) -> Result<()>;
+    /// Starts or stops counting reads, which may cost a little.
+    fn count_reads(&self, on: bool);
+    /// The reads that were counted, of all files and devices of this process; `None` where this release cannot tell.
+    fn counted(&self) -> Option<ReadCounts>;
 }
 
 /// A file that cuFile knows. Calls wait until the transfer has ended; several threads may call at once.

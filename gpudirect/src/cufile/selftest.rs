@@ -4,9 +4,10 @@
 //! **complement** of the bytes that must come, so that a byte that did not arrive cannot look as if it had; a margin on both
 //! sides holds a pattern that must still be there afterwards. What comes is compared with a plain read.
 //!
-//! A fallback to `pread` inside the library shows in the process's count of bytes read by system calls: nvidia-fs reads by
-//! ioctl(2), which does not count there. By peer-to-peer DMA reads are system calls, too; there only the library's own word
-//! that its compatibility mode is off is to be had.
+//! Which way the reads took is asked twice. Releases from 1.15 on count their reads by way; a read by `pread`, or by another way
+//! than the one that is tested, refuses it. And a fallback to `pread` shows in the process's count of bytes read by system
+//! calls: nvidia-fs reads by ioctl(2), which does not count there. By peer-to-peer DMA reads are system calls, too; with an
+//! older library only its word that its compatibility mode is off is to be had there.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -18,7 +19,7 @@ use nvme::Target;
 use serde::{Deserialize, Serialize};
 
 use super::read::reopen;
-use super::{CuFile, CuFileOptions, Files, Staging};
+use super::{CuFile, CuFileOptions, Files, ReadCounts, Staging};
 use crate::control::Control;
 use crate::driver::DeviceMemory;
 use crate::error::{Error, ErrorKind, Result};
@@ -90,11 +91,16 @@ pub(crate) fn self_test(
         cufile_bytes_per_second: None,
         bounce_bytes_per_second: None,
     };
-    let compared = match compare(lane, subject, control) {
-        Ok(compared) => compared,
-        Err(Bad::Refused(why)) => return Ok(refused(why, 0)),
-        Err(Bad::Failed(error)) => return Err(error),
-    };
+    subject.cufile.count_reads(true);
+    let compared = compare(lane, subject, control);
+    let counted = subject.cufile.counted();
+    subject.cufile.count_reads(false);
+    let compared =
+        match compared.and_then(|compared| counts_fit(counted, subject.peer_to_peer).map(|()| compared)) {
+            Ok(compared) => compared,
+            Err(Bad::Refused(why)) => return Ok(refused(why, 0)),
+            Err(Bad::Failed(error)) => return Err(error),
+        };
     let (cufile, bounce) = match race(lane, subject, control) {
         Ok(rates) => rates,
         Err(Bad::Refused(why)) => return Ok(refused(why, compared)),
@@ -141,6 +147,25 @@ impl From<Error> for Bad {
             true => Bad::Failed(error),
             false => Bad::Refused(format!("the self-test failed: {error}")),
         }
+    }
+}
+
+/// Whether the library's own counts say that the reads took the way that is tested. Others of this process may read meanwhile.
+fn counts_fit(counts: Option<ReadCounts>, peer_to_peer: bool) -> std::result::Result<(), Bad> {
+    let Some(ReadCounts { total, peer_to_peer: by_peer, nvidia_fs, posix }) = counts else { return Ok(()) };
+    let wanted = if peer_to_peer { by_peer } else { nvidia_fs };
+    if posix > 0 {
+        return Err(Bad::Refused(format!(
+            "libcufile counted {posix} of {total} reads of the self-test by pread: that is cuFile's compatibility mode, not \
+             GPUDirect"
+        )));
+    }
+    match total > 0 && wanted == 0 {
+        true => Err(Bad::Refused(format!(
+            "libcufile counted none of the {total} reads of the self-test by this way ({nvidia_fs} by nvidia-fs, {by_peer} by \
+             peer-to-peer DMA)"
+        ))),
+        false => Ok(()),
     }
 }
 

@@ -167,11 +167,24 @@ impl Lane {
 
     /// A queue for this lane's I/O. What is in memory is copied by threads: one alone would be slower than a bus.
     fn queue(&self, cached: bool) -> Result<Queue> {
+        self.queue_of(cached, self.options.depth)
+    }
+
+    /// A queue for writes. The more of them are in flight the better, as measured: all of the ring, unless somebody chose.
+    fn write_queue(&self, cached: bool) -> Result<Queue> {
+        let most = (self.options.ring / self.options.chunk).min(nvme::queue::DEPTH_MAX as usize) as u32;
+        match self.options.origin {
+            Origin::Given => self.queue(cached),
+            _ => self.queue_of(cached, self.options.depth.max(most)),
+        }
+    }
+
+    fn queue_of(&self, cached: bool, depth: u32) -> Result<Queue> {
         let backend = match self.options.backend {
             Backend::Auto if cached => Backend::Threads,
             backend => backend,
         };
-        let depth = if cached { self.options.threads.max(1) } else { self.options.depth };
+        let depth = if cached { self.options.threads.max(1) } else { depth };
         let builder = Queue::builder().depth(depth).deadline(self.options.io_deadline).backend(backend);
         Ok(builder.measure_latency(false).arena(Some(&self.arena)).build()?)
     }

@@ -60,7 +60,7 @@ impl Lane {
             spans,
             len,
             chunk: self.options.chunk as u64,
-            queue: self.queue(target.alignment() == 1)?,
+            queue: self.write_queue(target.alignment() == 1)?,
             stream: self.driver.stream()?,
             free: self.buffers(self.options.chunk)?,
             ready: VecDeque::new(),

@@ -1,7 +1,6 @@
 //! Acts: what a workload does to a pool, one line each, and how they are drawn from a seed.
 //!
 //! To add one: a variant here, its words in `Display`, its chance in [`draw`], and what it does to pool and model in `world.rs`.
-//! KV puts with eviction come so when the engine has them (issue 5); until then no workload of this crate has any.
 
 use std::fmt;
 
@@ -119,6 +118,36 @@ pub enum Act {
     Read {
         path: String,
     },
+    /// Keeps generations of a region when it is replaced.
+    Keep {
+        path: String,
+        count: u32,
+    },
+    /// Puts a generation back, counted from the oldest, as far as there are some.
+    RollBack {
+        path: String,
+        which: usize,
+    },
+    /// Stores blocks in the KV store; those that are full make room.
+    KvPut {
+        space: usize,
+        first: u64,
+        count: u64,
+    },
+    KvGet {
+        space: usize,
+        first: u64,
+        count: u64,
+    },
+    KvRemove {
+        space: usize,
+        first: u64,
+        count: u64,
+    },
+    /// Makes the KV store durable; `whole`: with a checkpoint.
+    KvFlush {
+        whole: bool,
+    },
     /// Closes everything, then the pool, and opens it again.
     Reopen,
     /// Closes everything, takes a snapshot, and counts the space.
@@ -165,6 +194,13 @@ impl fmt::Display for Act {
             Act::Close { slot } => write!(f, "#{slot}: close"),
             Act::Sync => f.write_str("sync"),
             Act::Read { path } => write!(f, "read {path}"),
+            Act::Keep { path, count } => write!(f, "keep {count} generations of {path}"),
+            Act::RollBack { path, which } => write!(f, "roll {path} back to generation {which}"),
+            Act::KvPut { space, first, count } => write!(f, "KV {space}: put {count} from {first}"),
+            Act::KvGet { space, first, count } => write!(f, "KV {space}: get {count} from {first}"),
+            Act::KvRemove { space, first, count } => write!(f, "KV {space}: remove {count} from {first}"),
+            Act::KvFlush { whole: false } => f.write_str("KV flush"),
+            Act::KvFlush { whole: true } => f.write_str("KV checkpoint"),
             Act::Reopen => f.write_str("close and open the pool"),
             Act::Count => f.write_str("count the space"),
         }
@@ -189,6 +225,10 @@ impl Act {
     /// The same with half of its bytes, if it has any.
     pub fn smaller(&self) -> Option<Act> {
         let mut act = self.clone();
+        if let Act::KvPut { count, .. } | Act::KvGet { count, .. } | Act::KvRemove { count, .. } = &mut act {
+            *count /= 2;
+            return (*count > 0).then_some(act);
+        }
         let (Act::Put { len, .. }
         | Act::Write { len, .. }
         | Act::Import { len, .. }
@@ -211,6 +251,10 @@ pub struct Taste {
     pub most: usize,
     /// Handles at a time, 0 to [`SLOTS`].
     pub slots: usize,
+    /// With a KV store.
+    pub kv: bool,
+    /// With generations that are kept.
+    pub keep: bool,
 }
 
 const DIRECTORIES: [&str; 3] = ["d", "e", "d/s"];
@@ -291,9 +335,34 @@ fn place(rng: &mut SimRng, taste: &Taste) -> usize {
     at as usize
 }
 
+/// One act of the KV store.
+fn draw_kv(rng: &mut SimRng) -> Act {
+    let space = [0, 0, 0, 1, 2][rng.in_range(0..5) as usize];
+    // Few blocks, so that they meet again; more than fit, so that some make room.
+    let (first, count) = (rng.in_range(0..50), rng.in_range(1..9));
+    match rng.in_range(0..20) {
+        0..=9 => Act::KvPut { space, first, count },
+        10..=12 => Act::KvGet { space, first, count },
+        13 => Act::KvRemove { space, first, count },
+        14..=18 => Act::KvFlush { whole: false },
+        _ => Act::KvFlush { whole: true },
+    }
+}
+
 /// One act by chance.
 pub fn draw(rng: &mut SimRng, taste: &Taste, memory: &mut Memory) -> Act {
     let fill = rng.next_u64() >> 48;
+    if taste.kv && rng.in_range(0..100) < 40 {
+        return draw_kv(rng);
+    }
+    if taste.keep && rng.in_range(0..100) < 30 {
+        let path = memory.old_path(rng);
+        return match rng.in_range(0..10) {
+            0..=2 => Act::Keep { path, count: rng.in_range(0..4) as u32 },
+            3..=5 => Act::RollBack { path, which: rng.in_range(0..3) as usize },
+            _ => Act::Import { path, len: length(rng, taste), fill, reserve: false, commit: true },
+        };
+    }
     if taste.slots > 0 && rng.in_range(0..100) < 40 {
         let slot = rng.in_range(0..taste.slots as u64) as usize;
         if !memory.open[slot] {

@@ -1,6 +1,6 @@
 //! What is looked at when a pool comes back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::sync::Arc;
 
@@ -10,6 +10,9 @@ use crate::config::Config;
 use crate::content::Content;
 use crate::model::{ROOT, Seen, State};
 use crate::world::{Done, Stop, violation};
+
+/// The directory of generations that are kept.
+const GENERATIONS: &str = ".nvtier-generations";
 
 /// How one text of bytes differs from another, for people.
 pub fn difference(found: &[u8], wanted: &[u8]) -> String {
@@ -41,7 +44,9 @@ pub fn examine(session: &Session, config: &Config) -> Result<State, Stop> {
     }
     let mut state = State::new();
     let mut owned = Owned::default();
-    walk(pool, ROOT, "", config, &mut state, &mut owned).map_err(failed)??;
+    let mut families = BTreeSet::new();
+    walk(pool, ROOT, "", config, &mut state, &mut owned, &mut families).map_err(failed)??;
+    no_strangers(pool, &families).map_err(failed)??;
     owned.check(config)?;
     Ok(state)
 }
@@ -85,6 +90,7 @@ fn walk(
     config: &Config,
     state: &mut State,
     owned: &mut Owned,
+    families: &mut BTreeSet<String>,
 ) -> engine::Result<Done> {
     let mut cookie = 0;
     loop {
@@ -93,6 +99,15 @@ fn walk(
         cookie = *next;
         for (_, entry) in page {
             let name = entry.name.to_string_lossy();
+            if path.is_empty() && name == crate::kv::DIRECTORY {
+                if let Err(stop) = slabs(pool, entry.node, owned)? {
+                    return Ok(Err(stop));
+                }
+                continue;
+            }
+            if path.is_empty() && name == GENERATIONS {
+                continue; // looked at with the region whose they are
+            }
             let path = if path.is_empty() { name.into_owned() } else { format!("{path}/{name}") };
             let attr = pool.getattr(entry.node)?;
             let mut xattrs = BTreeMap::new();
@@ -107,15 +122,28 @@ fn walk(
                 content: None,
                 target: None,
                 xattrs,
+                keep: 0,
+                kept: Vec::new(),
             };
             match attr.kind {
                 NodeKind::Directory => {
-                    if let Err(stop) = walk(pool, entry.node, &path, config, state, owned)? {
+                    if let Err(stop) = walk(pool, entry.node, &path, config, state, owned, families)? {
                         return Ok(Err(stop));
                     }
                 }
                 NodeKind::Region => match region(pool, entry.node, &path, attr.size, config, owned)? {
-                    Ok(content) => seen.content = Some(content),
+                    Ok(content) => {
+                        seen.content = Some(content);
+                        seen.keep = pool.kept_generations(entry.node)?;
+                        for kept in pool.generations(entry.node)? {
+                            families.insert(format!("{:016x}", entry.node));
+                            let path = format!("{path}, generation {}", kept.generation);
+                            match region(pool, kept.node, &path, kept.size, config, owned)? {
+                                Ok(content) => seen.kept.push((kept.node, content)),
+                                Err(stop) => return Ok(Err(stop)),
+                            }
+                        }
+                    }
                     Err(stop) => return Ok(Err(stop)),
                 },
                 NodeKind::Symlink => {
@@ -133,6 +161,40 @@ fn walk(
             state.insert(path, seen);
         }
     }
+}
+
+/// Generations are kept of regions that are there, and of no others.
+fn no_strangers(pool: &Pool, families: &BTreeSet<String>) -> engine::Result<Done> {
+    let Ok(top) = pool.lookup(ROOT, OsStr::new(GENERATIONS)) else { return Ok(Ok(())) };
+    for (_, family) in pool.readdir(top.node, 0, 10_000)? {
+        if !families.contains(&*family.name.to_string_lossy()) {
+            return Ok(violation(format!("generations of region {:?}, which is not there", family.name)));
+        }
+    }
+    Ok(Ok(()))
+}
+
+/// The regions of KV stores: no file shows them, but their space is theirs alone.
+fn slabs(pool: &Pool, top: u64, owned: &mut Owned) -> engine::Result<Done> {
+    for (_, store) in pool.readdir(top, 0, 1000)? {
+        for (_, region) in pool.readdir(store.node, 0, 1000)? {
+            let path = format!("KV region {}", region.name.to_string_lossy());
+            for extent in pool.slab_extents(region.node)? {
+                let Source::Device(device) = &extent.source else {
+                    return Ok(violation(format!("{path} is a file, in a pool of devices")));
+                };
+                let member = device.name().trim_start_matches("sim").parse().unwrap_or(usize::MAX);
+                let end = extent.offset + extent.len;
+                if owned.extents.insert((member, extent.offset), (end, path.clone())).is_some() {
+                    return Ok(violation(format!(
+                        "{path} and another own byte {} of member {member}",
+                        extent.offset
+                    )));
+                }
+            }
+        }
+    }
+    Ok(Ok(()))
 }
 
 /// Content and holes of a region; its extents go to `owned`.
@@ -199,6 +261,23 @@ pub fn compare(found: &State, wanted: &State) -> Option<String> {
         }
         if found.target != wanted.target {
             return says("target", &found.target, &wanted.target);
+        }
+        if found.keep != wanted.keep || found.kept.len() != wanted.kept.len() {
+            let says = |seen: &Seen| format!("{} generations of {}", seen.kept.len(), seen.keep);
+            return Some(format!("{path} has {}, not {}", says(found), says(wanted)));
+        }
+        for ((found, content), (wanted, other)) in found.kept.iter().zip(&wanted.kept) {
+            if content.bytes != other.bytes {
+                return Some(format!(
+                    "a generation of {path} holds {}",
+                    difference(&content.bytes, &other.bytes)
+                ));
+            }
+            if *there.entry(*wanted).or_insert(*found) != *found
+                || *back.entry(*found).or_insert(*wanted) != *wanted
+            {
+                return Some(format!("a generation of {path} is another node"));
+            }
         }
         if found.xattrs != wanted.xattrs {
             return Some(format!("{path} has other extended attributes"));

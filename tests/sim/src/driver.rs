@@ -9,6 +9,7 @@ use nvme::{SimChange, SimHook, SimImage};
 use crate::act::Act;
 use crate::check;
 use crate::config::{Config, Machine};
+use crate::kv::{Kv, Promise};
 use crate::model::State;
 use crate::plan::Plan;
 use crate::world::{self, Stop, World};
@@ -27,6 +28,8 @@ pub struct Options {
 pub struct Outcome {
     /// Power cuts.
     pub cuts: u64,
+    /// Blocks of KV stores that had to outlive one.
+    pub kv_blocks: u64,
     /// What is not as promised.
     pub violation: Option<String>,
     /// What happened, a line each.
@@ -59,10 +62,11 @@ fn rounds(plan: &Plan, options: &Options, outcome: &mut Outcome) -> Result<(), S
     let config = &plan.config;
     let mut images = config.formatted();
     let mut candidates = vec![State::new()];
+    let mut promise = Promise::default();
     let mut recovery: &[(u64, u64)] = &[];
     for (index, round) in plan.rounds.iter().enumerate() {
         outcome.trace.push(format!("round {index}"));
-        let mut world = recover(config, images, &candidates, recovery, options, outcome)?;
+        let mut world = recover(config, images, &candidates, promise, recovery, options, outcome)?;
         let before = world.machine.power.changes();
         world.machine.power.cut_after(round.cut);
         for act in &round.acts {
@@ -86,18 +90,20 @@ fn rounds(plan: &Plan, options: &Options, outcome: &mut Outcome) -> Result<(), S
             .push(format!("power cut after {} writes and flushes", world.machine.power.changes() - before));
         outcome.cuts += 1;
         let machine;
-        (machine, candidates) = world.crash();
+        (machine, candidates, promise) = world.crash();
         collect(&machine, options, outcome);
         images = machine.survivors(round.survivors);
         recovery = &round.recovery;
     }
-    let mut world = recover(config, images, &candidates, recovery, options, outcome)?;
+    let mut world = recover(config, images, &candidates, promise, recovery, options, outcome)?;
     // And the pool can be used as if nothing had happened.
     let usable = [
         Act::Unlink { path: "f0".into() },
         Act::Unlink { path: "f1".into() },
         Act::Import { path: "usable".into(), len: 70_000, fill: 7, reserve: true, commit: true },
         Act::Read { path: "usable".into() },
+        Act::KvPut { space: 0, first: 100, count: 4 },
+        Act::KvGet { space: 0, first: 100, count: 4 },
         Act::Reopen,
     ];
     for act in &usable {
@@ -127,6 +133,7 @@ fn recover(
     config: &Config,
     mut images: Vec<SimImage>,
     candidates: &[State],
+    promise: Promise,
     cuts: &[(u64, u64)],
     options: &Options,
     outcome: &mut Outcome,
@@ -136,6 +143,10 @@ fn recover(
         machine.power.cut_after(*after);
         match world::open(config, &machine) {
             Ok(session) => {
+                // The store may be cut while it is opened, too.
+                if let Some(pool) = session.pool().filter(|pool| pool.resolve(crate::kv::DIRECTORY).is_ok()) {
+                    drop(Kv::open_engine(pool, config));
+                }
                 machine.power.cut();
                 drop(session);
             }
@@ -152,7 +163,9 @@ fn recover(
     let session = world::open(config, &machine)?;
     let (state, which) = identify(config, &session, candidates)?;
     outcome.trace.push(format!("opened: the tree is moment {which} of {}", candidates.len()));
-    let world = World::new(config, machine, session, state);
+    let mut world = World::new(config, machine, session, state, promise);
+    world.count()?;
+    outcome.kv_blocks += world.check_kv()?;
     world.count()?;
     Ok(world)
 }

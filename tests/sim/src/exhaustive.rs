@@ -8,6 +8,7 @@ use crate::act::Act;
 use crate::check;
 use crate::config::{Config, Machine};
 use crate::driver::identify;
+use crate::kv::Promise;
 use crate::model::State;
 use crate::world::{self, Stop, World, violation};
 use engine::{ErrorKind, Pool};
@@ -72,6 +73,14 @@ fn mkdir(path: &str) -> Act {
 
 fn xattr(path: &str, name: &str, len: usize) -> Act {
     Act::SetXattr { path: path.into(), name: name.into(), len, fill: 3 }
+}
+
+fn kv_put(first: u64, count: u64) -> Act {
+    Act::KvPut { space: 0, first, count }
+}
+
+fn kv_flush(whole: bool) -> Act {
+    Act::KvFlush { whole }
 }
 
 /// All of them.
@@ -238,6 +247,72 @@ pub fn workloads() -> Vec<Workload> {
         ),
         one("close and open", small, old(), vec![put("c", 3000), Act::Reopen, put("d", 100), sync()]),
         one(
+            "generations that are kept",
+            small,
+            vec![import("a", 9000, true), Act::Keep { path: "a".into(), count: 2 }],
+            vec![
+                import("a", 20_000, true),
+                put("b", 5000),
+                rename("b", "a"),
+                sync(),
+                import("a", 3000, true),
+                unlink("a"),
+                sync(),
+            ],
+        ),
+        one(
+            "a region that is rolled back",
+            PAIR,
+            vec![
+                import("a", 9000, true),
+                Act::Keep { path: "a".into(), count: 2 },
+                import("a", 20_000, true),
+            ],
+            vec![
+                Act::RollBack { path: "a".into(), which: 0 },
+                sync(),
+                import("a", 4000, true),
+                Act::RollBack { path: "a".into(), which: 1 },
+                sync(),
+                Act::Keep { path: "a".into(), count: 0 },
+                sync(),
+            ],
+        ),
+        one(
+            "a KV store that is made, and filled",
+            small,
+            vec![put("a", 9000)],
+            vec![kv_put(0, 4), kv_flush(false), kv_put(4, 3), put("b", 100), sync(), kv_flush(false)],
+        ),
+        one(
+            "a KV store that makes room",
+            TIGHT,
+            // As many blocks as it has slots.
+            [0, 8, 16].map(|first| kv_put(first, 8)).into_iter().chain([kv_flush(false)]).collect(),
+            vec![kv_put(30, 3), kv_flush(false), kv_put(33, 3), kv_flush(false), kv_put(36, 2)],
+        ),
+        one(
+            "a KV store on two members, its logs taking turns",
+            PAIR,
+            vec![kv_put(0, 6), kv_flush(false)],
+            vec![
+                kv_put(6, 2),
+                kv_flush(true),
+                Act::KvRemove { space: 0, first: 1, count: 2 },
+                kv_flush(false),
+                kv_put(1, 1),
+                kv_flush(false),
+                kv_put(10, 1),
+                kv_flush(true),
+            ],
+        ),
+        one(
+            "a KV store that is closed and opened",
+            small,
+            vec![kv_put(0, 4)],
+            vec![kv_put(4, 4), Act::Reopen, kv_put(8, 2), kv_flush(false)],
+        ),
+        one(
             "a catalog that grows",
             small,
             vec![put("a", 10)],
@@ -288,14 +363,16 @@ fn patterns(machine: &Machine, thorough: bool) -> Vec<Vec<SimImage>> {
 }
 
 /// The tree after `acts`, and devices that were left without a proper close.
-fn prepare(workload: &Workload) -> Result<(Vec<SimImage>, State), Stop> {
+fn prepare(workload: &Workload) -> Result<(Vec<SimImage>, State, Promise), Stop> {
     let mut world = World::fresh(&workload.config, None)?;
-    for act in workload.before.iter().chain([&Act::Sync]) {
+    let kv = workload.before.iter().any(|act| matches!(act, Act::KvPut { .. }));
+    let last = [kv_flush(false), Act::Sync];
+    for act in workload.before.iter().chain(&last[usize::from(!kv)..]) {
         world.act(act)?;
     }
-    let (machine, mut candidates) = world.crash();
+    let (machine, mut candidates, promise) = world.crash();
     let images = machine.devices.iter().map(|device| device.survivors(Survivors::None)).collect();
-    Ok((images, candidates.remove(0)))
+    Ok((images, candidates.remove(0), promise))
 }
 
 /// Cuts the power after every write and flush of a workload, the opening of its pool included.
@@ -308,14 +385,14 @@ pub fn run(workload: &Workload, thorough: bool) -> Result<Count, String> {
 
 fn exhaust(workload: &Workload, thorough: bool) -> Result<Count, Stop> {
     let config = &workload.config;
-    let (images, state) = prepare(workload)?;
+    let (images, state, before) = prepare(workload)?;
     let mut count = Count::default();
     loop {
         let machine = Machine::new(config, &images, None);
         machine.power.cut_after(count.points);
-        let (machine, candidates, place) = match world::open(config, &machine) {
+        let (machine, candidates, promise, place) = match world::open(config, &machine) {
             Ok(session) => {
-                let mut world = World::new(config, machine, session, state.clone());
+                let mut world = World::new(config, machine, session, state.clone(), before.clone());
                 let mut place = "the last act".to_owned();
                 for act in &workload.acts {
                     match world.act(act) {
@@ -328,20 +405,20 @@ fn exhaust(workload: &Workload, thorough: bool) -> Result<Count, Stop> {
                     }
                 }
                 let over = !world.machine.power.is_off();
-                let (machine, candidates) = world.crash();
+                let (machine, candidates, promise) = world.crash();
                 if over {
                     // No write is left that was not cut.
-                    count.cuts += verify(config, &machine, &candidates, thorough, "the end")?;
+                    count.cuts += verify(config, &machine, &candidates, &promise, thorough, "the end")?;
                     count.points += 1;
                     return Ok(count);
                 }
-                (machine, candidates, place)
+                (machine, candidates, promise, place)
             }
-            Err(Stop::Power) => (machine, vec![state.clone()], "opening".to_owned()),
+            Err(Stop::Power) => (machine, vec![state.clone()], before.clone(), "opening".to_owned()),
             Err(stop) => return Err(stop),
         };
         let place = format!("a cut after {} writes and flushes ({place})", count.points);
-        count.cuts += verify(config, &machine, &candidates, thorough, &place)?;
+        count.cuts += verify(config, &machine, &candidates, &promise, thorough, &place)?;
         count.points += 1;
     }
 }
@@ -351,13 +428,14 @@ fn verify(
     config: &Config,
     cut: &Machine,
     candidates: &[State],
+    promise: &Promise,
     thorough: bool,
     place: &str,
 ) -> Result<u64, Stop> {
     let mut cuts = 0;
     for (index, images) in patterns(cut, thorough).iter().enumerate() {
         cuts += 1;
-        let looked = look(config, images, candidates);
+        let looked = look(config, images, candidates, promise);
         if let Err(Stop::Violation(text)) = looked {
             return violation(format!("{place}, pattern {index}: {text}"));
         }
@@ -366,11 +444,14 @@ fn verify(
     Ok(cuts)
 }
 
-fn look(config: &Config, images: &[SimImage], candidates: &[State]) -> Result<(), Stop> {
+fn look(config: &Config, images: &[SimImage], candidates: &[State], promise: &Promise) -> Result<(), Stop> {
     let machine = Machine::new(config, images, None);
     let session = world::open(config, &machine)?;
     let (state, _) = identify(config, &session, candidates)?;
-    World::new(config, machine, session, state).count()
+    let mut world = World::new(config, machine, session, state, promise.clone());
+    world.count()?;
+    world.check_kv()?;
+    world.count()
 }
 
 /// Cuts the power after every write and flush of making a pool: there is none afterwards, or an empty one.

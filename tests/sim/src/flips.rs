@@ -45,7 +45,7 @@ fn said(stop: Stop) -> String {
 /// Pools of some kinds, with regions of all lengths, closed properly.
 fn filled(config: &Config, seed: u64) -> Result<(Vec<SimImage>, State), String> {
     let mut rng = SimRng::new(seed);
-    let taste = Taste { chunk: config.chunk as usize, most: 200_000, slots: 0 };
+    let taste = Taste { chunk: config.chunk as usize, most: 200_000, slots: 0, kv: false, keep: false };
     let mut memory = Memory::default();
     let mut world = World::fresh(config, None).map_err(said)?;
     for _ in 0..60 {

@@ -14,6 +14,7 @@
 //! - `act.rs`: what a workload does. `plan.rs`: a seed's workload. `world.rs`: acts on pool and model.
 //! - `model.rs`: what is promised. `check.rs`: what is looked at after a cut.
 //! - `driver.rs`: a plan from beginning to end; `shrink.rs`: the smallest plan that still fails.
+//! - `kv.rs`: a KV store in the pool, and what it promises.
 //! - `exhaustive.rs`: short workloads with a cut after every write. `flips.rs`: bits that turn over at rest.
 //! - `large.rs`: the time to open a large pool after a crash.
 //!
@@ -21,7 +22,7 @@
 //! repeats itself to the last write. Races of real threads are not simulated here.
 //!
 //! What cannot be simulated so: pools with a directory member, whose bytes go through a file system,
-//! nor the catalog in a file. What is not there yet: KV puts with eviction (issue 5).
+//! nor the catalog in a file.
 #![forbid(unsafe_code)]
 
 pub mod act;
@@ -31,6 +32,7 @@ pub mod content;
 pub mod driver;
 pub mod exhaustive;
 pub mod flips;
+pub mod kv;
 pub mod large;
 pub mod model;
 pub mod plan;

@@ -57,6 +57,10 @@ pub struct Node {
     pub xattrs: BTreeMap<String, Vec<u8>>,
     names: u32,
     pins: u32,
+    /// Generations that it keeps when it is replaced.
+    keep: u32,
+    /// Those that are there, the oldest first.
+    kept: Vec<Id>,
 }
 
 /// A node as a snapshot shows it.
@@ -74,6 +78,10 @@ pub struct Seen {
     pub target: Option<String>,
     /// Extended attributes.
     pub xattrs: BTreeMap<String, Vec<u8>>,
+    /// How many generations it keeps.
+    pub keep: u32,
+    /// Those that are there, the oldest first: nodes and content.
+    pub kept: Vec<(Id, Content)>,
 }
 
 /// A whole tree at one moment, by path from the root (without a leading `/`; the root itself is not in it).
@@ -90,7 +98,7 @@ pub struct Model {
 
 impl Node {
     fn new(mode: u32, body: Body) -> Node {
-        Node { mode, body, xattrs: BTreeMap::new(), names: 1, pins: 0 }
+        Node { mode, body, xattrs: BTreeMap::new(), names: 1, pins: 0, keep: 0, kept: Vec::new() }
     }
 }
 
@@ -133,7 +141,32 @@ impl Model {
                     (None, Some(target)) => Body::Symlink(target.clone()),
                     (None, None) => Body::Directory(BTreeMap::new()),
                 };
-                model.nodes.insert(id, Node { xattrs: seen.xattrs.clone(), ..Node::new(seen.mode, body) });
+                let node =
+                    Node { xattrs: seen.xattrs.clone(), keep: seen.keep, ..Node::new(seen.mode, body) };
+                model.nodes.insert(id, node);
+                for (old, content) in &seen.kept {
+                    let old = *known.entry(*old).or_insert_with(|| {
+                        model.next += 1;
+                        model.next - 1
+                    });
+                    // It may have a name in the tree as well.
+                    match model.nodes.get_mut(&old) {
+                        Some(node) => node.names += 1,
+                        None => {
+                            let body = Body::Region(Region {
+                                live: content.clone(),
+                                committed: Some(content.clone()),
+                                stored: true,
+                                had_content: true,
+                                ..Region::default()
+                            });
+                            model.nodes.insert(old, Node::new(0o644, body));
+                        }
+                    }
+                    if let Some(node) = model.nodes.get_mut(&id) {
+                        node.kept.push(old);
+                    }
+                }
             }
             if let Ok(entries) = model.entries_mut(parent) {
                 entries.insert(name.to_owned(), id);
@@ -230,9 +263,87 @@ impl Model {
     fn drop_name(&mut self, id: Id) {
         let Some(node) = self.nodes.get_mut(&id) else { return };
         node.names -= 1;
+        let family = if node.names == 0 { std::mem::take(&mut node.kept) } else { Vec::new() };
         if node.names == 0 && node.pins == 0 {
             self.nodes.remove(&id);
         }
+        for old in family {
+            self.drop_name(old);
+        }
+    }
+
+    fn prune(&mut self, id: Id, keep: u32) {
+        while let Some(node) = self.nodes.get_mut(&id).filter(|node| node.kept.len() > keep as usize) {
+            let oldest = node.kept.remove(0);
+            self.drop_name(oldest);
+        }
+    }
+
+    /// Another region took the name of `old`: that goes, or is kept.
+    fn replaced(&mut self, old: Id, new: Id) {
+        let keeps = |model: &Model, id: Id| model.nodes.get(&id).map_or(0, |node| node.keep);
+        let keep = keeps(self, old);
+        if keep == 0 || keeps(self, new) > 0 || self.region(old).is_err() || self.region(new).is_err() {
+            return self.drop_name(old);
+        }
+        let has_bytes =
+            |region: &Region| region.committed.as_ref().is_some_and(|content| !content.bytes.is_empty());
+        let mut family =
+            self.nodes.get_mut(&old).map(|node| std::mem::take(&mut node.kept)).unwrap_or_default();
+        if self.region(old).is_ok_and(has_bytes) {
+            family.push(old);
+            if let Some(node) = self.nodes.get_mut(&old) {
+                node.keep = 0;
+            }
+        } else {
+            self.drop_name(old);
+        }
+        if let Some(node) = self.nodes.get_mut(&new) {
+            (node.keep, node.kept) = (keep, family);
+        }
+        self.prune(new, keep);
+    }
+
+    /// Keeps generations of a region from now on.
+    pub fn keep(&mut self, path: &str, count: u32) -> Result<()> {
+        let id = self.resolve(path)?;
+        self.region(id)?;
+        self.node_mut(id)?.keep = count;
+        self.prune(id, count);
+        Ok(())
+    }
+
+    /// Generations of a region that are there.
+    pub fn generations(&self, path: &str) -> Result<usize> {
+        let id = self.resolve(path)?;
+        self.region(id)?;
+        Ok(self.node(id).kept.len())
+    }
+
+    /// Puts one back; what is being written is committed first.
+    pub fn roll_back(&mut self, path: &str, which: usize) -> Result<()> {
+        let (above, name) = split(path);
+        let (parent, current) = (self.resolve(above)?, self.resolve(path)?);
+        if self.region(current)?.writers > 0 {
+            self.commit(current)?;
+        }
+        let has_bytes =
+            self.region(current)?.committed.as_ref().is_some_and(|content| !content.bytes.is_empty());
+        let node = self.node_mut(current)?;
+        let keep = std::mem::take(&mut node.keep);
+        let mut family = std::mem::take(&mut node.kept);
+        let back = family.remove(which);
+        if has_bytes {
+            family.push(current);
+        }
+        self.entries_mut(parent)?.insert(name.to_owned(), back);
+        if !has_bytes {
+            self.drop_name(current);
+        }
+        let node = self.node_mut(back)?;
+        (node.keep, node.kept) = (keep, family);
+        self.prune(back, keep);
+        Ok(())
     }
 
     /// Takes a name away that is not a directory's.
@@ -324,7 +435,7 @@ impl Model {
         self.entries_mut(to_parent)?.insert(to_name.to_owned(), source);
         match target_is_dir {
             true => drop(self.nodes.remove(&target)),
-            false => self.drop_name(target),
+            false => self.replaced(target, source),
         }
         Ok(())
     }
@@ -333,17 +444,21 @@ impl Model {
     pub fn import(&mut self, path: &str, content: Content) -> Result<()> {
         let (above, name) = split(path);
         let parent = self.resolve(above)?;
-        if let Some(old) = self.entries(parent)?.get(name).copied() {
+        let old = self.entries(parent)?.get(name).copied();
+        if let Some(old) = old {
             if self.entries(old).is_ok() {
                 return Err(Refused);
             }
             self.entries_mut(parent)?.remove(name);
-            self.drop_name(old);
         }
         let id = self.create(path, 0o644, Model::empty_region())?;
         let region = self.region_mut(id)?;
         region.live = content;
-        self.commit(id)
+        self.commit(id)?;
+        if let Some(old) = old {
+            self.replaced(old, id);
+        }
+        Ok(())
     }
 
     /// Opens a region for writing.
@@ -465,10 +580,17 @@ impl Model {
                 content: None,
                 target: None,
                 xattrs: node.xattrs.clone(),
+                keep: node.keep,
+                kept: Vec::new(),
             };
             match &node.body {
                 Body::Region(region) => match &region.committed {
-                    Some(content) => seen.content = Some(content.clone()),
+                    Some(content) => {
+                        seen.content = Some(content.clone());
+                        let kept = node.kept.iter().filter_map(|old| Some((*old, self.region(*old).ok()?)));
+                        seen.kept =
+                            kept.filter_map(|(old, region)| Some((old, region.committed.clone()?))).collect();
+                    }
                     None => continue,
                 },
                 Body::Symlink(target) => seen.target = Some(target.clone()),

@@ -36,7 +36,10 @@ impl Plan {
         let config = Config::draw(&mut rng);
         let most = [40 << 10, 200 << 10, config.data as usize * 3 / 4][rng.in_range(0..3) as usize];
         let slots = rng.in_range(0..SLOTS as u64 + 1) as usize;
-        let taste = Taste { chunk: config.chunk as usize, most, slots };
+        // Drawn apart, so that what the other seeds stand for stays.
+        let kv = SimRng::new(seed ^ 0x6b76).in_range(0..3) == 0;
+        let keep = SimRng::new(seed ^ 0x6765_6e73).in_range(0..3) == 0;
+        let taste = Taste { chunk: config.chunk as usize, most, slots, kv, keep };
         let mut memory = Memory::default();
         let rounds = (0..rng.in_range(2..6)).map(|_| {
             let acts: Vec<Act> =

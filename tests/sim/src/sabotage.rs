@@ -7,16 +7,30 @@ use nvme::{SimDecision, SimHook, SimIo, SimRng, Verb};
 /// Acknowledges flushes without doing them.
 #[derive(Debug)]
 pub struct LyingFlushes {
+    one_in: u64,
+    /// Flushes before the first lie.
+    left: AtomicU64,
+}
+
+impl LyingFlushes {
     /// One in so many is a lie.
-    pub one_in: u64,
+    pub fn one_in(one_in: u64) -> LyingFlushes {
+        LyingFlushes { one_in, left: AtomicU64::new(0) }
+    }
+
+    /// All are lies, after so many that are none.
+    pub fn after(flushes: u64) -> LyingFlushes {
+        LyingFlushes { one_in: 1, left: AtomicU64::new(flushes) }
+    }
 }
 
 impl SimHook for LyingFlushes {
     fn decide(&self, io: &SimIo, rng: &mut SimRng) -> SimDecision {
-        match io.verb {
-            Verb::Flush if rng.in_range(0..self.one_in) == 0 => SimDecision::Lose,
-            _ => SimDecision::Proceed,
+        if io.verb != Verb::Flush {
+            return SimDecision::Proceed;
         }
+        let early = self.left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok();
+        if !early && rng.in_range(0..self.one_in) == 0 { SimDecision::Lose } else { SimDecision::Proceed }
     }
 }
 

@@ -13,6 +13,7 @@ use crate::act::{Act, SLOTS};
 use crate::check;
 use crate::config::{Config, Machine};
 use crate::content::{Content, noise};
+use crate::kv::{self, Kv, Promise};
 use crate::model::{Body, Id, Model, Refused, State, split};
 
 /// Why a workload does not go on.
@@ -42,6 +43,9 @@ pub struct World {
     /// Its devices.
     pub machine: Machine,
     config: Config,
+    // Before the pool.
+    kv: Option<Kv>,
+    promise: Promise,
     session: Option<Session>,
     model: Model,
     slots: [Option<Open>; SLOTS],
@@ -85,10 +89,13 @@ fn new_node(kind: NodeKind, target: Option<&str>) -> NewNode {
 
 impl World {
     /// A pool that was opened just now, in this state.
-    pub fn new(config: &Config, machine: Machine, session: Session, state: State) -> World {
+    /// `promise`: what its KV store must have.
+    pub fn new(config: &Config, machine: Machine, session: Session, state: State, promise: Promise) -> World {
         World {
             machine,
             config: *config,
+            kv: None,
+            promise,
             session: Some(session),
             model: Model::from_state(&state, config.chunk as usize),
             slots: Default::default(),
@@ -100,7 +107,7 @@ impl World {
     pub fn fresh(config: &Config, hook: Option<Arc<dyn SimHook>>) -> Result<World, Stop> {
         let machine = Machine::new(config, &config.formatted(), hook);
         let session = open(config, &machine)?;
-        Ok(World::new(config, machine, session, State::new()))
+        Ok(World::new(config, machine, session, State::new(), Promise::default()))
     }
 
     fn session(&self) -> &Session {
@@ -332,6 +339,21 @@ impl World {
             },
             Act::Sync => self.sync(),
             Act::Read { path } => self.read(path),
+            Act::Keep { path, count } => {
+                let real = attr_of(&pool, path).and_then(|attr| pool.keep_generations(attr.node, *count));
+                let model = self.model.keep(path, *count);
+                self.agree("keep generations", real, model)
+            }
+            Act::RollBack { path, which } => self.roll_back(path, *which),
+            Act::KvPut { space, first, count } => {
+                self.with_kv(|kv, promise| kv.put(*space, *first, *count, promise))
+            }
+            Act::KvGet { space, first, count } => self.with_kv(|kv, promise| {
+                let numbers: Vec<u64> = (*first..*first + *count).collect();
+                kv.get(*space, &numbers, promise).map(drop)
+            }),
+            Act::KvRemove { space, first, count } => self.with_kv(|kv, _| kv.remove(*space, *first, *count)),
+            Act::KvFlush { whole } => self.with_kv(|kv, promise| kv.flush(*whole, promise)),
             Act::Reopen => unreachable!("handled above"),
             Act::Count => {
                 self.close_all()?;
@@ -339,6 +361,58 @@ impl World {
                 self.count()
             }
         }
+    }
+
+    fn roll_back(&mut self, path: &str, which: usize) -> Done {
+        let pool = self.pool();
+        let real = attr_of(&pool, path).and_then(|attr| pool.generations(attr.node));
+        let model = self.model.generations(path);
+        let (real, count) = match (real, model) {
+            (Ok(real), Ok(count)) => (real, count),
+            (real, model) => return self.agree("list generations", real.map(drop), model.map(drop)),
+        };
+        if real.len() != count {
+            return violation(format!("{path} has {} generations, not {count}", real.len()));
+        }
+        let Some(which) = which.checked_rem(count) else { return Ok(()) };
+        let done = parent_of(&pool, path)
+            .and_then(|(parent, name)| pool.roll_back(parent, name, real[which].generation));
+        let model = self.model.roll_back(path, which);
+        self.agree("roll back", done.map(drop), model)
+    }
+
+    /// Does something to the KV store, which takes snapshots of the pool when it gets and gives back space. What the tree shows is the same
+    /// before and after.
+    fn with_kv(&mut self, run: impl FnOnce(&mut Kv, &mut Promise) -> Done) -> Done {
+        let pool = self.pool();
+        let before = self.commits();
+        let config = self.config;
+        let done = match &mut self.kv {
+            Some(_) => Ok(()),
+            None => Kv::open(&pool, &config).map(|kv| self.kv = kv),
+        };
+        let done = done.and_then(|()| match &mut self.kv {
+            Some(kv) => run(kv, &mut self.promise),
+            None => Ok(()),
+        });
+        if done.is_err() || self.commits() != before || self.power_is_off() {
+            self.may_snapshot();
+        }
+        if self.power_is_off() { Err(Stop::Power) } else { done }
+    }
+
+    /// After a power cut: the KV store has what it must, and nothing wrong. Returns how many blocks had to be there.
+    pub fn check_kv(&mut self) -> Result<u64, Stop> {
+        let mut must = 0;
+        if self.pool().resolve(kv::DIRECTORY).is_ok() {
+            self.with_kv(|kv, promise| {
+                must = kv.check(promise)?;
+                Ok(())
+            })?;
+        } else if !self.promise.is_empty() {
+            return violation("the KV store is gone, and with it blocks that were durable");
+        }
+        Ok(must)
     }
 
     /// After a call that lacked space halfway: each byte is the old one or the new one. Takes over which.
@@ -491,8 +565,25 @@ impl World {
         }
     }
 
+    fn close_kv(&mut self) -> Done {
+        let Some(kv) = self.kv.take() else { return Ok(()) };
+        let before = self.commits();
+        let mut promise = self.promise.clone();
+        let closed = kv.close(&mut promise);
+        if self.power_is_off() {
+            self.may_snapshot();
+            return Err(Stop::Power);
+        }
+        if self.commits() != before {
+            self.may_snapshot();
+        }
+        self.promise = promise;
+        closed
+    }
+
     fn reopen(&mut self) -> Done {
         self.close_all()?;
+        self.close_kv()?;
         self.may_snapshot();
         let session = self.session.take().expect("the pool is open between acts");
         let closed = session.close();
@@ -504,13 +595,18 @@ impl World {
         }
         self.durable();
         self.session = Some(open(&self.config, &self.machine)?);
-        self.check()
+        self.check()?;
+        self.check_kv()?;
+        self.count()
     }
 
     /// Space in use is that of the regions that are there. Nothing may be open, and a snapshot must have been taken.
     pub fn count(&self) -> Done {
         let Some(chunks) = self.model.chunks() else { return Ok(()) };
-        check::space(&self.pool(), &self.config, chunks)
+        let pool = self.pool();
+        let kv = kv::chunks(&pool, &self.config)
+            .or_else(|error| violation(format!("looking at the KV store: {}", error.chain())))?;
+        check::space(&pool, &self.config, chunks + kv)
     }
 
     /// Everything of a pool that was opened just now, without drafts: content, sums, owners of extents, space.
@@ -524,16 +620,20 @@ impl World {
     }
 
     /// The pool goes as it is: its power is off, or is cut now.
-    pub fn crash(mut self) -> (Machine, Vec<State>) {
+    pub fn crash(mut self) -> (Machine, Vec<State>, Promise) {
         self.machine.power.cut();
+        if let Some(kv) = self.kv.take() {
+            kv.crash(&mut self.promise);
+        }
         self.slots = Default::default();
         drop(self.session.take());
-        (self.machine, self.candidates)
+        (self.machine, self.candidates, self.promise)
     }
 
     /// Closes the pool properly.
     pub fn finish(mut self) -> Result<Machine, Stop> {
         self.close_all()?;
+        self.close_kv()?;
         let session = self.session.take().expect("the pool is open between acts");
         match session.close() {
             Ok(()) => Ok(self.machine),

@@ -61,5 +61,65 @@ class Timeout(Error, TimeoutError):
     """A deadline passed."""
 
 
+class NoTensor(Error, KeyError):
+    """No tensor of that name in the file or region."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument.
+        return str(self.args[0]) if self.args else ""
+
+
+class NoDevice(Error, RuntimeError):
+    """There is no such device."""
+
+
+class NoDriver(NoDevice):
+    """There is no CUDA driver library here."""
+
+
+class OldDriver(NoDevice):
+    """The CUDA driver lacks what is needed."""
+
+
+class DeviceError(Error, RuntimeError):
+    """The device or its driver failed."""
+
+
+class OutOfMemory(Error, MemoryError):
+    """There is not enough memory; nothing was kept of the load."""
+
+
+class OutOfDeviceMemory(OutOfMemory):
+    """The device has not enough memory free."""
+
+
+class OutOfHostMemory(OutOfMemory):
+    """The host has not enough memory, or a limit such as RLIMIT_MEMLOCK was hit."""
+
+
+class Changed(Error, OSError):
+    """A file or region was truncated, replaced or written to while it was loaded."""
+
+
+class Cancelled(Error):
+    """The load or save was cancelled; nothing was kept of it."""
+
+
+class DriveError(Error, OSError):
+    """A drive, a file system or a pool failed while it was read or written."""
+
+
+class Forked(Error, RuntimeError):
+    """The object was made before a fork and is used in the child."""
+
+
+class Closed(Error, ValueError):
+    """The pool, region or file is closed."""
+
+
 class InvalidArgument(Error, ValueError):
     """A name, offset or size that no call of this kind takes."""
+
+
+class SharedTensors(InvalidArgument, RuntimeError):
+    """Tensors to save share memory."""

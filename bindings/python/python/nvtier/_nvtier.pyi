@@ -2,7 +2,9 @@
 
 import os
 from types import TracebackType
-from typing import Any, Callable, Dict, List, Literal, Optional, Sequence, Tuple, Type, Union, final
+from typing import Any, Iterable, Callable, Dict, List, Literal, Optional, Sequence, Tuple, Type, Union, final
+
+from ._load import Loaded
 
 __version__: str
 
@@ -122,8 +124,13 @@ class Pool:
         self, path: str = "", progress: Optional[Callable[[int, int, int], object]] = None
     ) -> Dict[str, Any]:
         """Checks every sum at and below ``path``. ``progress`` is called with bytes done, bytes in all, bad chunks."""
+    def region(self, name: str) -> Region:
+        """A handle on the present content of a region."""
+    def load(self, names: Union[_Path, Iterable[_Path]], **options: Any) -> Loaded:
+        """As ``nvtier.load``, of regions by name: ``pool.load("m.safetensors", device="cuda:0")``."""
     def close(self) -> None:
-        """Ends the session; an owner's pool is synced. Calls after that raise ``Error``."""
+        """Ends the session; an owner's pool is synced. Calls after that raise ``Closed``. Open regions and tensor files keep the
+        pool open until they are closed."""
     def __enter__(self) -> "Pool": ...
     def __exit__(
         self,
@@ -131,3 +138,122 @@ class Pool:
         exc: Optional[BaseException] = None,
         traceback: Optional[TracebackType] = None,
     ) -> bool: ...
+
+@final
+class Region:
+    """One generation of a region's content, held in place: until it is closed, its bytes stay where and what they are, whatever is
+    done with its name, and their space is not reused."""
+
+    @property
+    def pool(self) -> Pool: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int:
+        """Bytes."""
+    @property
+    def generation(self) -> int: ...
+    @property
+    def is_leased(self) -> bool:
+        """Whether this process leases the extents itself. Where another process owns the pool, the owner holds them instead."""
+    @property
+    def closed(self) -> bool: ...
+    def tensors(self) -> Dict[str, Tensor]:
+        """Its tensors, in the order of their data."""
+    def read(self, offset: int = 0, length: Optional[int] = None) -> bytes:
+        """Bytes, fewer at its end."""
+    def load(self, **options: Any) -> Loaded:
+        """As ``nvtier.load``, of this region. ``Changed`` when its name has other content by now."""
+    def close(self) -> None:
+        """Lets go of the content. Loaded tensors stay."""
+    def __enter__(self) -> "Region": ...
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]] = None,
+        exc: Optional[BaseException] = None,
+        traceback: Optional[TracebackType] = None,
+    ) -> bool: ...
+
+@final
+class DeviceTensor:
+    """A loaded tensor. Its memory is given back when the last tensor of its load is gone, and the last view of one that another
+    library made through DLPack or an array interface."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str:
+        """safetensors' word (``BF16``, ``F8_E4M3``); ggml's for its quantised types (``Q4_0``)."""
+    @property
+    def shape(self) -> Tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda:N``."""
+    @property
+    def data_ptr(self) -> int:
+        """Address of the first byte on the device."""
+    def as_bytes(self, rows: bool = False) -> "DeviceTensor":
+        """The same memory as ``U8``: of one dimension, or with ``rows`` of the tensor's own and rows of bytes."""
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: Optional[Tuple[int, int]] = None,
+        dl_device: Optional[Tuple[int, int]] = None,
+        copy: Optional[bool] = None,
+    ) -> Any:
+        """Types that share bytes between elements come as rows of bytes."""
+    def __dlpack_device__(self) -> Tuple[int, int]: ...
+    @property
+    def __array_interface__(self) -> Dict[str, Any]:
+        """On the host only. Types that numpy lacks are opaque (``V2`` for BF16)."""
+    @property
+    def __cuda_array_interface__(self) -> Dict[str, Any]:
+        """On a GPU only."""
+
+@final
+class TensorFile:
+    """Open tensor files, for ``nvtier.torch.safe_open``."""
+
+    def __init__(
+        self, paths: Sequence[_Path], *, pool: Optional[Pool] = None, verify: bool = True, cache: str = "auto"
+    ) -> None: ...
+    def keys(self) -> List[str]: ...
+    def metadata(self) -> Dict[str, str]: ...
+    def info(self, name: str) -> Tensor: ...
+    def get(self, name: str, device: str, cut: Optional[Tuple[int, int, int]] = None) -> DeviceTensor: ...
+    def get_all(self, device: str) -> Tuple[List[DeviceTensor], Dict[str, Any]]: ...
+    def ahead(self) -> Tuple[int, int]: ...
+    def forget(self) -> None: ...
+
+def load(
+    paths: Sequence[_Path],
+    *,
+    device: str,
+    filters: Sequence[str],
+    shard: Optional[Tuple[int, int, List[Tuple[str, int]]]],
+    pool: Optional[Pool],
+    verify: bool,
+    cache: str,
+    progress: Optional[Callable[[int, int], Any]],
+    deadline: Optional[float],
+) -> Tuple[List[DeviceTensor], Dict[str, Any]]: ...
+def save(
+    path: _Path,
+    tensors: Sequence[Tuple[str, str, Sequence[int], int, int]],
+    *,
+    metadata: Optional[Dict[str, str]],
+    device: str,
+    progress: Optional[Callable[[int, int], Any]],
+    deadline: Optional[float],
+) -> Dict[str, Any]:
+    """Private: the addresses must be memory of tensors that the caller holds."""
+
+def look_at_dlpack(capsule: Any) -> Tuple[int, str, str, List[int], int]: ...
+def trim() -> None:
+    """Gives back the pinned memory (at most two rings a device, 144 MiB) that is kept for the next load."""
+
+def device_info(device: str) -> Dict[str, Any]:
+    """What a device is: name, PCI address, memory, free memory, driver."""

@@ -116,6 +116,32 @@ impl Shared {
         Ok(())
     }
 
+    /// Makes space that a draft got the region's own, see `slab.rs`. The draft ends.
+    pub(in crate::pool) fn install_slab(
+        self: &Arc<Self>,
+        live: &Arc<Live>,
+        draft: &Arc<AnyDraft>,
+        committed: Committed,
+    ) -> Result<()> {
+        let mut gate = lock(&live.gate);
+        let extents: Vec<Extent> = committed.layout.extents().copied().collect();
+        match self.install(live, &mut gate, draft, committed) {
+            Ok(stored) => {
+                live.set(Current::Stored(stored));
+                gate.committed = None;
+                draft.get().discard();
+                Ok(())
+            }
+            Err(error) => {
+                // The node is gone: nobody owns the space.
+                if let Storage::Extents(io) = &self.storage {
+                    io.stripes().free(&extents)?;
+                }
+                Err(error)
+            }
+        }
+    }
+
     /// Makes committed content the node's. The gate is held.
     fn install(
         self: &Arc<Self>,

@@ -1,93 +1,78 @@
-//! The conditions of a direct way from drive to GPU, one by one. Whether it really works, `nvtier load` tells, which tests it with real bytes.
+//! The direct ways from drive to GPU, and what each needs, one by one: what `nvtier load` would find. Whether one really works, a load tells, which
+//! tests it with real bytes before it trusts it.
 
 use std::path::Path;
 
-use super::filesystem::{disk_of, mount_of};
-use super::iommu::translating;
-use crate::{Finding, System};
+use gpudirect::paths::{self, PathState, Survey};
+use gpudirect::remembered::Remembered;
+use gpudirect::{DeviceInfo, Paths};
+
+use crate::system::existing;
+use crate::{Finding, Status, System};
 
 const AREA: &str = "gpudirect";
-const EFFECT: &str = "bytes go through pinned host memory (the bounce ring)";
 
 pub(super) fn check(system: &System, path: &Path, out: &mut Vec<Finding>) {
-    if !system.exists("/proc/driver/nvidia/version") {
-        out.push(Finding::info(AREA, "conditions", "no NVIDIA driver is loaded: none of them is looked at"));
-        return;
+    let mut devices = devices(system).peekable();
+    if devices.peek().is_none() {
+        out.push(Finding::info(AREA, "direct ways to the GPU", "no GPU: none of them is looked at"));
     }
-    let condition = |item: &str, holds: bool, found: String, needed: &str, remedy: &str| {
-        let finding = Finding { found, ..Finding::ok(AREA, item, "") }.needs(needed);
-        // Not a fault of the machine: the bounce ring is the main road.
-        match holds {
-            true => finding,
-            false => Finding {
-                status: crate::Status::Info,
-                effect: EFFECT.into(),
-                remedy: remedy.into(),
-                ..finding
+    for device in devices {
+        let survey = match system.is_live() {
+            true => paths::survey(&device, &existing(path)),
+            false => {
+                let none =
+                    || Err(gpudirect::Error::new(gpudirect::ErrorKind::Unsupported, "no library here"));
+                Paths::of(paths::System::at(system.at("/")), none, Remembered::nowhere())
+                    .survey(&device, &existing(path))
+            }
+        };
+        tell(&survey, out);
+    }
+}
+
+/// GPUs by CUDA; of a machine that is only read about, those on its bus whose driver is loaded.
+fn devices(system: &System) -> Box<dyn Iterator<Item = DeviceInfo>> {
+    if system.is_live() {
+        let open = |ordinal: u32| gpudirect::driver::open(&format!("cuda:{ordinal}")).ok()?.info().ok();
+        return Box::new((0..).map_while(open));
+    }
+    let gpus = system.list("/proc/driver/nvidia/gpus").into_iter().enumerate();
+    Box::new(gpus.map(|(ordinal, pci)| DeviceInfo {
+        id: format!("cuda:{ordinal}"),
+        name: String::new(),
+        pci,
+        memory_bytes: 0,
+        free_bytes: 0,
+        driver: String::new(),
+    }))
+}
+
+fn tell(survey: &Survey, out: &mut Vec<Finding>) {
+    for way in &survey.paths {
+        let item = format!("{}: {}", survey.device.id, way.path);
+        out.push(match way.usable {
+            Some(true) if way.path == paths::BOUNCE => Finding::ok(AREA, item, "always works"),
+            Some(true) => Finding::ok(AREA, item, "passed its self-test"),
+            None => Finding::info(AREA, item, format!("may work: {}", way.why)),
+            // Not a fault of the machine: the bounce path is the main road.
+            Some(false) => Finding {
+                effect: "bytes go through pinned host memory (bounce)".into(),
+                ..Finding::info(AREA, item, format!("not here: {}", way.why))
             },
-        }
-    };
-    let nvidia_fs = system.exists("/proc/driver/nvidia-fs");
-    out.push(condition(
-        "nvidia-fs",
-        nvidia_fs,
-        if nvidia_fs { "loaded".into() } else { "not loaded".into() },
-        "loaded, for cuFile's first mode",
-        "install nvidia-gds, or meet the conditions of the second mode below",
-    ));
-    let version = system.read("/proc/driver/nvidia/version").unwrap_or_default();
-    let open = version.contains("Open Kernel Module");
-    out.push(condition(
-        "open kernel module",
-        open,
-        version.lines().next().unwrap_or_default().to_owned(),
-        "the open variant, for peer-to-peer",
-        "install the open variant of the driver",
-    ));
-    let parameters = system.read("/proc/driver/nvidia/params").unwrap_or_default();
-    let bar = parameters.contains("RMForceStaticBar1=1");
-    out.push(condition(
-        "static BAR1",
-        bar,
-        if bar { "RMForceStaticBar1=1".into() } else { "RMForceStaticBar1 is not set".into() },
-        "RMForceStaticBar1=1;RmForceDisableIomapWC=1 in NVreg_RegistryDwords",
-        "options nvidia NVreg_RegistryDwords=\"RMForceStaticBar1=1;RmForceDisableIomapWC=1\" in /etc/modprobe.d",
-    ));
-    let new = system.kernel().is_some_and(|version| version >= (6, 2));
-    out.push(condition(
-        "kernel 6.2",
-        new,
-        system.read("/proc/sys/kernel/osrelease").unwrap_or_default(),
-        "6.2 or newer",
-        "a newer kernel",
-    ));
-    let iommu = translating(system) != Some(true);
-    out.push(condition(
-        "IOMMU",
-        iommu,
-        if iommu { "off or passing through".into() } else { "translating".into() },
-        "off or passing through",
-        "boot with iommu=pt",
-    ));
-    if let Some(multipath) = system.read("/sys/module/nvme_core/parameters/multipath") {
-        out.push(condition(
-            "NVMe multipath",
-            multipath == "N",
-            multipath.clone(),
-            "N",
-            "options nvme_core multipath=N in /etc/modprobe.d",
-        ));
+        });
+        conditions(way, out);
     }
-    if let Some(mount) = mount_of(system, path) {
-        let disk = disk_of(system, &mount);
-        let plain = disk.as_ref().is_some_and(|(disk, stacked)| disk.starts_with("nvme") && !stacked);
-        let shown = disk.map_or_else(|| mount.source.clone(), |(disk, _)| disk);
-        out.push(condition(
-            "drive below the path",
-            plain && matches!(mount.kind.as_str(), "ext4" | "xfs"),
-            format!("{} on {shown}", mount.kind),
-            "ext4 or XFS on an NVMe drive, no md and no device mapper",
-            "a member on a drive of its own",
-        ));
+}
+
+fn conditions(way: &PathState, out: &mut Vec<Finding>) {
+    for condition in &way.conditions {
+        let finding = Finding::ok(AREA, format!("  {}", condition.needs), condition.found.clone());
+        let status = match condition.met {
+            Some(true) => Status::Ok,
+            Some(false) => Status::Info,
+            None => Status::Unknown,
+        };
+        out.push(Finding { status, needed: condition.needs.into(), ..finding });
     }
 }
