@@ -9,7 +9,9 @@ use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
 use engine::tensors::Dtype;
-use gpudirect::{Batch, DeviceInfo, Direction, Driver, Error, ErrorKind, Stream, driver::Refused};
+use gpudirect::driver::{DeviceCopy, Refused};
+use gpudirect::paged::Move;
+use gpudirect::{Batch, DeviceInfo, Direction, Driver, Error, ErrorKind, Stream};
 use nvme::Arena;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -337,6 +339,25 @@ impl Driver for Foreign {
     fn stream(&self) -> gpudirect::Result<Box<dyn Stream>> {
         Ok(Box::new(Copies { ranges: self.ranges.clone(), done: VecDeque::new() }))
     }
+    fn copy_within(&self, _: &[DeviceCopy]) -> gpudirect::Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "write to memory that is only saved from"))
+    }
+    fn check_range(&self, address: u64, len: u64) -> gpudirect::Result<()> {
+        outside(&self.ranges, address, len)
+    }
+}
+
+/// Refuses what is not inside one of the ranges, which are sorted.
+fn outside(ranges: &[(u64, u64)], address: u64, len: u64) -> gpudirect::Result<()> {
+    let at = ranges.partition_point(|&(start, _)| start <= address);
+    // Ranges may overlap: views of one tensor.
+    let inside = ranges[..at].iter().rev().any(|&(start, size)| {
+        address.checked_add(len).is_some_and(|end| start.checked_add(size).is_some_and(|last| end <= last))
+    });
+    if inside {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Device, format!("{len} bytes at {address:#x}: outside the tensors")))
 }
 
 /// Copies that are over when they were started.
@@ -346,16 +367,6 @@ struct Copies {
 }
 
 impl Copies {
-    fn inside(&self, address: u64, len: u64) -> bool {
-        let at = self.ranges.partition_point(|&(start, _)| start <= address);
-        // Ranges may overlap: views of one tensor.
-        self.ranges[..at].iter().rev().any(|&(start, size)| {
-            address
-                .checked_add(len)
-                .is_some_and(|end| start.checked_add(size).is_some_and(|last| end <= last))
-        })
-    }
-
     fn carry_out(&self, batch: &mut Batch) -> gpudirect::Result<()> {
         if batch.direction != Direction::ToHost {
             return Err(Error::new(ErrorKind::Invalid, "write to memory that is only saved from"));
@@ -369,10 +380,7 @@ impl Copies {
                 let context = format!("copy {} bytes at {} of a buffer", part.len, part.offset);
                 return Err(Error::new(ErrorKind::Invalid, context));
             };
-            if !self.inside(part.device, part.len as u64) {
-                let context = format!("copy {} bytes at {:#x}: outside the tensors", part.len, part.device);
-                return Err(Error::new(ErrorKind::Device, context));
-            }
+            outside(&self.ranges, part.device, part.len as u64)?;
             // SAFETY: the source is inside one range, which is memory of a tensor that the caller holds (see `Foreign::new`); `room` has `part.len` bytes and
             // is a buffer of ours, so the two do not overlap.
             unsafe {
@@ -400,5 +408,11 @@ impl Stream for Copies {
     }
     fn in_flight(&self) -> usize {
         self.done.len()
+    }
+    fn shuffle(&mut self, _: &Arc<Move>) -> gpudirect::Result<()> {
+        Err(Error::new(ErrorKind::Unsupported, "gather or scatter memory that is only saved from"))
+    }
+    fn finish(&mut self, each: &mut dyn FnMut(Batch)) -> gpudirect::Result<()> {
+        self.reap(true, each).map(drop)
     }
 }
