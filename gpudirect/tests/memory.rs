@@ -222,7 +222,7 @@ fn mapped_files_are_copied_by_the_device_alone() {
     let folder = tempfile::tempdir().unwrap();
     let (paths, expected) = two_files(folder.path());
     for (map_piece, map_limit, threads) in
-        [(64 << 10, 256 << 10, 3), (4096, 4096, 2), (32 << 20, 1 << 30, 16)]
+        [(64 << 10, 256 << 10, 3), (4096, 4096, 2), (32 << 20, 1 << 30, 16), (1 << 20, 4096, 4)]
     {
         let (device, driver) = fake(FakeOptions::default());
         let options = LaneOptions { map_piece, map_limit, threads, ..mapping() };

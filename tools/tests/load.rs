@@ -244,3 +244,20 @@ fn a_load_through_a_mount_or_beside_it_gives_the_same() {
     assert_eq!(beside["load"]["verified_sources"], 2);
     mounted.finish();
 }
+
+/// Host memory reads no mapped files: what is asked for and cannot be is said, and the bytes are right either way.
+#[test]
+fn mapped_files_are_copied_where_the_device_reads_none_and_it_is_said() {
+    let folder = scratch();
+    let (directory, bytes) = checkpoint(folder.path(), 3_000_000);
+    for (how, noted) in [("auto", false), ("copy", false), ("map", true)] {
+        let options = ["--device", "cpu", "--check", "--json", "--cache", "buffered", "--cached", how];
+        let json = nvtier(["load", text(&directory)].into_iter().chain(options)).ok().json();
+        assert_eq!(json["checked_bytes"], bytes, "{how}");
+        assert_eq!(json["load"]["mapped_bytes"], 0, "{how}");
+        let notes = json["load"]["notes"].to_string();
+        assert_eq!(notes.contains("copied by threads"), noted, "{how}: {notes}");
+    }
+    nvtier(["load", text(&directory), "--device", "cpu", "--cached", "other"])
+        .refused(2, &["auto", "map", "copy"]);
+}

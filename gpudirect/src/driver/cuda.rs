@@ -11,9 +11,10 @@
 #![allow(unsafe_code)]
 
 mod kernel;
+mod stream;
 mod vmm;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,10 +23,10 @@ use cudarc::driver::sys::{self, CUresult};
 use nvme::Arena;
 
 use super::mapped::Mapping;
-use super::{Batch, DeviceCopy, DeviceInfo, Direction, Driver, Refused, Stream, VirtualMemory};
+use super::{DeviceCopy, DeviceInfo, Driver, Stream, VirtualMemory};
 use crate::error::{Error, ErrorKind, Result};
-use crate::paged::Move;
 use kernel::Kernels;
+use stream::{CopyBatch, CudaStream, Once};
 
 /// Every symbol that is called here, but for those that are optional.
 const NEEDED: [&CStr; 40] = [
@@ -75,22 +76,6 @@ const NEEDED: [&CStr; 40] = [
 const PORTABLE: u32 = 1;
 /// `CU_MEMHOSTREGISTER_READ_ONLY`: pages that this process may not write to, such as those of a file.
 const READ_ONLY: u32 = 8;
-/// Batches of fewer copies are made one by one: the driver's batch call pays off from a few on.
-const BATCH_MIN: usize = 4;
-
-/// `cuMemcpyBatchAsync` as CUDA 12.8 has it; later drivers keep that symbol.
-type CopyBatch = unsafe extern "C" fn(
-    *mut sys::CUdeviceptr,
-    *mut sys::CUdeviceptr,
-    *mut usize,
-    usize,
-    *mut sys::CUmemcpyAttributes,
-    *mut usize,
-    usize,
-    *mut usize,
-    sys::CUstream,
-) -> CUresult;
-
 /// Arenas that are pinned, by address: how often, and by which context, which must not go before they are unpinned. All
 /// contexts of the process know them.
 static PINNED: Mutex<BTreeMap<usize, (usize, Arc<Context>)>> = Mutex::new(BTreeMap::new());
@@ -265,28 +250,12 @@ impl CudaDriver {
         if from.abs_diff(to) < len {
             return Err(Error::new(ErrorKind::Invalid, "copy a range to itself"));
         }
-        let mut stream = std::ptr::null_mut();
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: `stream` is valid for writes; it is destroyed below.
-        check(unsafe { sys::cuStreamCreate(&mut stream, flags) }, || "make a stream".into())?;
-        let mut failed = None;
-        let mut took = Duration::ZERO;
-        // The first time warms up.
-        for times in [1, times] {
-            let started = Instant::now();
-            for _ in 0..times {
-                // SAFETY: both ranges were found to be memory of this device and not to overlap; the caller keeps it.
-                let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, size(len), stream) };
-                failed = failed.or(check(result, || format!("copy {len} bytes on the device")).err());
-            }
-            // SAFETY: the stream is alive.
-            let result = unsafe { sys::cuStreamSynchronize(stream) };
-            failed = failed.or(check(result, || "wait for copies on the device".into()).err());
-            took = started.elapsed();
-        }
-        // SAFETY: made above, destroyed once.
-        unsafe { sys::cuStreamDestroy_v2(stream) };
-        failed.map_or(Ok(took), Err)
+        let stream = Once::new()?;
+        let copies = |times: u32| vec![DeviceCopy { from, to, len }; times as usize];
+        stream.copy(&copies(1))?; // warms up
+        let started = Instant::now();
+        stream.copy(&copies(times))?;
+        Ok(started.elapsed())
     }
 }
 
@@ -392,19 +361,7 @@ impl Driver for CudaDriver {
     }
 
     fn stream(&self) -> Result<Box<dyn Stream>> {
-        self.0.enter()?;
-        let mut stream = std::ptr::null_mut();
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: `stream` is valid for writes; it is destroyed in Drop.
-        check(unsafe { sys::cuStreamCreate(&mut stream, flags) }, || "make a copy stream".into())?;
-        let copy_batch = self.0.copy_batch;
-        Ok(Box::new(CudaStream {
-            cuda: self.0.clone(),
-            stream,
-            copy_batch,
-            running: VecDeque::new(),
-            events: Vec::new(),
-        }))
+        Ok(Box::new(CudaStream::new(&self.0)?))
     }
 
     fn enter(&self) -> Result<()> {
@@ -413,11 +370,7 @@ impl Driver for CudaDriver {
 
     fn copy_within(&self, moves: &[DeviceCopy]) -> Result<()> {
         self.0.enter()?;
-        let mut stream = std::ptr::null_mut();
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: `stream` is valid for writes; it is destroyed by `Once`.
-        check(unsafe { sys::cuStreamCreate(&mut stream, flags) }, || "make a copy stream".into())?;
-        Once(stream).copy(moves)
+        Once::new()?.copy(moves)
     }
 
     fn check_range(&self, address: u64, len: u64) -> Result<()> {
@@ -486,28 +439,6 @@ impl Driver for CudaDriver {
     }
 }
 
-/// A stream of its own for a few copies, waited for when it goes.
-struct Once(sys::CUstream);
-
-impl Once {
-    fn copy(&self, moves: &[DeviceCopy]) -> Result<()> {
-        for one in moves {
-            // SAFETY: the driver refuses addresses that are not allocated; the stream is alive.
-            let result = unsafe { sys::cuMemcpyDtoDAsync_v2(one.to, one.from, one.len as usize, self.0) };
-            check(result, || format!("copy {} bytes on the device to {:#x}", one.len, one.to))?;
-        }
-        // SAFETY: the stream is alive.
-        check(unsafe { sys::cuStreamSynchronize(self.0) }, || "wait for copies on the device".into())
-    }
-}
-
-impl Drop for Once {
-    fn drop(&mut self) {
-        // SAFETY: made in `copy_within`, destroyed once; what it still runs ends by itself, in memory of the device.
-        unsafe { sys::cuStreamDestroy_v2(self.0) };
-    }
-}
-
 /// RLIMIT_MEMLOCK, where there is a limit: drivers differ in whether they heed it.
 fn memlock_hint() -> String {
     match rustix::process::getrlimit(rustix::process::Resource::Memlock).current {
@@ -517,214 +448,6 @@ fn memlock_hint() -> String {
             )
         }
         None => String::new(),
-    }
-}
-
-struct CudaStream {
-    cuda: Arc<Context>,
-    stream: sys::CUstream,
-    copy_batch: Option<CopyBatch>,
-    /// Batches in order, each with the event after its last copy; moves have no batch.
-    running: VecDeque<(Option<Batch>, sys::CUevent)>,
-    /// Events to use again.
-    events: Vec<sys::CUevent>,
-}
-
-// SAFETY: stream and event handles may be used from any thread; `&mut self` keeps uses apart.
-unsafe impl Send for CudaStream {}
-
-impl CudaStream {
-    fn event(&mut self) -> Result<sys::CUevent> {
-        if let Some(event) = self.events.pop() {
-            return Ok(event);
-        }
-        let mut event = std::ptr::null_mut();
-        // Waiting sleeps instead of burning a core, and no time stamps are taken.
-        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32
-            | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-        // SAFETY: `event` is valid for writes; it is destroyed in Drop.
-        check(unsafe { sys::cuEventCreate(&mut event, flags) }, || "make an event".into())?;
-        Ok(event)
-    }
-
-    /// Puts the batch's copies into the stream, and an event behind them.
-    fn issue(&mut self, batch: &mut Batch, event: sys::CUevent) -> Result<()> {
-        let direction = batch.direction;
-        let owned = batch.buffers.iter_mut().map(|buffer| buffer.as_mut_ptr() as u64);
-        let hosts: Vec<u64> = owned.chain(batch.lent.iter().map(super::Lent::address)).collect();
-        let host = |part: &super::Part| hosts[part.buffer as usize] + part.offset as u64;
-        let batched = match self.copy_batch {
-            Some(function) if batch.parts.len() >= BATCH_MIN => self.issue_batch(function, batch, &host)?,
-            _ => false,
-        };
-        if !batched {
-            for part in &batch.parts {
-                let result = match direction {
-                    // SAFETY: `check` found the part inside its buffer or what was lent, which the stream keeps until the event
-                    // behind this copy has happened; the driver refuses device addresses that are not allocated.
-                    Direction::ToDevice => unsafe {
-                        sys::cuMemcpyHtoDAsync_v2(part.device, host(part) as *const _, part.len, self.stream)
-                    },
-                    // SAFETY: as above; the batch owns the buffer, so nobody else reads or writes it meanwhile.
-                    Direction::ToHost => unsafe {
-                        sys::cuMemcpyDtoHAsync_v2(host(part) as *mut _, part.device, part.len, self.stream)
-                    },
-                };
-                check(result, || format!("copy {} bytes, device address {:#x}", part.len, part.device))?;
-            }
-        }
-        // SAFETY: both handles are ours and alive.
-        check(unsafe { sys::cuEventRecord(event, self.stream) }, || "record an event".into())
-    }
-
-    /// All copies by one call. False: this driver will not have it so, nothing was started, they are to go one by one.
-    fn issue_batch(
-        &mut self,
-        function: CopyBatch,
-        batch: &Batch,
-        host: &dyn Fn(&super::Part) -> u64,
-    ) -> Result<bool> {
-        let mut hosts: Vec<u64> = batch.parts.iter().map(host).collect();
-        let mut devices: Vec<u64> = batch.parts.iter().map(|part| part.device).collect();
-        let mut sizes: Vec<usize> = batch.parts.iter().map(|part| part.len).collect();
-        let on_host = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_HOST, id: 0 };
-        let on_device = sys::CUmemLocation {
-            type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
-            id: self.cuda.ordinal as c_int,
-        };
-        let (to, from, src, dst) = match batch.direction {
-            Direction::ToDevice => (&mut devices, &mut hosts, on_host, on_device),
-            Direction::ToHost => (&mut hosts, &mut devices, on_device, on_host),
-        };
-        let mut attributes = sys::CUmemcpyAttributes {
-            srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
-            srcLocHint: src,
-            dstLocHint: dst,
-            flags: 0,
-        };
-        let (mut first, mut failed) = (0usize, 0usize);
-        // SAFETY: the three arrays have `sizes.len()` elements each, and the one attribute is for all copies from index 0 on.
-        // Addresses as in `issue`: host ranges are inside buffers that the stream keeps until its event.
-        let result = unsafe {
-            function(
-                to.as_mut_ptr(),
-                from.as_mut_ptr(),
-                sizes.as_mut_ptr(),
-                sizes.len(),
-                &mut attributes,
-                &mut first,
-                1,
-                &mut failed,
-                self.stream,
-            )
-        };
-        match result {
-            CUresult::CUDA_SUCCESS => Ok(true),
-            CUresult::CUDA_ERROR_INVALID_VALUE | CUresult::CUDA_ERROR_NOT_SUPPORTED => {
-                tracing::debug!("cuMemcpyBatchAsync: {}; copies go one by one", explain(result));
-                self.copy_batch = None;
-                Ok(false)
-            }
-            _ => check(result, || format!("copy {} ranges", sizes.len())).map(|()| true),
-        }
-    }
-
-    /// Waits for all that was started. False when the driver cannot say that it ended.
-    fn drained(&self) -> bool {
-        // SAFETY: the stream is alive.
-        self.cuda.enter().is_ok()
-            && unsafe { sys::cuStreamSynchronize(self.stream) } == CUresult::CUDA_SUCCESS
-    }
-}
-
-impl Stream for CudaStream {
-    fn copy(&mut self, mut batch: Batch) -> std::result::Result<(), Refused> {
-        let prepared = batch.check().and_then(|()| self.cuda.enter()).and_then(|()| self.event());
-        let event = match prepared {
-            Ok(event) => event,
-            Err(error) => return Err(Refused { batch, error }),
-        };
-        if let Err(error) = self.issue(&mut batch, event) {
-            self.events.push(event);
-            // Some of its copies may run.
-            if !self.drained() {
-                std::mem::forget(std::mem::take(&mut batch.buffers));
-                std::mem::forget(std::mem::take(&mut batch.lent));
-            }
-            return Err(Refused { batch, error });
-        }
-        self.running.push_back((Some(batch), event));
-        Ok(())
-    }
-
-    fn reap(&mut self, wait: bool, each: &mut dyn FnMut(Batch)) -> Result<usize> {
-        self.cuda.enter()?;
-        let mut count = 0;
-        while let Some(&(_, event)) = self.running.front() {
-            let result = match wait && count == 0 {
-                // SAFETY: the event was recorded and is alive.
-                true => unsafe { sys::cuEventSynchronize(event) },
-                // SAFETY: as above.
-                false => unsafe { sys::cuEventQuery(event) },
-            };
-            match result {
-                CUresult::CUDA_ERROR_NOT_READY => break,
-                result => check(result, || "wait for copies".into())?,
-            }
-            if let Some((batch, event)) = self.running.pop_front() {
-                self.events.push(event);
-                count += 1;
-                batch.into_iter().for_each(&mut *each);
-            }
-        }
-        Ok(count)
-    }
-
-    fn in_flight(&self) -> usize {
-        self.running.len()
-    }
-
-    fn shuffle(&mut self, job: &Arc<Move>) -> Result<()> {
-        self.cuda.enter()?;
-        let kernels = self.cuda.kernels()?;
-        let event = self.event()?;
-        let started = kernels.start(job, self.stream).and_then(|()| {
-            // SAFETY: both handles are ours and alive.
-            check(unsafe { sys::cuEventRecord(event, self.stream) }, || "record an event".into())
-        });
-        match started {
-            Ok(()) => self.running.push_back((None, event)),
-            Err(_) => self.events.push(event),
-        }
-        started
-    }
-
-    fn finish(&mut self, each: &mut dyn FnMut(Batch)) -> Result<()> {
-        while !self.running.is_empty() {
-            self.reap(true, each)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for CudaStream {
-    fn drop(&mut self) {
-        if !self.drained() {
-            if !self.running.is_empty() {
-                tracing::error!(
-                    "{} batches of copies did not end well: their memory stays theirs",
-                    self.running.len()
-                );
-            }
-            std::mem::forget(std::mem::take(&mut self.running));
-            return;
-        }
-        for event in self.events.drain(..).chain(self.running.drain(..).map(|(_, event)| event)) {
-            // SAFETY: made by `event`, destroyed once; the stream is idle.
-            unsafe { sys::cuEventDestroy_v2(event) };
-        }
-        // SAFETY: made by `stream`, destroyed once, idle.
-        unsafe { sys::cuStreamDestroy_v2(self.stream) };
     }
 }
 
