@@ -11,7 +11,10 @@
 //! Transitions of one region are serialized by its `gate`; the tree is locked only for moments within, never the other way round,
 //! and no data is read or written under the tree's lock.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
 use std::sync::{Arc, Mutex, RwLock};
 
 use super::commit::{Displaced, difference};
@@ -112,6 +115,7 @@ pub(crate) struct Live {
     policy: AtomicU8,
     /// Nanoseconds since the epoch of the last write through a handle, 0 for none: for drafts that cannot tell.
     written_ns: AtomicU64,
+    times_set: AtomicU64,
 }
 
 /// What the transitions need to know.
@@ -131,6 +135,7 @@ impl Live {
             cancel_seal: AtomicBool::new(false),
             policy: AtomicU8::new(UNDECIDED),
             written_ns: AtomicU64::new(0),
+            times_set: AtomicU64::new(0),
         }
     }
 
@@ -164,6 +169,18 @@ impl Live {
                 Some(Timestamp { secs: (ns / 1_000_000_000) as i64, nanos: (ns % 1_000_000_000) as u32 })
             }
         })
+    }
+
+    /// How often somebody has set the time of change. Who commits a draft takes this before it asks the draft for its time, and leaves the
+    /// node's time alone where it is another one by then: `rsync`, `cp -p` and `tar` set the time while the region that they just closed is
+    /// still being sealed.
+    pub(crate) fn times_set(&self) -> u64 {
+        self.times_set.load(Acquire)
+    }
+
+    /// Called with the tree's lock held for writing, as is the comparison.
+    pub(crate) fn note_time_set(&self) {
+        self.times_set.fetch_add(1, Release);
     }
 
     pub(crate) fn set_modified(&self, draft: &AnyDraft, time: Timestamp) -> Result<()> {

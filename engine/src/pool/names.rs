@@ -23,17 +23,19 @@ fn not_ours(name: &OsStr, kind: ErrorKind) -> Result<()> {
 
 /// Attributes as they are now: what is being written knows its size and time best. Called without the tree's lock: this may
 /// be a system call.
-fn attr_now((mut attr, live): (Attr, Option<Arc<Live>>)) -> Attr {
-    let Some(live) = live else { return attr };
-    if let Some(draft) = live.draft() {
-        let modified;
-        (attr.size, attr.allocated, modified) = draft.stat(&live);
-        if let Some(modified) = modified {
-            attr.mtime = modified;
-            attr.ctime = attr.ctime.max(modified);
-        }
+fn attr_now(shared: &Shared, (mut attr, live): (Attr, Option<Arc<Live>>)) -> Result<Attr> {
+    let Some(live) = live else { return Ok(attr) };
+    let Some(draft) = live.draft() else {
+        // A draft that ended since has left what it knew with the node.
+        return Ok(read(&shared.tree).get(attr.node)?.attr(attr.node));
+    };
+    let modified;
+    (attr.size, attr.allocated, modified) = draft.stat(&live);
+    if let Some(modified) = modified {
+        attr.mtime = modified;
+        attr.ctime = attr.ctime.max(modified);
     }
-    attr
+    Ok(attr)
 }
 
 fn snapshot(id: NodeId, node: &Node<Live>) -> (Attr, Option<Arc<Live>>) {
@@ -77,13 +79,13 @@ impl Pool {
             let entry = tree.entry(parent, name)?;
             snapshot(entry.node, tree.get(entry.node)?)
         };
-        Ok(attr_now(found))
+        attr_now(self.shared(), found)
     }
 
     /// Attributes of a node.
     pub fn getattr(&self, node: NodeId) -> Result<Attr> {
         let found = snapshot(node, read(&self.shared().tree).get(node)?);
-        Ok(attr_now(found))
+        attr_now(self.shared(), found)
     }
 
     /// Changes attributes. A new size is committed at once when nobody has the region open for writing.
@@ -108,15 +110,23 @@ impl Pool {
             }
             set.ctime = set.ctime.or(Some(now));
         }
-        let live = {
+        // The draft first, then the node: see `Live::times_set`.
+        if let Some(mtime) = set.mtime {
+            let live = read(&shared.tree).get(node)?.region().and_then(|region| region.live.clone());
+            if let Some(live) = live
+                && let Some(draft) = live.draft()
+            {
+                live.set_modified(&draft, mtime)?;
+            }
+        }
+        {
             let mut tree = write(&shared.tree);
             tree.setattr(node, &set, now)?;
-            tree.get(node)?.region().and_then(|region| region.live.clone())
-        };
-        if let (Some(live), Some(mtime)) = (live, set.mtime)
-            && let Some(draft) = live.draft()
-        {
-            live.set_modified(&draft, mtime)?;
+            if set.mtime.is_some()
+                && let Some(live) = tree.get(node)?.region().and_then(|region| region.live.as_ref())
+            {
+                live.note_time_set();
+            }
         }
         self.getattr(node)
     }
@@ -285,7 +295,7 @@ impl Pool {
             let node = tree.resolve(OsStr::new(path))?;
             snapshot(node, tree.get(node)?)
         };
-        Ok(attr_now(found))
+        attr_now(self.shared(), found)
     }
 
     /// Makes the directories of `a/b/c` that are missing (mode 0755); returns the last.

@@ -36,6 +36,7 @@ impl Shared {
             }
             return;
         }
+        let times_set = live.times_set();
         let committed = match draft.get().commit(!mapped, &live.cancel_seal) {
             Ok(Some(committed)) => committed,
             Ok(None) => return, // a writer came: it goes on with this draft
@@ -64,7 +65,7 @@ impl Shared {
             });
         }
         let sealed = committed.sealed;
-        match self.install(live, gate, &draft, committed) {
+        match self.install(live, gate, &draft, committed, times_set) {
             Ok(stored) if sealed => {
                 live.set(Current::Stored(stored));
                 gate.committed = None;
@@ -110,8 +111,9 @@ impl Shared {
     pub(crate) fn commit_live(self: &Arc<Self>, live: &Arc<Live>) -> Result<()> {
         let mut gate = lock(&live.gate);
         let Some(draft) = live.draft() else { return Ok(()) };
+        let times_set = live.times_set();
         if let Some(committed) = draft.get().commit(false, &AtomicBool::new(false))? {
-            self.install(live, &mut gate, &draft, committed)?;
+            self.install(live, &mut gate, &draft, committed, times_set)?;
         }
         Ok(())
     }
@@ -125,7 +127,8 @@ impl Shared {
     ) -> Result<()> {
         let mut gate = lock(&live.gate);
         let extents: Vec<Extent> = committed.layout.extents().copied().collect();
-        match self.install(live, &mut gate, draft, committed) {
+        // A slab knows no time of its own.
+        match self.install(live, &mut gate, draft, committed, live.times_set()) {
             Ok(stored) => {
                 live.set(Current::Stored(stored));
                 gate.committed = None;
@@ -142,13 +145,14 @@ impl Shared {
         }
     }
 
-    /// Makes committed content the node's. The gate is held.
+    /// Makes committed content the node's. The gate is held. `times_set`: [`Live::times_set`] from before the content was committed.
     fn install(
         self: &Arc<Self>,
         live: &Arc<Live>,
         gate: &mut Gate,
         draft: &Arc<AnyDraft>,
         committed: Committed,
+        times_set: u64,
     ) -> Result<Arc<Stored>> {
         let Committed { mut layout, sealed, allocated, modified } = committed;
         let modified = modified.or_else(|| live.modified(draft));
@@ -172,7 +176,7 @@ impl Shared {
         held.size = size;
         let old_allocated = std::mem::replace(&mut held.allocated, allocated);
         held.generation = generation;
-        if let Some(modified) = modified {
+        if let Some(modified) = modified.filter(|_| live.times_set() == times_set) {
             held.mtime = modified;
             held.ctime = held.ctime.max(modified);
         }

@@ -184,3 +184,39 @@ fn space_that_is_read_is_not_given_away() {
         assert_eq!(pool.stat().used_bytes, 0, "{kind}");
     }
 }
+
+/// As `rsync` does it over a mount, where the last close is told to nobody: the time is set while the region is being sealed.
+#[test]
+fn a_time_that_is_set_during_the_last_close_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    for (kind, path, _) in kinds(dir.path()) {
+        let pool = open(&path);
+        let long_ago = crate::Timestamp { secs: 1_000_000, nanos: 5 };
+        let bytes = noise(1, 600_000);
+        for round in 0..60 {
+            let at = format!("f{round}");
+            let (attr, handle) = pool.create_open(ROOT, name(&at), &region(0o644)).unwrap();
+            handle.write_at(0, &bytes).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| drop(handle));
+                if round % 2 == 0 {
+                    std::thread::yield_now();
+                }
+                let told = pool
+                    .setattr(attr.node, &SetAttr { mtime: Some(long_ago), ..SetAttr::default() })
+                    .unwrap();
+                assert_eq!((told.mtime, told.size), (long_ago, bytes.len() as u64), "{kind}, round {round}");
+                while pool.stat().unsealed_regions > 0 {
+                    let seen = pool.getattr(attr.node).unwrap();
+                    assert_eq!(
+                        (seen.mtime, seen.size),
+                        (long_ago, bytes.len() as u64),
+                        "{kind}, round {round}"
+                    );
+                }
+            });
+            let after = pool.getattr(attr.node).unwrap();
+            assert_eq!((after.mtime, after.size), (long_ago, bytes.len() as u64), "{kind}, round {round}");
+        }
+    }
+}
