@@ -1,6 +1,8 @@
 //! Blocks of a KV store, whether this process owns the pool or another one does.
 
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nvme::Arena;
@@ -31,8 +33,8 @@ enum Which {
 
 #[derive(Debug)]
 struct Local {
-    // The last lane goes before the store does.
-    lanes: Mutex<Vec<Lane>>,
+    // They go before the store does.
+    workers: Mutex<Vec<Worker>>,
     view: View,
     store: Store,
     arena: Option<Arena>,
@@ -56,7 +58,7 @@ impl Session {
             Inner::Embedded { pool, .. } => {
                 let store = Store::share(pool, StoreOptions::from(settings), OPEN_WAIT)?;
                 let view = store.view(fingerprint, block_bytes, tenant)?;
-                Which::Local(Local { lanes: Mutex::default(), view, store, arena: arena.cloned() })
+                Which::Local(Local { workers: Mutex::default(), view, store, arena: arena.cloned() })
             }
             Inner::Remote(client) => {
                 let path = client.path().to_owned();
@@ -67,17 +69,71 @@ impl Session {
     }
 }
 
-impl Local {
-    fn lane<T>(&self, run: impl FnOnce(&mut Lane) -> Result<T>) -> Result<T> {
-        let kept = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut lane = match kept {
-            Some(lane) => lane,
-            None => self.store.lane(self.arena.as_ref())?,
+type Job = Box<dyn FnOnce(&mut Lane) + Send>;
+
+/// A thread with a lane: the kernel takes operations of a lane from one thread only, and callers come from many.
+#[derive(Debug)]
+struct Worker {
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    fn start(store: &Store, arena: Option<Arena>) -> Result<Worker> {
+        let (jobs, inbox) = channel::<Job>();
+        let (ready, made) = channel();
+        let store = store.clone();
+        let work = move || {
+            let lane = store.lane(arena.as_ref());
+            // The lane knows the store's inside; a store whose last owner is a worker could not be closed by it.
+            drop(store);
+            match lane {
+                Err(error) => drop(ready.send(Err(error))),
+                Ok(mut lane) => {
+                    let _ = ready.send(Ok(()));
+                    inbox.into_iter().for_each(|job| job(&mut lane));
+                }
+            }
         };
-        let value = run(&mut lane)?;
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        if lanes.len() < IDLE {
-            lanes.push(lane);
+        let thread = std::thread::Builder::new().name("nvtier-kv-lane".into()).spawn(work);
+        let thread = thread.map_err(|error| Error::io("start a thread for a lane of a KV store", error))?;
+        let worker = Worker { jobs: Some(jobs), thread: Some(thread) };
+        made.recv().unwrap_or_else(|_| Err(died()))?;
+        Ok(worker)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.jobs.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn died() -> Error {
+    Error::new(ErrorKind::Io, "a lane of a KV store ended; the log says why")
+}
+
+impl Local {
+    fn lane<T: Send + 'static>(
+        &self,
+        run: impl FnOnce(&mut Lane, &View) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let kept = self.workers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let worker = match kept {
+            Some(worker) => worker,
+            None => Worker::start(&self.store, self.arena.clone())?,
+        };
+        let view = self.view.clone();
+        let (reply, answer) = channel();
+        let job: Job = Box::new(move |lane| drop(reply.send(run(lane, &view))));
+        let sent = worker.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        let value = if sent { answer.recv().unwrap_or_else(|_| Err(died())) } else { Err(died()) }?;
+        let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        if workers.len() < IDLE {
+            workers.push(worker);
         }
         Ok(value)
     }
@@ -179,7 +235,7 @@ impl Blocks {
             Which::Remote(remote) => remote.get(gets, by),
             Which::Local(local) => {
                 let keys: Vec<Key> = gets.iter().map(|get| get.key).collect();
-                local.lane(|lane| lane.get(&local.view, gets)).unwrap_or_else(|error| {
+                local.lane(|lane, view| lane.get(view, gets)).unwrap_or_else(|error| {
                     let (kind, text) = (error.kind(), error.chain());
                     let failed = |key| GetDone {
                         key,
@@ -209,7 +265,7 @@ impl Blocks {
             Which::Remote(remote) => remote.put(puts, by),
             Which::Local(local) => {
                 let keys: Vec<Key> = puts.iter().map(|put| put.key).collect();
-                local.lane(|lane| lane.put(&local.view, puts)).unwrap_or_else(|error| {
+                local.lane(|lane, view| lane.put(view, puts)).unwrap_or_else(|error| {
                     let (kind, text) = (error.kind(), error.chain());
                     let failed = |key| PutDone {
                         key,
