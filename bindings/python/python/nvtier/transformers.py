@@ -414,8 +414,15 @@ class PrefixCache:
         room = new if new is not None else (max(limit - input_ids.shape[1], 0) if limit is not None else 256)
         cache = self.prefill(input_ids, room)
         # Several sequences share the prompt; afterwards it is not to be told from theirs.
-        several = options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1
+        given, defaults = options.get("generation_config"), self.model.generation_config
+        counts = [
+            next((found for found in (options.get(name), getattr(given or defaults, name, None)) if found), 1)
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        several = max(counts) > 1
         saved = self.save(cache, input_ids) if several else 0
+        if several:
+            cache.batch_repeat_interleave(max(counts))
         ids = input_ids.to(self.model.device)
         begun = time.monotonic()
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
