@@ -470,3 +470,207 @@ impl Restore {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What a machine really needs: seconds.
+    #[derive(Clone, Copy, Debug)]
+    struct Machine {
+        launch: f64,
+        token: f64,
+        /// For each token before a token.
+        attention: f64,
+        load: f64,
+        byte: f64,
+    }
+
+    const TOKENS: u32 = 16;
+    const BYTES: u64 = 2 << 20;
+
+    impl Machine {
+        fn compute(&self, from: usize, to: usize) -> f64 {
+            let (a, b) = ((from * TOKENS as usize) as f64, (to * TOKENS as usize) as f64);
+            self.launch + self.token * (b - a) + self.attention * (b * b - a * a) / 2.0
+        }
+
+        fn load(&self, blocks: usize) -> f64 {
+            self.load + self.byte * (blocks as u64 * BYTES) as f64
+        }
+
+        /// In pieces as large as a restore would take, each alone.
+        fn alone(&self, blocks: usize, chunk: usize) -> (f64, f64) {
+            let starts = (0..blocks).step_by(chunk);
+            let compute = starts.map(|start| self.compute(start, (start + chunk).min(blocks))).sum();
+            let loads = (0..blocks).step_by(32);
+            (compute, loads.map(|start| self.load((blocks - start).min(32))).sum())
+        }
+    }
+
+    fn options(compute: bool, load: bool) -> RestoreOptions {
+        RestoreOptions { block_tokens: TOKENS, block_bytes: BYTES, compute, load, chunk_tokens: 2048, load_blocks: 32 }
+    }
+
+    /// Runs a restore on a simulated clock: two that work beside each other. `bad`: a block that cannot be loaded. Every block must be
+    /// given out to one of them exactly once.
+    fn run(machine: &Machine, planner: &Arc<Planner>, options: RestoreOptions, blocks: usize, bad: Option<usize>) -> (f64, Restored) {
+        let restore = Restore::new(planner.clone(), options, vec![false; blocks]);
+        let mut given = vec![0; blocks];
+        let mut now = 0.0f64;
+        // When each is through with what it does, and what that is.
+        let mut computing: Option<(f64, f64)> = None;
+        let mut loading: Option<(f64, f64, Range<usize>)> = None;
+        for _ in 0..100_000 {
+            if loading.is_none()
+                && let Step::Blocks(range) = restore.next_load(now)
+            {
+                range.clone().for_each(|block| given[block] += 1);
+                let seconds = machine.load(range.len());
+                loading = Some((now + seconds, seconds, range));
+            }
+            let mut done = false;
+            if computing.is_none() {
+                match restore.next_compute(now) {
+                    Step::Blocks(range) => {
+                        range.clone().for_each(|block| given[block] += 1);
+                        let seconds = machine.compute(range.start, range.end);
+                        computing = Some((now + seconds, seconds));
+                    }
+                    Step::Done => done = true,
+                    Step::Wait => assert!(loading.is_some(), "waits for nobody: {restore:?}"),
+                }
+            }
+            if done && computing.is_none() {
+                // A load under way, if any, is of blocks behind one that is lost.
+                assert!(given.iter().all(|times| *times <= 1));
+                return (now, restore.restored());
+            }
+            let next_load = loading.as_ref().map_or(f64::INFINITY, |load| load.0);
+            let next_compute = computing.map_or(f64::INFINITY, |compute| compute.0);
+            now = next_load.min(next_compute);
+            if let Some((end, seconds)) = computing
+                && end <= now
+            {
+                restore.computed(seconds);
+                computing = None;
+            }
+            if let Some((end, seconds, range)) = loading.clone()
+                && end <= now
+            {
+                let good: Vec<bool> = range.map(|block| Some(block) != bad).collect();
+                restore.loaded(&good, seconds);
+                loading = None;
+            }
+        }
+        panic!("a restore has no end: {restore:?}");
+    }
+
+    #[test]
+    fn a_fit_finds_what_is_there() {
+        let planner = Planner::new();
+        let machine = Machine { launch: 0.02, token: 3e-5, attention: 1e-9, load: 2e-4, byte: 1.0 / 2e9 };
+        assert_eq!(planner.compute_seconds(0..100), None);
+        for (from, to) in [(0, 16), (16, 80), (80, 96), (96, 300), (300, 316), (0, 128), (128, 600)] {
+            planner.computed(from as u64 * 16..to as u64 * 16, machine.compute(from, to));
+        }
+        for (from, to) in [(0, 1), (0, 2000), (1000, 1100)] {
+            let found = planner.compute_seconds(from as u64 * 16..to as u64 * 16).unwrap();
+            let real = machine.compute(from, to);
+            assert!((found / real - 1.0).abs() < 0.02, "{from}..{to}: {found} for {real}");
+        }
+        for blocks in [1, 8, 2, 32, 5] {
+            planner.loaded(From::Drive, blocks as u64 * BYTES, machine.load(blocks));
+        }
+        let found = planner.load_seconds(From::Drive, 100 * BYTES).unwrap();
+        assert!((found / machine.load(100) - 1.0).abs() < 0.02);
+        // Nothing of memory was measured: the drive stands in.
+        assert_eq!(planner.load_seconds(From::Memory, 100 * BYTES), Some(found));
+        planner.loaded(From::Memory, 64 * BYTES, 0.001);
+        assert!(planner.load_seconds(From::Memory, 64 * BYTES).unwrap() < 0.0011);
+    }
+
+    #[test]
+    fn measurements_that_cannot_be_are_passed_over() {
+        let planner = Planner::new();
+        for seconds in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            planner.computed(0..100, seconds);
+            planner.loaded(From::Drive, 100, seconds);
+        }
+        planner.computed(100..100, 1.0);
+        planner.loaded(From::Drive, 0, 1.0);
+        assert_eq!((planner.compute_seconds(0..1), planner.load_seconds(From::Drive, 1)), (None, None));
+    }
+
+    #[test]
+    fn two_that_are_as_fast_take_little_more_than_half() {
+        // 32k tokens of a model of 8 billion weights, computed in 1.4 s, and a drive that takes as long.
+        let machine = Machine { launch: 0.02, token: 2.7e-5, attention: 7e-10, load: 2e-4, byte: 1.0 / 3.0e9 };
+        let planner = Arc::new(Planner::new());
+        let blocks = 2048;
+        let (compute, load) = machine.alone(blocks, 128);
+        run(&machine, &planner, options(true, true), blocks, None);
+        let (both, restored) = run(&machine, &planner, options(true, true), blocks, None);
+        assert_eq!(restored.blocks, blocks);
+        assert!(restored.loaded > 500 && restored.computed > 500, "{restored:?}");
+        assert!(both <= 0.75 * compute.min(load), "{both} for {compute} and {load}");
+    }
+
+    #[test]
+    fn one_alone_does_all_where_that_is_wanted() {
+        let machine = Machine { launch: 0.02, token: 3e-5, attention: 1e-9, load: 2e-4, byte: 1.0 / 2e9 };
+        let planner = Arc::new(Planner::new());
+        let (_, restored) = run(&machine, &planner, options(true, false), 100, None);
+        assert_eq!(restored, Restored { blocks: 100, loaded: 0, computed: 100 });
+        let (_, restored) = run(&machine, &planner, options(false, true), 100, None);
+        assert_eq!(restored, Restored { blocks: 100, loaded: 100, computed: 0 });
+        let (_, restored) = run(&machine, &planner, options(false, true), 100, Some(40));
+        assert_eq!(restored, Restored { blocks: 40, loaded: 40, computed: 0 });
+        let (_, restored) = run(&machine, &planner, options(true, true), 0, None);
+        assert_eq!(restored.blocks, 0);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+        /// Once costs are known, both together are never worse than the better one alone but for a twentieth and for what one step takes.
+        #[test]
+        fn both_are_never_worse_than_the_better(
+            launch in 0.0005f64..0.05,
+            token in 1e-6f64..1e-3,
+            attention in 0f64..1e-8,
+            load in 1e-5f64..2e-3,
+            rate in 1e8f64..3e10,
+            blocks in 1usize..3000,
+        ) {
+            let machine = Machine { launch, token, attention, load, byte: 1.0 / rate };
+            let planner = Arc::new(Planner::new());
+            for _ in 0..3 {
+                run(&machine, &planner, options(true, true), blocks, None);
+            }
+            let (both, restored) = run(&machine, &planner, options(true, true), blocks, None);
+            prop_assert_eq!(restored.blocks, blocks);
+            prop_assert_eq!(restored.loaded + restored.computed, blocks);
+            let (compute, loads) = machine.alone(blocks, 128);
+            let step = machine.load(4) + machine.launch;
+            prop_assert!(both <= 1.05 * compute.min(loads) + step, "{} for {} and {}", both, compute, loads);
+        }
+
+        /// A block that cannot be loaded costs no other block before it, and nothing is given out twice, also before anything is known.
+        #[test]
+        fn a_lost_block_ends_the_prefix_or_is_computed(
+            token in 1e-6f64..1e-3,
+            rate in 1e8f64..3e10,
+            blocks in 1usize..500,
+            bad in 0usize..500,
+        ) {
+            let machine = Machine { launch: 0.01, token, attention: 1e-9, load: 1e-4, byte: 1.0 / rate };
+            let planner = Arc::new(Planner::new());
+            let (_, restored) = run(&machine, &planner, options(true, true), blocks, Some(bad));
+            prop_assert_eq!(restored.loaded + restored.computed, restored.blocks);
+            prop_assert!(restored.blocks == blocks || restored.blocks >= bad.min(blocks), "{:?}", restored);
+        }
+    }
+}

@@ -208,7 +208,7 @@ class PrefixCache:
         tenant: str = "",
         block_tokens: int = 16,
         plan: str = "auto",
-        chunk_tokens: int = 2048,
+        chunk_tokens: int = 8192,
         salt: bytes = b"",
         deadline: Optional[float] = None,
         planner: Optional[kv.Planner] = None,
@@ -272,6 +272,10 @@ class PrefixCache:
             block_tokens=self.block_tokens,
             salt=self.salt,
         )
+
+    def refresh(self) -> None:
+        """Has the weights read again at the next call: after they were written to in a way that torch does not count, as by ``weight.data.copy_``."""
+        self._weights = None
 
     def namespace(self) -> kv.Namespace:
         """Where the blocks of the model as it is now are."""
