@@ -12,6 +12,7 @@ pub mod load;
 pub mod ls;
 pub mod man;
 pub mod mount;
+pub mod plan;
 pub mod rm;
 pub mod stat;
 pub mod umount;
