@@ -48,7 +48,11 @@ fn put(blocks: &Blocks, numbers: impl Iterator<Item = u64>) -> Vec<Stored> {
 /// Which of them are there; their bytes are compared.
 fn get(blocks: &Blocks, numbers: impl Iterator<Item = u64>, by: Instant) -> Vec<Result<(), Miss>> {
     let numbers: Vec<u64> = numbers.collect();
-    let gets = numbers.iter().map(|n| Get { key: key(*n), buffer: Buffer::heap(blocks.slot_bytes()).unwrap(), start: 0 });
+    let gets = numbers.iter().map(|n| Get {
+        key: key(*n),
+        buffer: Buffer::heap(blocks.slot_bytes()).unwrap(),
+        start: 0,
+    });
     let done = blocks.get(gets.collect(), by);
     assert_eq!(done.len(), numbers.len());
     let check = |(n, done): (&u64, engine::kv::GetDone)| {
@@ -93,7 +97,9 @@ fn owner_and_clients_share_a_store() {
     assert!(get(&other, 0..3, soon()).iter().all(|got| matches!(got, Err(Miss::Absent))));
     // Too late is a miss of the call, and harms nothing.
     for blocks in [&here, &there] {
-        assert!(matches!(&get(blocks, 0..1, Instant::now())[0], Err(Miss::Failed(error)) if error.kind() == ErrorKind::Timeout));
+        assert!(
+            matches!(&get(blocks, 0..1, Instant::now())[0], Err(Miss::Failed(error)) if error.kind() == ErrorKind::Timeout)
+        );
         assert!(get(blocks, 0..1, soon())[0].is_ok());
     }
     drop((here, there, other));
@@ -151,6 +157,7 @@ fn what_makes_no_sense_is_refused() {
         // It goes on being of use.
         assert!(put(&blocks(session, "x"), 0..1).iter().all(|stored| !matches!(stored, Stored::Failed(_))));
     }
-    let looking = Session::open(&path, SessionOptions { read_only: true, ..SessionOptions::default() }).unwrap();
+    let looking =
+        Session::open(&path, SessionOptions { read_only: true, ..SessionOptions::default() }).unwrap();
     assert_eq!(looking.blocks(&settings(), b"", BLOCK, "", None).unwrap_err().kind(), ErrorKind::ReadOnly);
 }

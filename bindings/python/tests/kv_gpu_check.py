@@ -37,6 +37,8 @@ def arguments():
 
 
 def make_model(torch, transformers, small, device, tokens):
+    from transformers.initialization import no_init_weights
+
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
     if not small:
         shape = dict(
@@ -49,7 +51,7 @@ def make_model(torch, transformers, small, device, tokens):
     before = torch.get_default_dtype()
     torch.set_default_dtype(kind)
     try:
-        with torch.device(device), transformers.initialization.no_init_weights():
+        with torch.device(device), no_init_weights():
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind)
     finally:
         torch.set_default_dtype(before)

@@ -319,7 +319,7 @@ QUESTIONS = [
     "Tell me a joke.", "What is a tensor?", "How far is the moon?", "What does a compiler do?", "Name two gases.",
     "What is bread made of?", "Describe a cat.", "What is the boiling point of water?", "Say hello in French.", "What is a queue?",
 ]  # fmt: skip
-SYSTEM = "You are a careful assistant who answers in one short sentence, and says so when the answer is not known. " * 4
+SYSTEM = "You are a careful assistant who answers in one short sentence, and says so when the answer is not known. " * 2
 
 
 def test_twenty_prompts_of_a_real_model_give_the_same_tokens(real, store):
@@ -333,18 +333,16 @@ def test_twenty_prompts_of_a_real_model_give_the_same_tokens(real, store):
         for question in QUESTIONS
     ]  # fmt: skip
     expected = [plain(model, ids, 10) for ids in inputs]
-    for round in range(2):
-        for index, (ids, tokens) in enumerate(zip(inputs, expected)):
-            assert torch.equal(cache.generate(ids, max_new_tokens=10, do_sample=False), tokens), (round, index, cache.last)
-            if round or index:
-                assert cache.last["stored_tokens"] >= 64
+    for index, (ids, tokens) in enumerate(zip(inputs, expected)):
+        assert torch.equal(cache.generate(ids, max_new_tokens=10, do_sample=False), tokens), (index, cache.last)
+        assert index == 0 or cache.last["stored_tokens"] >= 32
     # Without what was computed, from the drive alone.
     cold = prefix_cache(model, store, tokenizer=tokenizer, plan="load")
     space = cold.namespace()
     for ids, tokens in zip(inputs, expected):
         space.forget(cold._keys(space, tokens[0].tolist()))
         assert torch.equal(cold.generate(ids, max_new_tokens=10, do_sample=False), tokens)
-        assert cold.last["loaded_tokens"] == cold.last["stored_tokens"] >= 64
+        assert cold.last["loaded_tokens"] == cold.last["stored_tokens"] >= 32
     other = prefix_cache(model, store)
     other.generate(inputs[0], max_new_tokens=1)
     assert other.last["stored_tokens"] == 0, "without the tokenizer it is another fingerprint"

@@ -511,12 +511,25 @@ mod tests {
     }
 
     fn options(compute: bool, load: bool) -> RestoreOptions {
-        RestoreOptions { block_tokens: TOKENS, block_bytes: BYTES, compute, load, chunk_tokens: 2048, load_blocks: 32 }
+        RestoreOptions {
+            block_tokens: TOKENS,
+            block_bytes: BYTES,
+            compute,
+            load,
+            chunk_tokens: 2048,
+            load_blocks: 32,
+        }
     }
 
     /// Runs a restore on a simulated clock: two that work beside each other. `bad`: a block that cannot be loaded. Every block must be
     /// given out to one of them exactly once.
-    fn run(machine: &Machine, planner: &Arc<Planner>, options: RestoreOptions, blocks: usize, bad: Option<usize>) -> (f64, Restored) {
+    fn run(
+        machine: &Machine,
+        planner: &Arc<Planner>,
+        options: RestoreOptions,
+        blocks: usize,
+        bad: Option<usize>,
+    ) -> (f64, Restored) {
         let restore = Restore::new(planner.clone(), options, vec![false; blocks]);
         let mut given = vec![0; blocks];
         let mut now = 0.0f64;
@@ -607,7 +620,8 @@ mod tests {
     #[test]
     fn two_that_are_as_fast_take_little_more_than_half() {
         // 32k tokens of a model of 8 billion weights, computed in 1.4 s, and a drive that takes as long.
-        let machine = Machine { launch: 0.02, token: 2.7e-5, attention: 7e-10, load: 2e-4, byte: 1.0 / 3.0e9 };
+        let machine =
+            Machine { launch: 0.02, token: 2.7e-5, attention: 7e-10, load: 2e-4, byte: 1.0 / 3.0e9 };
         let planner = Arc::new(Planner::new());
         let blocks = 2048;
         let (compute, load) = machine.alone(blocks, 128);
