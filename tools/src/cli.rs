@@ -137,6 +137,13 @@ pub struct Doctor {
     /// Print the commands that mend what can be mended
     #[arg(long)]
     pub fix_hints: bool,
+    /// Measure the drive below PATH, a mount, copies in memory and to a GPU, and save the figures for `nvtier plan` and `nvtier load`;
+    /// twice --measure-bytes are written, and removed again
+    #[arg(long, conflicts_with = "fix_hints")]
+    pub measure: bool,
+    /// Length of the file that is measured with
+    #[arg(long, requires = "measure", value_name = "SIZE", default_value = "1GiB", value_parser = size::parse_nonzero)]
+    pub measure_bytes: u64,
 }
 
 /// `nvtier plan`

@@ -71,8 +71,8 @@ impl Gpu {
     }
 }
 
-/// Peak of dense products with sums in 32 bits. The table's column is with sparsity, which doubles it (docs/sizing.md shows that for each
-/// row); GeForce and laptop GPUs add up in 32 bits at half the rate.
+/// Peak of dense products with sums in 32 bits. The table's column is with sparsity, which doubles it (`seed::gpu_rows` shows that for
+/// each row); GeForce and laptop GPUs add up in 32 bits at half the rate.
 pub fn dense_flops(row: &GpuRow) -> Option<f64> {
     let table = f64::from(row.fp16_tflops?) * 1e12;
     Some(if row.class == "professional" { table / 2.0 } else { table / 4.0 })

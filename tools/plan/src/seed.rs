@@ -1,5 +1,5 @@
 //! The sizing tables that the project started from, row by row: the formula that gives the published figure, what nvtier computes, and why the two
-//! differ. docs/sizing.md shows the result; a test keeps the page as this file makes it.
+//! differ. `page` makes the text for docs/sizing.md, which is not written yet.
 
 use doctor::{cpus, gpus};
 

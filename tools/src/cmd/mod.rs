@@ -11,6 +11,7 @@ pub mod kv;
 pub mod load;
 pub mod ls;
 pub mod man;
+pub mod measure;
 pub mod mount;
 pub mod plan;
 pub mod rm;

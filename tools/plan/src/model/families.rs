@@ -1,4 +1,5 @@
-//! How architectures differ, as data. Each row was compared with transformers by `tests/python/test_plan.py`.
+//! How architectures differ, as data. `tests/python/test_plan.py` compares each row with
+//! transformers; it has not been run yet.
 
 /// Which matrices have a bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

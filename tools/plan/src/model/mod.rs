@@ -15,7 +15,7 @@ pub use known::{known, names as known_names};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Exactness {
-    /// Counted by the rules of its architecture, which a test compares with transformers.
+    /// Counted by the rules of its architecture.
     Exact,
     /// Counted from the shapes in the file's header.
     Files,
