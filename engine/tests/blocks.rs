@@ -29,7 +29,10 @@ fn key(n: u64) -> Key {
 }
 
 fn fill(buffer: &mut [u8], n: u64) {
-    buffer.iter_mut().enumerate().for_each(|(at, byte)| *byte = (at as u64 * 31 ^ n.wrapping_mul(97)) as u8);
+    buffer
+        .iter_mut()
+        .enumerate()
+        .for_each(|(at, byte)| *byte = ((at as u64 * 31) ^ n.wrapping_mul(97)) as u8);
 }
 
 fn soon() -> Instant {

@@ -429,9 +429,10 @@ pub fn digests(ranges: &[(u64, u64)]) -> Vec<[u8; 32]> {
             let Some((address, len)) = ranges.get(index) else { return };
             let digest = match len {
                 0 => blake3::hash(&[]),
-                // SAFETY: memory of a tensor that the caller holds and nobody writes to, see above; `u8` has no alignment.
                 len => {
-                    blake3::hash(unsafe { std::slice::from_raw_parts(*address as *const u8, *len as usize) })
+                    // SAFETY: memory of a tensor that the caller holds and nobody writes to, see above; `u8` has no alignment.
+                    let bytes = unsafe { std::slice::from_raw_parts(*address as *const u8, *len as usize) };
+                    blake3::hash(bytes)
                 }
             };
             digests.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[index] = *digest.as_bytes();

@@ -5,8 +5,8 @@
 //!           |--- computed --->|=== next ===>| |<=== next ===|<--- loaded ---|        where the two meet, all of the prefix is there
 //! ```
 //!
-//! A [`Planner`] keeps what computing and loading cost, as measured lately, by one model each: computing tokens `a..b` takes `c0 + c1 * (b - a)
-//! + c2 * (b² - a²) / 2` (a launch, the layers, the attention to what is before), loading `n` bytes takes `l0 + l1 * n`, apart for memory and the drive.
+//! A [`Planner`] keeps what computing and loading cost, as measured lately, by one model each: computing tokens `a..b` takes
+//! `c0 + c1 * (b - a) + c2 * (b² - a²) / 2` (a launch, the layers, the attention to what is before), loading `n` bytes takes `l0 + l1 * n`, apart for memory and the drive.
 //! A [`Restore`] is one prefix on its way: whoever computes and whoever loads ask it what to do next, and tell what it took. It gives each no more
 //! than what the other would not have had done sooner, so that neither waits long for the other at the end.
 //!
@@ -111,9 +111,9 @@ impl<const N: usize> Fit<N> {
                     continue;
                 }
                 let factor = rows[row][column] / rows[column][column];
-                for k in column..=n {
-                    let above = rows[column][k];
-                    rows[row][k] -= factor * above;
+                let above = rows[column].clone();
+                for (value, above) in rows[row].iter_mut().zip(&above).skip(column) {
+                    *value -= factor * above;
                 }
             }
         }

@@ -64,7 +64,11 @@ fn request(args: &cli::Plan, model: &Model) -> Outcome<Request> {
         None => precision(model.precision.as_deref().unwrap_or("bf16")),
     };
     let cache = cache(&args.kv_precision).ok_or_else(|| {
-        unknown("precision of keys and values", &args.kv_precision, CACHES.map(|(name, _)| name).to_vec())
+        unknown(
+            "precision of keys and values",
+            &args.kv_precision,
+            CACHES.iter().map(|(name, _)| *name).collect(),
+        )
     })?;
     Ok(Request {
         task: match args.task {
