@@ -7,7 +7,6 @@ use pyo3::prelude::*;
 
 mod error;
 mod file;
-mod kv;
 mod lanes;
 mod load;
 mod memory;
@@ -23,6 +22,5 @@ fn _nvtier(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     pool::register(module)?;
     load::register(module)?;
-    kv::register(module)?;
     file::register(module)
 }

@@ -200,8 +200,7 @@ impl Runs {
     }
 }
 
-/// Drops every file below a directory from the page cache.
-pub fn drop_below(directory: &Path) -> std::io::Result<()> {
+fn drop_below(directory: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         let kind = entry.file_type()?;

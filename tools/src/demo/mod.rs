@@ -19,10 +19,9 @@ use crate::store::Store;
 use crate::transfer::{self, ImportOptions};
 use crate::{ceiling, interrupt, output, size};
 
-pub use measure::drop_below;
 use measure::{Row, Runs};
 use report::Report;
-pub use workspace::Workspace;
+use workspace::Workspace;
 
 /// Name of the checkpoint in the pool.
 const NAME: &str = "models/demo";
