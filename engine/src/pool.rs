@@ -127,8 +127,8 @@ pub(crate) struct Shared {
     pub(crate) scrub: Mutex<crate::scrub::Noted>,
     /// A flush of data failed: what it was for may be lost although a later flush succeeds. No snapshot is made any more.
     flush_failed: OnceLock<String>,
-    /// Names of KV stores that are open.
-    pub(crate) kv_open: Mutex<HashSet<String>>,
+    /// KV stores that are open, by name; of one that is being opened, nothing yet.
+    pub(crate) kv_open: Mutex<HashMap<String, Weak<crate::kv::Inner>>>,
     pub(crate) stop: Mutex<bool>,
     pub(crate) wake: Condvar,
     kick: AtomicBool,

@@ -20,11 +20,13 @@ use crate::tensors::{self, TensorIndex};
 use crate::types::{NodeId, NodeKind};
 use crate::verify::{VerifyProgress, VerifyReport};
 
+mod blocks;
 pub(crate) mod local;
 pub(crate) mod partial;
 mod reader;
 mod writer;
 
+pub use blocks::Blocks;
 pub use reader::RegionReader;
 pub use writer::RegionWriter;
 

@@ -107,6 +107,8 @@ pub enum Command {
     Bench(Bench),
     /// Look at this machine: what is there, what is needed, what is lost, and what to do about it
     Doctor(Doctor),
+    /// Say what a model needs of a machine, where each part will live, how fast it can be, and what would help
+    Plan(Plan),
     /// Print version and what this build and kernel can do
     Version,
     /// Print a completion script for a shell
@@ -135,6 +137,103 @@ pub struct Doctor {
     /// Print the commands that mend what can be mended
     #[arg(long)]
     pub fix_hints: bool,
+    /// Measure the drive below PATH, a mount, copies in memory and to a GPU, and save the figures for `nvtier plan` and `nvtier load`;
+    /// twice --measure-bytes are written, and removed again
+    #[arg(long, conflicts_with = "fix_hints")]
+    pub measure: bool,
+    /// Length of the file that is measured with
+    #[arg(long, requires = "measure", value_name = "SIZE", default_value = "1GiB", value_parser = size::parse_nonzero)]
+    pub measure_bytes: u64,
+}
+
+/// `nvtier plan`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+MODEL is a config.json, a snapshot directory, a safetensors or GGUF file, or a name of the built-in table (--list). Nothing
+but headers is read. Without --gpu, --ram and --drive it plans for this machine, with the ceilings that `nvtier doctor
+--measure` saved where there are any. Times are floors: what the slowest part needs if nothing else costs anything.
+
+  nvtier plan Llama-3.1-8B --gpu 'RTX 4090' --context 32768 --batch 4
+  nvtier plan ~/models/m --kv-precision fp8 --sessions 100
+  nvtier plan Llama-3.1-70B --task finetune --gpu 'RTX 4090' --ram 128GB --drive gen4:4TB --micro-batches 8
+
+Exit code: 0 where it fits, 6 where it does not.")]
+pub struct Plan {
+    /// The model
+    #[arg(value_name = "MODEL", required_unless_present = "list", value_hint = ValueHint::AnyPath)]
+    pub model: Option<String>,
+    /// List the names of models and GPUs that are known, and of precisions
+    #[arg(long, conflicts_with = "model")]
+    pub list: bool,
+    /// What is to be done
+    #[arg(long, value_enum, default_value_t = PlanTask::Infer)]
+    pub task: PlanTask,
+    /// How weights are stored: bf16, fp8, nf4, q4_k, ... [default: as in the files or the configuration]
+    #[arg(long, value_name = "NAME")]
+    pub precision: Option<String>,
+    /// How keys and values are stored: f16, fp8, q8_0, ...
+    #[arg(long, value_name = "NAME", default_value = "f16")]
+    pub kv_precision: String,
+    /// Keep keys and values of latent attention (DeepSeek) as transformers does, not as one short vector
+    #[arg(long)]
+    pub expanded_kv: bool,
+    /// Tokens of a sequence
+    #[arg(long, value_name = "TOKENS", default_value_t = 8192, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
+    pub context: u64,
+    /// Sequences at a time
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1 << 16))]
+    pub batch: u64,
+    /// Sequences whose KV cache is kept [default: the batch]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
+    pub sessions: Option<u64>,
+    /// A GPU of the table, or none [default: this machine's]
+    #[arg(long, value_name = "NAME")]
+    pub gpu: Option<String>,
+    /// Memory of the GPU [default: what it has]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub vram: Option<u64>,
+    /// 10^12 operations a second that the GPU reaches in 16-bit matrix products [default: 60 % of its peak]
+    #[arg(long, value_name = "N", value_parser = parse_positive)]
+    pub tflops: Option<f64>,
+    /// Host memory [default: this machine's]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub ram: Option<u64>,
+    /// A drive: gen3, gen4 or gen5, or READ/WRITE in bytes a second, and its size: gen4:2TB, 6500MB/4GB:1TB (may be given several times)
+    /// [default: the drive below --path]
+    #[arg(long = "drive", value_name = "CLASS:SIZE")]
+    pub drives: Vec<String>,
+    /// Bytes that each drive is rated to be written in its life [default: 600 times its size]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub tbw: Option<u64>,
+    /// Where the pool lies or is to lie
+    #[arg(long, value_name = "PATH", default_value = ".", value_hint = ValueHint::AnyPath)]
+    pub path: PathBuf,
+    /// Tokens a day whose keys and values are written to the drives [default: each session once]
+    #[arg(long, value_name = "TOKENS")]
+    pub tokens_per_day: Option<u64>,
+    /// Hours a day that it trains
+    #[arg(long, value_name = "HOURS", default_value_t = 24.0, value_parser = parse_hours)]
+    pub hours_per_day: f64,
+    /// Micro-batches of a training step
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1 << 16))]
+    pub micro_batches: u64,
+    /// Rank of adapters
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub lora_rank: u64,
+    /// Training states that the drives keep; 2 can be rolled back
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=16))]
+    pub generations: u64,
+}
+
+/// What is to be done with a model.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub enum PlanTask {
+    /// Make tokens
+    Infer,
+    /// Train all parameters
+    Finetune,
+    /// Train adapters
+    Lora,
 }
 
 /// `nvtier demo`
@@ -601,6 +700,20 @@ pub struct Man {
     pub dir: PathBuf,
 }
 
+fn parse_positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
+        _ => Err(format!("`{text}` is not a number above 0")),
+    }
+}
+
+fn parse_hours(text: &str) -> Result<f64, String> {
+    parse_positive(text).and_then(|hours| match hours {
+        ..=24.0 => Ok(hours),
+        _ => Err("a day has 24 hours".to_owned()),
+    })
+}
+
 fn parse_part_size(text: &str) -> Result<u64, String> {
     match size::parse(text)? {
         size @ 65_536..=1_073_741_824 => Ok(size),
@@ -649,6 +762,9 @@ mod tests {
             "info --pool P",
             "info P",
             "demo",
+            "plan Llama-3.1-8B --gpu none --ram 64GB --drive gen4:2TB --drive gen4:2TB --json",
+            "plan m --task finetune --micro-batches 8 --hours-per-day 8 --generations 1 --tbw 1200TB",
+            "plan --list",
             "version",
             "bench --rw=read --bs=1m job.fio",
             "completions bash",

@@ -59,6 +59,7 @@ fn run(cli: Cli) -> Outcome<ExitCode> {
     match &cli.command {
         Command::Bench(args) => return Ok(bench::run(args.args.clone())),
         Command::Doctor(args) => return cmd::doctor::run(global, args),
+        Command::Plan(args) => return cmd::plan::run(global, args),
         Command::Version => cmd::version::run(global)?,
         Command::Completions(args) => cmd::completions::run(args)?,
         Command::Man(args) => cmd::man::run(args)?,

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 mod error;
 mod file;
+mod kv;
 mod lanes;
 mod load;
 mod memory;
@@ -22,5 +23,6 @@ fn _nvtier(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     pool::register(module)?;
     load::register(module)?;
+    kv::register(module)?;
     file::register(module)
 }

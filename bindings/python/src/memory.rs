@@ -416,3 +416,97 @@ impl Stream for Copies {
         self.reap(true, each).map(drop)
     }
 }
+
+/// Digests of ranges of host memory, by several threads. The ranges are taken on the word of `nvtier.kv`: each is memory of a tensor that it
+/// holds until this returns.
+pub fn digests(ranges: &[(u64, u64)]) -> Vec<[u8; 32]> {
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let digests = std::sync::Mutex::new(vec![[0; 32]; ranges.len()]);
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(16);
+    let work = || {
+        loop {
+            let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let Some((address, len)) = ranges.get(index) else { return };
+            let digest = match len {
+                0 => blake3::hash(&[]),
+                len => {
+                    // SAFETY: memory of a tensor that the caller holds and nobody writes to, see above; `u8` has no alignment.
+                    let bytes = unsafe { std::slice::from_raw_parts(*address as *const u8, *len as usize) };
+                    blake3::hash(bytes)
+                }
+            };
+            digests.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[index] = *digest.as_bytes();
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+    digests.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Planes of KV blocks in host memory of others.
+pub struct HostPlanes {
+    planes: Vec<u64>,
+    shape: gpudirect::paged::BlockShape,
+}
+
+impl HostPlanes {
+    /// Of a layout that was checked against the ranges of a [`Foreign`]: every block of it is inside memory of a tensor that the caller holds,
+    /// and no two rows share bytes.
+    pub fn new(paged: &gpudirect::paged::Paged) -> HostPlanes {
+        HostPlanes {
+            planes: paged.planes().iter().map(|plane| plane.address).collect(),
+            shape: *paged.shape(),
+        }
+    }
+
+    /// Calls `each` with the address and the offset in a block of every run, and its length.
+    fn runs(&self, block: u32, len: usize, each: &mut dyn FnMut(u64, usize, usize)) -> gpudirect::Result<()> {
+        let shape = &self.shape;
+        let (tokens, heads) = (u64::from(shape.tokens), u64::from(shape.heads));
+        let bytes = shape.row * tokens * heads * self.planes.len() as u64;
+        if block >= shape.blocks || len as u64 != bytes {
+            let context = format!("block {block} of {}, {len} bytes of {bytes}", shape.blocks);
+            return Err(Error::new(ErrorKind::Invalid, context));
+        }
+        // Tokens without gaps are one run.
+        let (count, run) = match shape.token_stride == shape.row || tokens == 1 {
+            true => (1, shape.row * tokens),
+            false => (tokens, shape.row),
+        };
+        let mut at = 0;
+        for plane in &self.planes {
+            let start = plane + u64::from(block) * shape.block_stride;
+            for head in 0..heads {
+                for token in 0..count {
+                    each(start + head * shape.head_stride + token * shape.token_stride, at, run as usize);
+                    at += run as usize;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a block out of the planes.
+    pub fn gather(&self, block: u32, out: &mut [u8]) -> gpudirect::Result<()> {
+        let len = out.len();
+        self.runs(block, len, &mut |address, at, run| {
+            let to = &mut out[at..at + run];
+            // SAFETY: the run is inside a plane, which is memory of a tensor that the caller holds (see `new`); `to` is a buffer of ours of the
+            // same length.
+            unsafe { std::ptr::copy_nonoverlapping(address as *const u8, to.as_mut_ptr(), run) };
+        })
+    }
+
+    /// Copies a block into the planes.
+    pub fn scatter(&self, block: u32, from: &[u8]) -> gpudirect::Result<()> {
+        self.runs(block, from.len(), &mut |address, at, run| {
+            let from = &from[at..at + run];
+            // SAFETY: as in `gather`; the caller lets nobody else use these bytes of the tensors meanwhile.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), address as *mut u8, run) };
+        })
+    }
+}

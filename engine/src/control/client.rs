@@ -38,6 +38,11 @@ impl Client {
         Ok(Client { path: path.to_owned(), owner_pid, connection: Mutex::new(Some(connection)) })
     }
 
+    /// Where the pool is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The owner's process, when it was connected to.
     pub fn owner_pid(&self) -> u32 {
         self.owner_pid
@@ -225,7 +230,7 @@ impl Client {
 }
 
 /// Connects and says hello.
-fn dial(path: &Path) -> Result<(Connection, u32)> {
+pub(super) fn dial(path: &Path) -> Result<(Connection, u32)> {
     let info = Pool::probe(path).ok();
     let trusted = location::trusted(path);
     let mut refused = None;
@@ -272,7 +277,7 @@ fn hello(stream: UnixStream, info: Option<&PoolInfo>) -> Result<(Connection, u32
 }
 
 /// Whether the other side closed an idle connection. Between calls nothing is on its way, so anything readable is the end.
-fn hung_up(connection: &Connection) -> bool {
+pub(super) fn hung_up(connection: &Connection) -> bool {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let mut fds = [PollFd::new(connection.stream(), PollFlags::IN)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -300,7 +305,7 @@ fn call(
 }
 
 /// Turns the owner's error into ours.
-fn answer(frame: Frame<Reply>) -> Result<Frame<Reply>> {
+pub(super) fn answer(frame: Frame<Reply>) -> Result<Frame<Reply>> {
     match frame.message {
         Reply::Error { kind, message } => Err(Error::new(kind, message)),
         _ => Ok(frame),

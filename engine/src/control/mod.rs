@@ -14,12 +14,14 @@
 
 mod client;
 pub(crate) mod frame;
+mod kv;
 pub mod location;
 pub mod protocol;
 mod remote_reader;
 mod server;
 
 pub use client::{Client, RemoteWriter};
+pub use kv::RemoteBlocks;
 pub use remote_reader::RemoteReader;
 pub use server::{ControlServer, serve};
 

@@ -11,6 +11,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
+use crate::kv::{Settings, StoreStat};
 use crate::pool::{PoolInfo, PoolStat};
 use crate::repair::RepairReport;
 use crate::session::{Entry, WriterOptions};
@@ -99,6 +100,32 @@ pub enum Request {
     Checkpoint,
     Commit,
     Abort,
+    /// Opens this connection's namespace of a KV store. The fingerprint is the payload; the file that blocks are exchanged through rides
+    /// along: block `i` of a batch lies in it at `i` times [`Reply::KvOpen`]'s `slot_bytes`.
+    KvOpen {
+        settings: Settings,
+        block_bytes: u32,
+        tenant: String,
+    },
+    /// Keys as payload, in this and the following: 33 bytes each, a length and the key padded to 32. Answered with a count.
+    KvLookup,
+    /// Answered with a byte for each key, 1: it is there.
+    KvContains,
+    /// Answered with a byte for each key, see `kv`.
+    KvGet,
+    /// Answered with a byte for each key, see `kv`.
+    KvPut,
+    /// Answered with a count.
+    KvPin {
+        pinned: bool,
+    },
+    /// Answered with a count.
+    KvRemove,
+    KvQuota {
+        bytes: u64,
+    },
+    KvFlush,
+    KvStat,
 }
 
 /// What the owner answers.
@@ -139,6 +166,11 @@ pub enum Reply {
         resume_offset: u64,
         direct: bool,
     },
+    KvOpen {
+        slot_bytes: u64,
+    },
+    Count(u64),
+    KvStat(Box<StoreStat>),
     Error {
         kind: ErrorKind,
         message: String,

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{Shutdown, shutdown, sockopt};
 
 use super::frame::{Connection, Frame};
+use super::kv::ServedKv;
 use super::location::{self, Location};
 use super::protocol::{PAYLOAD_MAX, REQUEST_MAX, Reply, Request, VERSION};
 use crate::error::{Error, ErrorKind, Result};
@@ -206,7 +207,7 @@ fn admit(shared: &Arc<Shared>, stream: UnixStream) -> Result<()> {
     let who = Who { uid, gid: peer.gid.as_raw() };
     let pool = shared.pool.clone();
     let spawned = thread::Builder::new().name(format!("nvtier-client-{pid}")).spawn(move || {
-        let mut client = Served { connection, pool, who, reader: None, writer: None };
+        let mut client = Served { connection, pool, who, reader: None, writer: None, kv: None };
         if let Err(error) = client.serve() {
             tracing::debug!("control client {pid}: {}", error.chain());
         }
@@ -237,6 +238,7 @@ struct Served {
     who: Who,
     reader: Option<Reader>,
     writer: Option<PartialWriter>,
+    kv: Option<ServedKv>,
 }
 
 /// A region that a client reads.
@@ -292,13 +294,13 @@ impl Served {
                     return Err(error);
                 }
             };
-            let answer =
-                self.answer(frame.message, &frame.payload).unwrap_or_else(|e| Reply::error(&e).into());
+            let answer = self.answer(frame.message, &frame.payload, frame.fd);
+            let answer = answer.unwrap_or_else(|e| Reply::error(&e).into());
             self.connection.send(&answer.reply, &answer.payload, answer.file.as_ref().map(|f| f.as_fd()))?;
         }
     }
 
-    fn answer(&mut self, request: Request, payload: &[u8]) -> Result<Answer> {
+    fn answer(&mut self, request: Request, payload: &[u8], file: Option<OwnedFd>) -> Result<Answer> {
         let pool = self.pool.clone();
         let reply = match request {
             Request::Hello { .. } => return Err(Error::new(ErrorKind::Protocol, "hello was said already")),
@@ -376,8 +378,36 @@ impl Served {
                 self.take_writer()?.abort()?;
                 Reply::Done
             }
+            Request::KvOpen { settings, block_bytes, tenant } => {
+                let open = || ServedKv::open(&pool, &settings, payload, block_bytes, &tenant, file);
+                let kv = self.long(move |_| open())?;
+                let slot_bytes = kv.slot_bytes();
+                self.kv = Some(kv);
+                Reply::KvOpen { slot_bytes }
+            }
+            Request::KvFlush => {
+                let store = self.kv()?.store().clone();
+                self.long(move |_| store.flush()).map(|()| Reply::Done)?
+            }
+            Request::KvLookup
+            | Request::KvContains
+            | Request::KvGet
+            | Request::KvPut
+            | Request::KvPin { .. }
+            | Request::KvRemove
+            | Request::KvQuota { .. }
+            | Request::KvStat => {
+                let (reply, payload) = self.kv()?.answer(&request, payload)?;
+                return Ok(Answer { reply, payload, file: None });
+            }
         };
         Ok(reply.into())
+    }
+
+    fn kv(&mut self) -> Result<&mut ServedKv> {
+        self.kv
+            .as_mut()
+            .ok_or_else(|| Error::new(ErrorKind::Protocol, "this connection has no KV store open"))
     }
 
     fn writer(&self) -> Result<&PartialWriter> {

@@ -51,6 +51,31 @@ impl Key {
         &self.bytes[..usize::from(self.len)]
     }
 
+    /// Bytes of an encoded key.
+    pub(crate) const ENCODED: usize = 33;
+
+    /// Puts keys one after the other, as they go over the control socket.
+    pub(crate) fn encode(keys: &[Key]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(keys.len() * Key::ENCODED);
+        for key in keys {
+            bytes.push(key.len);
+            bytes.extend_from_slice(&key.bytes);
+        }
+        bytes
+    }
+
+    /// Takes them apart again; `None`: these are no keys.
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Vec<Key>> {
+        if !bytes.len().is_multiple_of(Key::ENCODED) {
+            return None;
+        }
+        let key = |one: &[u8]| {
+            let (len, rest) = one.split_first()?;
+            Key::from_padded(rest.try_into().ok()?, *len)
+        };
+        bytes.chunks_exact(Key::ENCODED).map(key).collect()
+    }
+
     pub(crate) fn padded(&self) -> &[u8; 32] {
         &self.bytes
     }

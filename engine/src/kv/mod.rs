@@ -19,11 +19,11 @@
 //! - **No scan.** Opening reads the index and no block. An index that is lost is an empty cache.
 //! - **No operation without a deadline**; one that fails is a miss, or a put that did not happen.
 //!
-//! One process at a time has a store: the owner of its pool.
+//! One process at a time has a store: the owner of its pool. Others put and get through it, see [`Session::blocks`](crate::Session::blocks).
 
 use std::ffi::OsStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,7 @@ mod key;
 mod lane;
 mod log;
 mod options;
+pub mod planner;
 mod policy;
 pub(crate) mod record;
 mod room;
@@ -45,13 +46,14 @@ mod state;
 mod table;
 mod transfer;
 mod view;
+pub mod warm;
 
 #[cfg(test)]
 mod tests;
 
 pub use key::Key;
 pub use lane::{Get, GetDone, Lane, Miss, Put, PutDone, Refusal, Stored};
-pub use options::{Admission, Clock, NamespaceInfo, StoreOptions, StoreStat, TenantInfo};
+pub use options::{Admission, Clock, NamespaceInfo, Settings, StoreOptions, StoreStat, TenantInfo};
 pub use record::{FINGERPRINT_MAX, TENANT_MAX};
 pub use transfer::Moved;
 pub use view::{BlockInfo, View};
@@ -77,12 +79,15 @@ struct Claim {
 impl Claim {
     fn take(pool: &Pool, name: &str) -> Result<Claim> {
         let shared = pool.inner.shared.clone();
-        if !lock(&shared.kv_open).insert(name.to_owned()) {
+        let mut open = lock(&shared.kv_open);
+        if open.contains_key(name) {
             return Err(Error::new(
                 ErrorKind::Busy,
                 format!("the KV store {name:?} of this pool is open already; share the one that is"),
             ));
         }
+        open.insert(name.to_owned(), Weak::new());
+        drop(open);
         Ok(Claim { pool: shared, name: name.to_owned() })
     }
 }
@@ -124,8 +129,9 @@ pub struct Store {
     inner: Arc<Inner>,
 }
 
+/// What all clones of a store share.
 #[derive(Debug)]
-struct Inner {
+pub(crate) struct Inner {
     shared: Arc<Shared>,
     committer: Mutex<Option<JoinHandle<()>>>,
 }
@@ -212,6 +218,26 @@ impl Store {
         Store::open_inner(pool, options).map_err(|error| error.context(doing))
     }
 
+    /// As [`open`](Self::open), but gives the store that this process has open already, where there is one: its options stay as they are.
+    ///
+    /// `Busy`: it is being closed, for longer than `wait`.
+    pub fn share(pool: &Pool, options: StoreOptions, wait: Duration) -> Result<Store> {
+        let deadline = Instant::now() + wait;
+        loop {
+            let open = lock(&pool.inner.shared.kv_open).get(&options.name).and_then(Weak::upgrade);
+            if let Some(inner) = open.filter(|inner| !inner.shared.stop.load(Relaxed)) {
+                return Ok(Store { inner });
+            }
+            match Store::open(pool, options.clone()) {
+                // Somebody is opening or closing it; both end.
+                Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                other => return other,
+            }
+        }
+    }
+
     fn open_inner(pool: &Pool, options: StoreOptions) -> Result<Store> {
         pool.inner.shared.check_writable()?;
         let claim = Claim::take(pool, &options.name)?;
@@ -283,7 +309,10 @@ impl Store {
                 .map_err(|error| Error::io("start the thread nvtier-kv", error))
         });
         let committer = Mutex::new(committer.transpose()?);
-        Ok(Store { inner: Arc::new(Inner { shared, committer }) })
+        let inner = Arc::new(Inner { shared, committer });
+        let name = &inner.shared.options.name;
+        lock(&pool.inner.shared.kv_open).insert(name.clone(), Arc::downgrade(&inner));
+        Ok(Store { inner })
     }
 
     /// Removes a store that is not open, with all of its blocks.

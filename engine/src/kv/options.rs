@@ -87,6 +87,57 @@ impl Default for StoreOptions {
     }
 }
 
+/// How a store is opened by a process that may not own its pool: what goes over the control socket. Where the store is open already, its
+/// options stay as they are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// See [`StoreOptions::name`].
+    pub name: String,
+    /// See [`StoreOptions::budget_bytes`].
+    pub budget_bytes: Option<u64>,
+    /// See [`StoreOptions::ttl`]; seconds, at least 1.
+    pub ttl_secs: Option<u64>,
+    /// See [`StoreOptions::write_bytes_per_day`].
+    pub write_bytes_per_day: Option<u64>,
+    /// See [`Admission::SecondOffer`]: offers kept in mind. `None`: all blocks are written.
+    pub second_offer: Option<usize>,
+    /// See [`StoreOptions::deadline`]; milliseconds, at least 1.
+    pub deadline_ms: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        let options = StoreOptions::default();
+        Settings {
+            name: options.name,
+            budget_bytes: None,
+            ttl_secs: None,
+            write_bytes_per_day: None,
+            second_offer: None,
+            deadline_ms: options.deadline.as_millis() as u64,
+        }
+    }
+}
+
+impl From<&Settings> for StoreOptions {
+    fn from(settings: &Settings) -> StoreOptions {
+        // Limits on what comes from a socket: a year of waiting, and 10 MB of offers.
+        let deadline = Duration::from_millis(settings.deadline_ms.clamp(1, 365 * 86_400_000));
+        StoreOptions {
+            name: settings.name.clone(),
+            budget_bytes: settings.budget_bytes,
+            ttl: settings.ttl_secs.map(|secs| Duration::from_secs(secs.max(1))),
+            write_bytes_per_day: settings.write_bytes_per_day,
+            admission: match settings.second_offer {
+                Some(remember) => Admission::SecondOffer { remember: remember.min(1 << 20) },
+                None => Admission::Always,
+            },
+            deadline,
+            ..StoreOptions::default()
+        }
+    }
+}
+
 /// What a store holds, and what happened since it was opened.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreStat {

@@ -15,6 +15,7 @@ pub struct View {
     pub(super) shared: Arc<Shared>,
     namespace: u16,
     tenant: u16,
+    tenant_name: Arc<str>,
     block_bytes: u32,
     pub(super) seed: u32,
 }
@@ -42,7 +43,12 @@ impl View {
         tenant_name: &str,
     ) -> View {
         let seed = seed_of(fingerprint, block_bytes, tenant_name.as_bytes());
-        View { shared, namespace, tenant, block_bytes, seed }
+        View { shared, namespace, tenant, tenant_name: tenant_name.into(), block_bytes, seed }
+    }
+
+    /// The tenant's name.
+    pub fn tenant(&self) -> &str {
+        &self.tenant_name
     }
 
     /// Bytes of a block.

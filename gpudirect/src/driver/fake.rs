@@ -334,6 +334,7 @@ impl Stream for FakeStream {
         let stray = batch.buffers.iter().any(|buffer| !pinned.iter().any(|arena| buffer.is_in(arena)))
             || batch.lent.iter().any(|lent| match lent {
                 Lent::Page(page) => !pinned.iter().any(|arena| page.is_in(arena)),
+                Lent::Buffer(buffer) => !pinned.iter().any(|arena| buffer.is_in(arena)),
                 Lent::Mapped(piece) => !locked(&self.driver.0.mapped).contains_key(&piece.address()),
             });
         drop(pinned);

@@ -249,6 +249,7 @@ impl Memory {
             // Only to the device: the batch was checked.
             match &batch.lent[index - batch.buffers.len()] {
                 Lent::Page(page) => self.write(part.device, &page.bytes()[range])?,
+                Lent::Buffer(buffer) => self.write(part.device, &buffer[range])?,
                 Lent::Mapped(piece) => {
                     let mut bytes = vec![0; part.len];
                     mapped(piece, part.offset, &mut bytes)?;

@@ -57,6 +57,8 @@ pub enum Lent {
     Page(Arc<Page>),
     /// A piece of a file in the page cache.
     Mapped(Arc<MappedPiece>),
+    /// A buffer of a pinned arena.
+    Buffer(Arc<Buffer>),
 }
 
 impl Lent {
@@ -65,6 +67,7 @@ impl Lent {
         match self {
             Lent::Page(page) => page.bytes().len(),
             Lent::Mapped(piece) => piece.len(),
+            Lent::Buffer(buffer) => buffer.len(),
         }
     }
 
@@ -78,6 +81,7 @@ impl Lent {
         match self {
             Lent::Page(page) => page.bytes().as_ptr() as u64,
             Lent::Mapped(piece) => piece.address(),
+            Lent::Buffer(buffer) => buffer.as_ptr() as u64,
         }
     }
 }

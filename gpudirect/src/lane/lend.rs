@@ -154,7 +154,7 @@ impl Shared {
                 // The last holder unpins; a piece of several copies comes here once for each batch it was in.
                 let last = match old {
                     Lent::Mapped(piece) => Arc::into_inner(piece),
-                    Lent::Page(_) => None,
+                    Lent::Page(_) | Lent::Buffer(_) => None,
                 };
                 if last.is_some() {
                     drop(state);

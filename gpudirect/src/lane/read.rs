@@ -274,7 +274,7 @@ impl Work<'_> {
             while bytes < self.lane.options.copy_unit {
                 let Some(Loan { lent, offset, device, len }) = self.loans.pop_front() else { break };
                 match &lent {
-                    Lent::Page(_) => tier += len as u64,
+                    Lent::Page(_) | Lent::Buffer(_) => tier += len as u64,
                     Lent::Mapped(_) => mapped += len as u64,
                 }
                 bytes += len;

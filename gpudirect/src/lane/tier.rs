@@ -26,6 +26,11 @@ impl PinnedTier {
         Ok(Arc::new(PinnedTier { driver: driver.clone(), arena: arena.clone() }))
     }
 
+    /// The device that knows it.
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
+    }
+
     /// Bytes that are pinned.
     pub fn len(&self) -> u64 {
         self.arena.len() as u64

@@ -9,6 +9,7 @@
 //! A finding is never a refusal: it warns. Files are read below [`System::root`], so that tests show the checks machines that they do not run on.
 #![forbid(unsafe_code)]
 
+pub mod ceilings;
 mod checks;
 mod system;
 mod tables;
@@ -18,7 +19,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 pub use system::System;
-pub use tables::{CpuRow, GpuRow, cpus, gpus};
+pub use tables::{CpuRow, GpuRow, cpus, gpu, gpus};
 
 /// How bad a finding is; the later, the worse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]

@@ -15,13 +15,21 @@ pub struct GpuRow {
     pub memory_bytes: u64,
     /// Memory bandwidth, bytes a second.
     pub bandwidth: u64,
+    /// Rate of matrix products in 16 bits as the table has it (with sparsity), 10^12 operations a second.
+    pub fp16_tflops: Option<u32>,
+    /// Streaming multiprocessors.
+    pub multiprocessors: Option<u32>,
 }
 
 /// A CPU of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuRow {
+    /// `Intel`, `AMD`.
+    pub brand: &'static str,
     /// As its vendor calls it.
     pub model: &'static str,
+    /// Cores of one.
+    pub cores: u32,
     /// PCIe lanes.
     pub pcie_lanes: u32,
 }
@@ -44,6 +52,8 @@ pub fn gpus() -> Vec<GpuRow> {
             memory_type: row[3],
             memory_bytes: giga(row[4]),
             bandwidth: giga(row[5]),
+            fp16_tflops: row[6].parse().ok(),
+            multiprocessors: row[7].parse().ok(),
         })
         .collect()
 }
@@ -51,12 +61,17 @@ pub fn gpus() -> Vec<GpuRow> {
 /// CPUs that are known.
 pub fn cpus() -> Vec<CpuRow> {
     rows(include_str!("../data/cpus.csv"))
-        .map(|row| CpuRow { model: row[1], pcie_lanes: row[5].parse().unwrap_or(0) })
+        .map(|row| CpuRow {
+            brand: row[0],
+            model: row[1],
+            cores: row[3].parse().unwrap_or(0),
+            pcie_lanes: row[5].parse().unwrap_or(0),
+        })
         .collect()
 }
 
 /// The row whose name is the longest that `found` contains, word by word.
-pub(crate) fn gpu(found: &str) -> Option<GpuRow> {
+pub fn gpu(found: &str) -> Option<GpuRow> {
     best(found, gpus(), |row| row.name)
 }
 

@@ -10,6 +10,15 @@ use crate::output;
 
 /// Prints it. The exit code is the verdict: what was found is no failure of the command.
 pub fn run(global: &Global, args: &Doctor) -> Outcome<ExitCode> {
+    if args.measure {
+        let found = super::measure::measure(global, &args.path, args.measure_bytes)?;
+        if global.json {
+            output::json(&found)?;
+        } else {
+            output::line(&super::measure::text(&found))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let report = examine(&System::here(), &args.path);
     if global.json {
         output::json(&report)?;

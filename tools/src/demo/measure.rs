@@ -200,7 +200,8 @@ impl Runs {
     }
 }
 
-fn drop_below(directory: &Path) -> std::io::Result<()> {
+/// Drops every file below a directory from the page cache.
+pub fn drop_below(directory: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         let kind = entry.file_type()?;

@@ -19,9 +19,10 @@ use crate::store::Store;
 use crate::transfer::{self, ImportOptions};
 use crate::{ceiling, interrupt, output, size};
 
+pub use measure::drop_below;
 use measure::{Row, Runs};
 use report::Report;
-use workspace::Workspace;
+pub use workspace::Workspace;
 
 /// Name of the checkpoint in the pool.
 const NAME: &str = "models/demo";

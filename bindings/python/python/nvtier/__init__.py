@@ -50,7 +50,7 @@ from ._nvtier import (
 )
 
 if TYPE_CHECKING:
-    from . import numpy, torch
+    from . import kv, numpy, torch, transformers
 
 __all__ = [
     "Cancelled",
@@ -99,7 +99,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # torch and numpy are imported by who uses them, not by `import nvtier`. (`nvtier.patch` acts when it is imported.)
-    if name in ("torch", "numpy"):
+    # torch, numpy and transformers are imported by who uses them, not by `import nvtier`. (`nvtier.patch` acts when it is imported.)
+    if name in ("torch", "numpy", "kv", "transformers"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -228,6 +228,109 @@ class TensorFile:
     def ahead(self) -> Tuple[int, int]: ...
     def forget(self) -> None: ...
 
+@final
+class KvStore:
+    """Below ``nvtier.kv.Store``."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        name: str,
+        budget: Optional[int],
+        ram: int,
+        keep: bool,
+        ttl: Optional[int],
+        write_bytes_per_day: Optional[int],
+        second_offer: Optional[int],
+        deadline: float,
+    ) -> None: ...
+    @property
+    def name(self) -> str: ...
+    def namespace(self, fingerprint: bytes, block_bytes: int, tenant: str) -> "KvBlocks": ...
+    def memory(self) -> Dict[str, Any]: ...
+
+_Shape = Tuple[int, int, int, int, int, int, int]
+
+@final
+class KvBlocks:
+    """Below ``nvtier.kv.Namespace``."""
+
+    @property
+    def is_remote(self) -> bool: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def lookup(self, keys: Sequence[bytes]) -> int: ...
+    def contains(self, keys: Sequence[bytes]) -> List[bool]: ...
+    def in_memory(self, keys: Sequence[bytes]) -> List[bool]: ...
+    def forget(self, keys: Sequence[bytes]) -> None: ...
+    def pin(self, keys: Sequence[bytes], pinned: bool) -> int: ...
+    def remove(self, keys: Sequence[bytes]) -> int: ...
+    def set_quota(self, quota: int) -> None: ...
+    def flush(self) -> None: ...
+    def stat(self) -> Dict[str, Any]: ...
+    def put(
+        self,
+        device: str,
+        planes: Sequence[Tuple[int, int]],
+        shape: _Shape,
+        places: Sequence[int],
+        keys: Sequence[bytes],
+        deadline: Optional[float],
+    ) -> Tuple[List[str], Optional[str]]:
+        """Private: the addresses must be memory of tensors that the caller holds."""
+    def get(
+        self,
+        device: str,
+        planes: Sequence[Tuple[int, int]],
+        shape: _Shape,
+        places: Sequence[int],
+        keys: Sequence[bytes],
+        deadline: Optional[float],
+    ) -> Tuple[List[str], Optional[str]]:
+        """Private, as ``put``."""
+    def close(self) -> None: ...
+
+@final
+class KvPlanner:
+    """What computing and loading cost, as measured lately. May be shared by threads; for one model on one device."""
+
+    def __init__(self) -> None: ...
+    def computed(self, start: int, end: int, seconds: float) -> None:
+        """Tokens ``start`` to ``end`` were computed in so many seconds, those before being there."""
+    def loaded(self, bytes: int, seconds: float, memory: bool = False) -> None:
+        """So many bytes were loaded by one call, from the drive or from memory."""
+    def compute_seconds(self, start: int, end: int) -> Optional[float]:
+        """What computing these tokens is expected to take; None: nothing was measured."""
+    def load_seconds(self, bytes: int, memory: bool = False) -> Optional[float]: ...
+
+@final
+class KvRestore:
+    """A prefix on its way, for ``nvtier.transformers``: ``("blocks", start, end)``, ``("wait", 0, 0)`` or ``("done", 0, 0)`` are its steps."""
+
+    def __init__(
+        self,
+        planner: KvPlanner,
+        memory: Sequence[bool],
+        *,
+        block_tokens: int,
+        block_bytes: int,
+        compute: bool,
+        load: bool,
+        chunk_tokens: int,
+        load_blocks: int,
+    ) -> None: ...
+    def next_compute(self, now: float) -> Tuple[str, int, int]: ...
+    def computed(self, seconds: float) -> None: ...
+    def next_load(self, now: float) -> Tuple[str, int, int]: ...
+    def loaded(self, good: Sequence[bool], seconds: float) -> None: ...
+    def restored(self) -> Dict[str, int]: ...
+
+def kv_chain(seed: bytes, tokens: Sequence[int], block_tokens: int) -> List[bytes]: ...
+def kv_digest(bytes: bytes) -> bytes: ...
+def kv_digest_memory(device: str, ranges: Sequence[Tuple[int, int]]) -> List[bytes]:
+    """Private: the addresses must be memory of tensors that the caller holds."""
+
 def load(
     paths: Sequence[_Path],
     *,

@@ -1,0 +1,280 @@
+//! Blocks of a KV store, whether this process owns the pool or another one does.
+
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nvme::Arena;
+
+use super::{Inner, Session};
+use crate::control::RemoteBlocks;
+use crate::error::{Error, ErrorKind, Result};
+use crate::kv::{
+    Get, GetDone, Key, Lane, Miss, Put, PutDone, Settings, Store, StoreOptions, StoreStat, Stored, View,
+};
+
+/// How long a store that is being closed is waited for.
+const OPEN_WAIT: Duration = Duration::from_secs(5);
+/// Lanes that are kept for the next call.
+const IDLE: usize = 8;
+
+/// A namespace of a KV store and a tenant. May be shared by threads. Keeps a pool that this process owns open.
+#[derive(Debug)]
+pub struct Blocks {
+    inner: Which,
+}
+
+#[derive(Debug)]
+enum Which {
+    Local(Local),
+    Remote(RemoteBlocks),
+}
+
+#[derive(Debug)]
+struct Local {
+    // They go before the store does.
+    workers: Mutex<Vec<Worker>>,
+    view: View,
+    store: Store,
+    arena: Option<Arena>,
+}
+
+impl Session {
+    /// Opens a namespace of a KV store, which is made where there is none; see [`Store::view`] for what the arguments mean. `arena`: where
+    /// buffers come from, to be registered with the kernel once.
+    ///
+    /// Processes that share a pool share its stores: where another process owns the pool, blocks go through it.
+    pub fn blocks(
+        &self,
+        settings: &Settings,
+        fingerprint: &[u8],
+        block_bytes: u32,
+        tenant: &str,
+        arena: Option<&Arena>,
+    ) -> Result<Blocks> {
+        self.writable("open a KV store")?;
+        let inner = match &self.inner {
+            Inner::Embedded { pool, .. } => {
+                let store = Store::share(pool, StoreOptions::from(settings), OPEN_WAIT)?;
+                let view = store.view(fingerprint, block_bytes, tenant)?;
+                Which::Local(Local { workers: Mutex::default(), view, store, arena: arena.cloned() })
+            }
+            Inner::Remote(client) => {
+                let path = client.path().to_owned();
+                Which::Remote(RemoteBlocks::open(path, settings.clone(), fingerprint, block_bytes, tenant)?)
+            }
+        };
+        Ok(Blocks { inner })
+    }
+}
+
+type Job = Box<dyn FnOnce(&mut Lane) + Send>;
+
+/// A thread with a lane: the kernel takes operations of a lane from one thread only, and callers come from many.
+#[derive(Debug)]
+struct Worker {
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    fn start(store: &Store, arena: Option<Arena>) -> Result<Worker> {
+        let (jobs, inbox) = channel::<Job>();
+        let (ready, made) = channel();
+        let store = store.clone();
+        let work = move || {
+            let lane = store.lane(arena.as_ref());
+            // The lane knows the store's inside; a store whose last owner is a worker could not be closed by it.
+            drop(store);
+            match lane {
+                Err(error) => drop(ready.send(Err(error))),
+                Ok(mut lane) => {
+                    let _ = ready.send(Ok(()));
+                    inbox.into_iter().for_each(|job| job(&mut lane));
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("nvtier-kv-lane".into()).spawn(work);
+        let thread = thread.map_err(|error| Error::io("start a thread for a lane of a KV store", error))?;
+        let worker = Worker { jobs: Some(jobs), thread: Some(thread) };
+        made.recv().unwrap_or_else(|_| Err(died()))?;
+        Ok(worker)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.jobs.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn died() -> Error {
+    Error::new(ErrorKind::Io, "a lane of a KV store ended; the log says why")
+}
+
+impl Local {
+    fn lane<T: Send + 'static>(
+        &self,
+        run: impl FnOnce(&mut Lane, &View) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let kept = self.workers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let worker = match kept {
+            Some(worker) => worker,
+            None => Worker::start(&self.store, self.arena.clone())?,
+        };
+        let view = self.view.clone();
+        let (reply, answer) = channel();
+        let job: Job = Box::new(move |lane| drop(reply.send(run(lane, &view))));
+        let sent = worker.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        let value = if sent { answer.recv().unwrap_or_else(|_| Err(died())) } else { Err(died()) }?;
+        let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        if workers.len() < IDLE {
+            workers.push(worker);
+        }
+        Ok(value)
+    }
+}
+
+impl Blocks {
+    /// Whether another process owns the pool.
+    pub fn is_remote(&self) -> bool {
+        matches!(self.inner, Which::Remote(_))
+    }
+
+    /// Bytes of a block.
+    pub fn block_bytes(&self) -> u32 {
+        match &self.inner {
+            Which::Local(local) => local.view.block_bytes(),
+            Which::Remote(remote) => remote.block_bytes(),
+        }
+    }
+
+    /// Bytes that a buffer needs for a block: whole pages.
+    pub fn slot_bytes(&self) -> usize {
+        match &self.inner {
+            Which::Local(local) => local.view.slot_bytes(),
+            Which::Remote(remote) => remote.slot_bytes(),
+        }
+    }
+
+    /// See [`View::lookup`].
+    pub fn lookup(&self, chain: &[Key]) -> Result<usize> {
+        match &self.inner {
+            Which::Local(local) => Ok(local.view.lookup(chain)),
+            Which::Remote(remote) => remote.lookup(chain),
+        }
+    }
+
+    /// See [`View::contains`].
+    pub fn contains(&self, keys: &[Key]) -> Result<Vec<bool>> {
+        match &self.inner {
+            Which::Local(local) => Ok(local.view.contains(keys)),
+            Which::Remote(remote) => remote.contains(keys),
+        }
+    }
+
+    /// See [`View::pin`].
+    pub fn pin(&self, keys: &[Key], pinned: bool) -> Result<usize> {
+        match &self.inner {
+            Which::Local(local) => Ok(local.view.pin(keys, pinned)),
+            Which::Remote(remote) => remote.pin(keys, pinned),
+        }
+    }
+
+    /// See [`View::remove`].
+    pub fn remove(&self, keys: &[Key]) -> Result<usize> {
+        match &self.inner {
+            Which::Local(local) => Ok(local.view.remove(keys)),
+            Which::Remote(remote) => remote.remove(keys),
+        }
+    }
+
+    /// Limits the bytes that the tenant's blocks may have, see [`Store::set_quota`].
+    pub fn set_quota(&self, bytes: u64) -> Result<()> {
+        match &self.inner {
+            Which::Local(local) => local.store.set_quota(local.view.tenant(), bytes),
+            Which::Remote(remote) => remote.set_quota(bytes),
+        }
+    }
+
+    /// See [`Store::flush`].
+    pub fn flush(&self) -> Result<()> {
+        match &self.inner {
+            Which::Local(local) => local.store.flush(),
+            Which::Remote(remote) => remote.flush(),
+        }
+    }
+
+    /// See [`Store::stat`].
+    pub fn stat(&self) -> Result<StoreStat> {
+        match &self.inner {
+            Which::Local(local) => Ok(local.store.stat()),
+            Which::Remote(remote) => remote.stat(),
+        }
+    }
+
+    /// Loads blocks, see [`Lane::get`]. `by`: what has not begun by then is a miss, and so is what another process does not deliver.
+    /// Whatever goes wrong is a miss of its blocks.
+    pub fn get(&self, gets: Vec<Get>, by: Instant) -> Vec<GetDone> {
+        if Instant::now() >= by {
+            let late = |get: Get| GetDone {
+                key: get.key,
+                result: Err(Miss::Failed(Error::new(
+                    ErrorKind::Timeout,
+                    "the deadline passed before the block's turn",
+                ))),
+                buffer: Some(get.buffer),
+            };
+            return gets.into_iter().map(late).collect();
+        }
+        match &self.inner {
+            Which::Remote(remote) => remote.get(gets, by),
+            Which::Local(local) => {
+                let keys: Vec<Key> = gets.iter().map(|get| get.key).collect();
+                local.lane(|lane, view| lane.get(view, gets)).unwrap_or_else(|error| {
+                    let (kind, text) = (error.kind(), error.chain());
+                    let failed = |key| GetDone {
+                        key,
+                        result: Err(Miss::Failed(Error::new(kind, text.clone()))),
+                        buffer: None,
+                    };
+                    keys.into_iter().map(failed).collect()
+                })
+            }
+        }
+    }
+
+    /// Stores blocks, see [`Lane::put`]. Whatever goes wrong is a put that failed.
+    pub fn put(&self, puts: Vec<Put>, by: Instant) -> Vec<PutDone> {
+        if Instant::now() >= by {
+            let late = |put: Put| PutDone {
+                key: put.key,
+                result: Stored::Failed(Error::new(
+                    ErrorKind::Timeout,
+                    "the deadline passed before the block's turn",
+                )),
+                buffer: Some(put.buffer),
+            };
+            return puts.into_iter().map(late).collect();
+        }
+        match &self.inner {
+            Which::Remote(remote) => remote.put(puts, by),
+            Which::Local(local) => {
+                let keys: Vec<Key> = puts.iter().map(|put| put.key).collect();
+                local.lane(|lane, view| lane.put(view, puts)).unwrap_or_else(|error| {
+                    let (kind, text) = (error.kind(), error.chain());
+                    let failed = |key| PutDone {
+                        key,
+                        result: Stored::Failed(Error::new(kind, text.clone())),
+                        buffer: None,
+                    };
+                    keys.into_iter().map(failed).collect()
+                })
+            }
+        }
+    }
+}
