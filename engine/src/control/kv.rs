@@ -20,7 +20,7 @@ use super::protocol::{Reply, Request};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kv::{
     Get, GetDone, Key, Lane, Miss, Put, PutDone, Refusal, Settings, Store, StoreOptions, StoreStat, Stored,
-    View,
+    View, check_view,
 };
 use crate::pool::Pool;
 
@@ -250,6 +250,7 @@ impl RemoteBlocks {
         block_bytes: u32,
         tenant: &str,
     ) -> Result<RemoteBlocks> {
+        check_view(fingerprint, block_bytes, tenant)?;
         let mut blocks = RemoteBlocks {
             path,
             settings,

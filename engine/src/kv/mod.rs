@@ -172,6 +172,27 @@ fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Refuses what cannot be a namespace; here and before a client asks the owner for it.
+pub(crate) fn check_view(fingerprint: &[u8], block_bytes: u32, tenant: &str) -> Result<()> {
+    if fingerprint.len() > FINGERPRINT_MAX || tenant.len() > TENANT_MAX {
+        return Err(Error::new(
+            ErrorKind::TooLarge,
+            format!(
+                "a fingerprint of {} bytes and a tenant's name of {}: at most {FINGERPRINT_MAX} and {TENANT_MAX} are taken",
+                fingerprint.len(),
+                tenant.len()
+            ),
+        ));
+    }
+    if block_bytes == 0 || block_bytes > BLOCK_MAX {
+        return Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format!("blocks of {block_bytes} bytes: 1 to {BLOCK_MAX} are taken"),
+        ));
+    }
+    Ok(())
+}
+
 fn make_directory(pool: &Pool, parent: NodeId, name: &str) -> Result<NodeId> {
     match pool.lookup(parent, OsStr::new(name)) {
         Ok(attr) => Ok(attr.node),
@@ -337,22 +358,7 @@ impl Store {
     /// The fingerprint says all that the bytes depend on besides the key: weights, tokenizer, adapters, type and layout. Blocks of another
     /// fingerprint, size or tenant are never found.
     pub fn view(&self, fingerprint: &[u8], block_bytes: u32, tenant: &str) -> Result<View> {
-        if fingerprint.len() > FINGERPRINT_MAX || tenant.len() > TENANT_MAX {
-            return Err(Error::new(
-                ErrorKind::TooLarge,
-                format!(
-                    "a fingerprint of {} bytes and a tenant's name of {}: at most {FINGERPRINT_MAX} and {TENANT_MAX} are taken",
-                    fingerprint.len(),
-                    tenant.len()
-                ),
-            ));
-        }
-        if block_bytes == 0 || block_bytes > BLOCK_MAX {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                format!("blocks of {block_bytes} bytes: 1 to {BLOCK_MAX} are taken"),
-            ));
-        }
+        check_view(fingerprint, block_bytes, tenant)?;
         let mut state = self.shared().state();
         let namespace = state.namespace(fingerprint, block_bytes)?;
         let tenant_id = state.tenant(tenant.as_bytes())?;
