@@ -1,14 +1,14 @@
 //! What is looked at when a pool comes back.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 
 use engine::{Access, NodeKind, Pool, Session, lease::Source};
 
 use crate::config::Config;
 use crate::content::Content;
-use crate::model::{ROOT, Seen, State};
+use crate::model::{Kept, ROOT, Seen, State};
 use crate::world::{Done, Stop, violation};
 
 /// The directory of generations that are kept.
@@ -110,18 +110,13 @@ fn walk(
             }
             let path = if path.is_empty() { name.into_owned() } else { format!("{path}/{name}") };
             let attr = pool.getattr(entry.node)?;
-            let mut xattrs = BTreeMap::new();
-            for name in pool.listxattr(entry.node)? {
-                let value = pool.getxattr(entry.node, &name)?;
-                xattrs.insert(name.to_string_lossy().into_owned(), value);
-            }
             let mut seen = Seen {
                 node: entry.node,
                 mode: attr.mode,
                 nlink: attr.nlink,
                 content: None,
                 target: None,
-                xattrs,
+                xattrs: xattrs(pool, entry.node)?,
                 keep: 0,
                 kept: Vec::new(),
             };
@@ -139,7 +134,10 @@ fn walk(
                             families.insert(format!("{:016x}", entry.node));
                             let path = format!("{path}, generation {}", kept.generation);
                             match region(pool, kept.node, &path, kept.size, config, owned)? {
-                                Ok(content) => seen.kept.push((kept.node, content)),
+                                Ok(content) => {
+                                    let (node, mode) = (kept.node, pool.getattr(kept.node)?.mode);
+                                    seen.kept.push(Kept { node, mode, xattrs: xattrs(pool, node)?, content });
+                                }
                                 Err(stop) => return Ok(Err(stop)),
                             }
                         }
@@ -161,6 +159,14 @@ fn walk(
             state.insert(path, seen);
         }
     }
+}
+
+fn xattrs(pool: &Pool, node: u64) -> engine::Result<BTreeMap<String, Vec<u8>>> {
+    let value = |name: OsString| {
+        let value = pool.getxattr(node, &name)?;
+        Ok((name.to_string_lossy().into_owned(), value))
+    };
+    pool.listxattr(node)?.into_iter().map(value).collect()
 }
 
 /// Generations are kept of regions that are there, and of no others.
@@ -266,15 +272,18 @@ pub fn compare(found: &State, wanted: &State) -> Option<String> {
             let says = |seen: &Seen| format!("{} generations of {}", seen.kept.len(), seen.keep);
             return Some(format!("{path} has {}, not {}", says(found), says(wanted)));
         }
-        for ((found, content), (wanted, other)) in found.kept.iter().zip(&wanted.kept) {
-            if content.bytes != other.bytes {
+        for (found, wanted) in found.kept.iter().zip(&wanted.kept) {
+            if found.content.bytes != wanted.content.bytes {
                 return Some(format!(
                     "a generation of {path} holds {}",
-                    difference(&content.bytes, &other.bytes)
+                    difference(&found.content.bytes, &wanted.content.bytes)
                 ));
             }
-            if *there.entry(*wanted).or_insert(*found) != *found
-                || *back.entry(*found).or_insert(*wanted) != *wanted
+            if found.mode != wanted.mode || found.xattrs != wanted.xattrs {
+                return Some(format!("a generation of {path} has another mode or other extended attributes"));
+            }
+            if *there.entry(wanted.node).or_insert(found.node) != found.node
+                || *back.entry(found.node).or_insert(wanted.node) != wanted.node
             {
                 return Some(format!("a generation of {path} is another node"));
             }

@@ -80,8 +80,21 @@ pub struct Seen {
     pub xattrs: BTreeMap<String, Vec<u8>>,
     /// How many generations it keeps.
     pub keep: u32,
-    /// Those that are there, the oldest first: nodes and content.
-    pub kept: Vec<(Id, Content)>,
+    /// Those that are there, the oldest first.
+    pub kept: Vec<Kept>,
+}
+
+/// A generation that is kept, which may come back as it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// As in [`Seen`].
+    pub node: Id,
+    /// Permission bits.
+    pub mode: u32,
+    /// Extended attributes.
+    pub xattrs: BTreeMap<String, Vec<u8>>,
+    /// Its bytes.
+    pub content: Content,
 }
 
 /// A whole tree at one moment, by path from the root (without a leading `/`; the root itself is not in it).
@@ -144,8 +157,9 @@ impl Model {
                 let node =
                     Node { xattrs: seen.xattrs.clone(), keep: seen.keep, ..Node::new(seen.mode, body) };
                 model.nodes.insert(id, node);
-                for (old, content) in &seen.kept {
-                    let old = *known.entry(*old).or_insert_with(|| {
+                for kept in &seen.kept {
+                    let content = &kept.content;
+                    let old = *known.entry(kept.node).or_insert_with(|| {
                         model.next += 1;
                         model.next - 1
                     });
@@ -160,7 +174,8 @@ impl Model {
                                 had_content: true,
                                 ..Region::default()
                             });
-                            model.nodes.insert(old, Node::new(0o644, body));
+                            let node = Node { xattrs: kept.xattrs.clone(), ..Node::new(kept.mode, body) };
+                            model.nodes.insert(old, node);
                         }
                     }
                     if let Some(node) = model.nodes.get_mut(&id) {
@@ -587,9 +602,12 @@ impl Model {
                 Body::Region(region) => match &region.committed {
                     Some(content) => {
                         seen.content = Some(content.clone());
-                        let kept = node.kept.iter().filter_map(|old| Some((*old, self.region(*old).ok()?)));
-                        seen.kept =
-                            kept.filter_map(|(old, region)| Some((old, region.committed.clone()?))).collect();
+                        let kept = |old: &Id| {
+                            let content = self.region(*old).ok()?.committed.clone()?;
+                            let node = &self.nodes[old];
+                            Some(Kept { node: *old, mode: node.mode, xattrs: node.xattrs.clone(), content })
+                        };
+                        seen.kept = node.kept.iter().filter_map(kept).collect();
                     }
                     None => continue,
                 },
