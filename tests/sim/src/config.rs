@@ -105,6 +105,8 @@ impl Config {
 /// The devices of a pool, on one power supply.
 #[derive(Debug)]
 pub struct Machine {
+    /// The kind of pool on them.
+    pub config: Config,
     /// In order of the members.
     pub devices: Vec<Arc<SimDevice>>,
     /// Of all of them.
@@ -131,7 +133,7 @@ impl Machine {
             Arc::new(SimDevice::from_image(image, options).expect("an image of a device of this kind"))
         };
         let devices = images.iter().enumerate().map(device).collect();
-        Machine { devices, power }
+        Machine { config: *config, devices, power }
     }
 
     /// As the engine takes them.

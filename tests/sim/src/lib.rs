@@ -19,7 +19,7 @@
 //! - `large.rs`: the time to open a large pool after a crash.
 //!
 //! Several actors have handles open at a time and their acts interleave as the seed says; they all run on one thread, so that a seed
-//! repeats itself to the last write. Races of real threads are not simulated here.
+//! repeats itself to the last write. `threads.rs` is the other way: real threads, each with a smaller model of its own.
 //!
 //! What cannot be simulated so: pools with a directory member, whose bytes go through a file system,
 //! nor the catalog in a file.
@@ -38,4 +38,5 @@ pub mod model;
 pub mod plan;
 pub mod sabotage;
 pub mod shrink;
+pub mod threads;
 pub mod world;

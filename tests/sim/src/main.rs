@@ -12,6 +12,7 @@ use sim_tests::flips;
 use sim_tests::large;
 use sim_tests::plan::Plan;
 use sim_tests::shrink::shrink;
+use sim_tests::threads;
 
 /// Simulated power cuts and other damage.
 #[derive(Parser)]
@@ -26,6 +27,9 @@ struct Cli {
     /// Threads. Default: as many as there are processors.
     #[arg(long, value_name = "J")]
     jobs: Option<usize>,
+    /// So many real threads on each pool instead: a seed then fixes what they do, and not how they interleave.
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=16))]
+    threads: Option<u32>,
     /// Print what happens, act by act.
     #[arg(long)]
     trace: bool,
@@ -71,7 +75,10 @@ fn main() -> ExitCode {
     let violations = match cli.bit_flips {
         Some(count) => bit_flips(count, cli.first_seed),
         None if cli.exhaustive => exhaustive(),
-        None => seeds(&cli),
+        None => match cli.threads {
+            Some(threads) => threaded(&cli, threads as usize),
+            None => seeds(&cli),
+        },
     };
     match violations {
         0 => ExitCode::SUCCESS,
@@ -148,6 +155,32 @@ fn bit_flips(count: u64, seed: u64) -> u64 {
         }
     }
     println!("sim: bit flips, {violations} violations");
+    violations
+}
+
+fn threaded(cli: &Cli, threads: usize) -> u64 {
+    let (mut cuts, mut acts, mut blocks, mut violations) = (0, 0, 0, 0);
+    let mut done = 0;
+    for seed in cli.first_seed..cli.first_seed + cli.seeds {
+        let outcome = threads::run(seed, threads, None);
+        (cuts, acts, blocks) = (cuts + outcome.cuts, acts + outcome.acts, blocks + outcome.kv_blocks);
+        done += 1;
+        if let Some(violation) = outcome.violation {
+            println!(
+                "seed {seed}: {violation}\n  again, if the threads meet again: cargo xtask sim --threads {threads} --seeds 1000 --first-seed {seed}"
+            );
+            violations += 1;
+            if !cli.keep_going {
+                break;
+            }
+        }
+        if done % 1000 == 0 {
+            println!("{done} seeds, {cuts} power cuts");
+        }
+    }
+    println!(
+        "sim: {threads} threads, {done} seeds, {cuts} power cuts after {acts} acts, {blocks} KV blocks that had to outlive one, {violations} violations"
+    );
     violations
 }
 
