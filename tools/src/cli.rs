@@ -174,7 +174,7 @@ pub struct Plan {
     /// How keys and values are stored: f16, fp8, q8_0, ...
     #[arg(long, value_name = "NAME", default_value = "f16")]
     pub kv_precision: String,
-    /// Keep keys and values of latent attention (DeepSeek) as transformers does, not as one short vector
+    /// Keep the keys and values of latent attention (DeepSeek) expanded, as older engines do, not as one short vector
     #[arg(long)]
     pub expanded_kv: bool,
     /// Tokens of a sequence
