@@ -650,6 +650,9 @@ pub struct Mount {
     /// Threads that answer the kernel [default: as many as help on this machine]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
+    /// Serve metrics to Prometheus at http://ADDRESS/metrics: a port (loopback only) or an address and a port
+    #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
+    pub metrics: Option<std::net::SocketAddr>,
     /// For the parent process: say on standard output when the mount is ready
     #[arg(long, hide = true, requires = "foreground")]
     pub ready_on_stdout: bool,

@@ -8,6 +8,7 @@ mod config;
 mod demo;
 mod failure;
 mod interrupt;
+mod metrics;
 mod mountpoint;
 mod names;
 mod output;
