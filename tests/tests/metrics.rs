@@ -5,8 +5,9 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
+use std::process::Command;
 
-use nvtier_tests::{Kind, LIMIT, Mounted, format, pattern, scratch};
+use nvtier_tests::{Kind, LIMIT, Mounted, format, nvtier_path, pattern, run, scratch};
 
 /// Sends these bytes and returns all that comes back.
 fn ask(address: &str, request: &[u8]) -> String {
@@ -127,5 +128,25 @@ fn the_dashboard_asks_for_what_is_exported() {
     let exported = names(get(&address, "/metrics").split_once("\r\n\r\n").unwrap().1);
     let missing: Vec<_> = asked.difference(&exported).collect();
     assert!(missing.is_empty() && asked.len() > 12, "{missing:?} of {asked:?} are not exported");
+    mounted.finish();
+}
+
+#[test]
+fn a_command_that_owns_the_pool_serves_them_and_one_that_does_not_says_who_does() {
+    let folder = scratch();
+    let pool = format(Kind::Directory, folder.path());
+    let verify = |options: &[&str]| {
+        run(Command::new(nvtier_path()).args(["verify", "--pool"]).arg(&pool).args(options))
+    };
+    let ran = verify(&["--metrics", "0"]).ok();
+    assert!(ran.stderr.contains("metrics are at http://127.0.0.1:"), "{ran:?}");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    verify(&["--metrics", &listener.local_addr().unwrap().to_string()]).refused(4, &["taken"]);
+    let point = folder.path().join("mnt");
+    fs::create_dir(&point).unwrap();
+    let mounted = Mounted::over(pool.clone(), point, folder);
+    mounted.mount(&[]).ok();
+    let owner = mounted.daemon().as_raw_nonzero().to_string();
+    verify(&["--metrics", "0"]).refused(4, &["process", &owner, "nvtier mount --metrics"]);
     mounted.finish();
 }
