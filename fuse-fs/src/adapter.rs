@@ -19,7 +19,7 @@ use rustix::fs::{FallocateFlags, OFlags};
 
 use crate::error::{Errno, FsResult};
 use crate::fs::{
-    Access, Caller, DirectoryEntry, Entry, Fs, IoPath, NewNodeRequest, Opened, Operation, Passthrough,
+    Access, Caller, DirectoryEntry, Entry, Fs, IoPath, NewNodeRequest, Opened, Operation, Passthrough, Timed,
     VALIDITY,
 };
 
@@ -313,6 +313,7 @@ impl fuser::Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _running = self.fs.counters().time(Timed::Read);
         let mut reply = Some(reply);
         let result = self.fs.read(fh.0, offset, size as usize, &mut |slices| {
             let Some(reply) = reply.take() else { return };
@@ -351,7 +352,11 @@ impl fuser::Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        match self.counted(Operation::Write, self.fs.write(fh.0, offset, data, kill)) {
+        // It has ended before the answer, so that who gets it finds it counted.
+        let running = self.fs.counters().time(Timed::Write);
+        let result = self.counted(Operation::Write, self.fs.write(fh.0, offset, data, kill));
+        drop(running);
+        match result {
             Ok(count) => reply.written(count as u32),
             Err(error) => reply.error(raw(error)),
         }
@@ -382,7 +387,10 @@ impl fuser::Filesystem for Adapter {
     }
 
     fn fsync(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        reply_empty(reply, self.counted(Operation::FSync, self.fs.fsync(fh.0)));
+        let running = self.fs.counters().time(Timed::FSync);
+        let result = self.counted(Operation::FSync, self.fs.fsync(fh.0));
+        drop(running);
+        reply_empty(reply, result);
     }
 
     fn readdir(

@@ -24,7 +24,7 @@ use engine::{Attr, Pool};
 
 use self::closer::Closer;
 pub use self::content::{Access, IoPath, Opened};
-pub use self::counters::{Counters, Operation};
+pub use self::counters::{Counters, Operation, Running, Timed, Times};
 use self::early_writeback::EarlyWriteback;
 use self::handles::{HandleTable, OpenFile};
 pub use self::namespace::{DirectoryEntry, NewNodeRequest};

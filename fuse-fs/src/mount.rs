@@ -173,6 +173,12 @@ impl Mounted {
         self.fs.stats()
     }
 
+    /// What makes the text of `.nvtier/metrics`; it does not keep the pool open, and makes nothing once the mount is gone.
+    pub fn metrics(&self) -> impl Fn() -> Option<String> + Send + Sync + 'static + use<> {
+        let fs = Arc::downgrade(&self.fs);
+        move || fs.upgrade().map(|fs| fs.metrics())
+    }
+
     fn finish(&mut self) -> Result<()> {
         self.done = true;
         let result = match self.events.recv() {

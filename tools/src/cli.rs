@@ -109,6 +109,8 @@ pub enum Command {
     Doctor(Doctor),
     /// Say what a model needs of a machine, where each part will live, how fast it can be, and what would help
     Plan(Plan),
+    /// Show what the owner of a pool does: throughput, queues, times, hit rates, what it holds
+    Top(Top),
     /// Print version and what this build and kernel can do
     Version,
     /// Print a completion script for a shell
@@ -174,7 +176,7 @@ pub struct Plan {
     /// How keys and values are stored: f16, fp8, q8_0, ...
     #[arg(long, value_name = "NAME", default_value = "f16")]
     pub kv_precision: String,
-    /// Keep keys and values of latent attention (DeepSeek) as transformers does, not as one short vector
+    /// Keep the keys and values of latent attention (DeepSeek) expanded, as older engines do, not as one short vector
     #[arg(long)]
     pub expanded_kv: bool,
     /// Tokens of a sequence
@@ -325,6 +327,9 @@ pub struct Import {
     pub name: String,
     #[command(flatten)]
     pub pool: PoolArg,
+    /// Serve metrics to Prometheus while it runs: a port (loopback only) or an address and a port
+    #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
+    pub metrics: Option<std::net::SocketAddr>,
     /// Import everything under an object-store prefix
     #[arg(short, long)]
     pub recursive: bool,
@@ -501,6 +506,9 @@ pub struct Verify {
     pub name: Option<String>,
     #[command(flatten)]
     pub pool: PoolArg,
+    /// Serve metrics to Prometheus while it runs: a port (loopback only) or an address and a port
+    #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
+    pub metrics: Option<std::net::SocketAddr>,
     /// Mend what can be mended
     #[arg(long)]
     pub repair: bool,
@@ -650,6 +658,9 @@ pub struct Mount {
     /// Threads that answer the kernel [default: as many as help on this machine]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
+    /// Serve metrics to Prometheus at http://ADDRESS/metrics: a port (loopback only) or an address and a port
+    #[arg(long, value_name = "ADDRESS", value_parser = crate::metrics::parse_address)]
+    pub metrics: Option<std::net::SocketAddr>,
     /// For the parent process: say on standard output when the mount is ready
     #[arg(long, hide = true, requires = "foreground")]
     pub ready_on_stdout: bool,
@@ -666,6 +677,19 @@ pub enum VerifyMode {
     Always,
     /// When `nvtier verify` runs
     Scrub,
+}
+
+/// `nvtier top`
+#[derive(Debug, Args)]
+pub struct Top {
+    #[command(flatten)]
+    pub pool: PoolArg,
+    /// Look twice, print, and end
+    #[arg(long)]
+    pub once: bool,
+    /// Milliseconds between two looks
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(50..=3_600_000))]
+    pub interval: u64,
 }
 
 /// `nvtier umount`

@@ -8,6 +8,7 @@ mod config;
 mod demo;
 mod failure;
 mod interrupt;
+mod metrics;
 mod mountpoint;
 mod names;
 mod output;
@@ -74,6 +75,7 @@ fn run(cli: Cli) -> Outcome<ExitCode> {
         Command::Ls(args) => cmd::ls::run(global, &Config::load()?, args)?,
         Command::Stat(args) => cmd::stat::run(global, &Config::load()?, args)?,
         Command::Verify(args) => cmd::verify::run(global, &Config::load()?, args)?,
+        Command::Top(args) => cmd::top::run(global, &Config::load()?, args)?,
         Command::Kv(args) => cmd::kv::run(global, &Config::load()?, args)?,
         Command::Rm(args) => cmd::rm::run(global, &Config::load()?, args)?,
     }

@@ -79,6 +79,16 @@ impl MountRecord {
         (record.mountpoint == mountpoint).then_some(record)
     }
 
+    /// Every record of this user, also of daemons that are gone.
+    pub fn all() -> Vec<Self> {
+        let entries = directory().ok().and_then(|path| fs::read_dir(path).ok()).into_iter().flatten();
+        entries
+            .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+            .filter(|path| path.to_string_lossy().ends_with(".mount.json"))
+            .filter_map(|path| serde_json::from_slice(&fs::read(path).ok()?).ok())
+            .collect()
+    }
+
     /// True while the daemon is there.
     pub fn is_running(&self) -> bool {
         start_ticks(self.pid) == Some(self.start_ticks)

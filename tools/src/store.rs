@@ -1,6 +1,7 @@
 //! The pool as the commands see it: a thin layer over the engine's session, with this program's errors and JSON names.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use engine::tensors::TensorIndex;
 use engine::{
@@ -10,7 +11,7 @@ use engine::{
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome};
-use crate::names;
+use crate::{metrics, names, output};
 
 /// RAM tier of a command that owns the pool for a moment: it streams, and a cache would only cost time.
 const COMMAND_RAM_BYTES: u64 = 64 << 20;
@@ -134,6 +135,23 @@ impl Store {
     /// The pool itself, when this process owns it.
     pub fn pool(&self) -> Option<&engine::Pool> {
         self.session.pool()
+    }
+
+    /// Serves metrics of the pool that this process owns. What it returns is dropped before the pool is closed.
+    pub fn serve_metrics(&self, bound: Option<metrics::Bound>) -> Outcome<Option<metrics::Server>> {
+        let Some(bound) = bound else { return Ok(None) };
+        let Some(pool) = self.pool().cloned() else {
+            let message = format!(
+                "serve metrics of {}: process {} owns the pool, not this command",
+                self.path.display(),
+                self.session.owner_pid()
+            );
+            return Err(Failure::new(crate::failure::code::BUSY, "Busy", message)
+                .hint("give --metrics to the owner: `nvtier mount --metrics`"));
+        };
+        output::note(&format!("metrics are at http://{}/metrics", bound.address()));
+        let text = move || Some(fuse_fs::metrics::build() + &fuse_fs::metrics::pool(&pool.stat()));
+        bound.serve(Arc::new(text)).map(Some)
     }
 
     /// What the superblocks say.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bindgen;
+mod docs;
 mod exec;
 mod external;
 mod fuzz;
@@ -39,6 +40,8 @@ enum Task {
     Setup,
     /// Make the committed bindings of NVMe structures anew; `--check`: fail if they have drifted.
     Bindgen(bindgen::Args),
+    /// Make the pages that are made from data anew (docs/sizing.md); `--check`: fail if they have drifted.
+    Docs(docs::Args),
     /// Simulated power cuts against a model, bit flips at rest; see docs/reliability.md.
     Sim(sim::Args),
     /// Kill daemons, importers and owners under load and look at what is left; see docs/reliability.md.
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Task::Lint => lint::run(),
         Task::Setup => suites::setup(),
         Task::Bindgen(args) => bindgen::run(&args),
+        Task::Docs(args) => docs::run(&args),
         Task::Sim(args) => sim::run(&args),
         Task::Kill(args) => kill::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),

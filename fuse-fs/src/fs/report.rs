@@ -1,13 +1,12 @@
 //! `.nvtier/stats.json`, `.nvtier/metrics` (Prometheus text format 0.0.4) and `.nvtier/version`.
 
-use std::fmt::Write;
-
 use serde_json::{Map, Value, json};
 
-use super::counters::{Operation, get};
+use super::counters::{Operation, Timed, get};
 use super::views::VNode;
 use super::{Fs, Passthrough};
 use crate::error::{Errno, FsResult};
+use crate::metrics::{self, Kind, family};
 
 impl<B: Send + Sync + 'static> Fs<B> {
     pub(crate) fn text_of(&self, node: VNode) -> FsResult<String> {
@@ -33,6 +32,8 @@ impl<B: Send + Sync + 'static> Fs<B> {
             requests.insert(operation.name().to_owned(), count.into());
             errors.insert(operation.name().to_owned(), failed.into());
         }
+        let times: Map<String, Value> =
+            Timed::ALL.iter().map(|&what| (what.name().to_owned(), counters.times(what).json())).collect();
         let (on, reason) = match self.passthrough() {
             Passthrough::On => (true, Value::Null),
             Passthrough::Off(reason) => (false, reason.into()),
@@ -57,6 +58,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
                 "served_read_bytes": get(&counters.served_read_bytes),
                 "served_write_bytes": get(&counters.served_write_bytes),
                 "gathered_reads": get(&counters.gathered_reads),
+                "times": times,
                 "requests": requests,
                 "errors": errors,
             },
@@ -66,7 +68,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
     /// The same as Prometheus text.
     pub fn metrics(&self) -> String {
         let counters = &self.counters;
-        let mut out = String::new();
+        let mut out = metrics::build();
         let by_operation = |of: fn((u64, u64)) -> u64| {
             Operation::ALL
                 .iter()
@@ -75,21 +77,21 @@ impl<B: Send + Sync + 'static> Fs<B> {
         family(
             &mut out,
             "nvtier_fuse_requests_total",
-            "counter",
+            Kind::Counter,
             "Requests of the kernel by operation.",
             by_operation(|(count, _)| count),
         );
         family(
             &mut out,
             "nvtier_fuse_errors_total",
-            "counter",
+            Kind::Counter,
             "Requests answered with an error, ordinary ones such as ENOENT included.",
             by_operation(|(_, failed)| failed),
         );
         family(
             &mut out,
             "nvtier_fuse_opens_total",
-            "counter",
+            Kind::Counter,
             "Opens by how their bytes are reached.",
             [("passthrough", &counters.passthrough_opens), ("served", &counters.served_opens)]
                 .into_iter()
@@ -98,7 +100,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
         family(
             &mut out,
             "nvtier_fuse_served_bytes_total",
-            "counter",
+            Kind::Counter,
             "Bytes moved by the daemon; passed-through bytes are not seen by it.",
             [("read", &counters.served_read_bytes), ("write", &counters.served_write_bytes)]
                 .into_iter()
@@ -108,58 +110,45 @@ impl<B: Send + Sync + 'static> Fs<B> {
         family(
             &mut out,
             "nvtier_fuse_open_files",
-            "gauge",
+            Kind::Gauge,
             "Files open in the mount.",
             single(self.handles.len() as f64),
         );
         family(
             &mut out,
             "nvtier_fuse_passthrough",
-            "gauge",
+            Kind::Gauge,
             "1 while files are handed to the kernel.",
             single(f64::from(u8::from(self.passthrough() == Passthrough::On))),
         );
-        if let Ok(Value::Object(stat)) = serde_json::to_value(self.pool.stat()) {
-            pool_families(&mut out, "nvtier_pool", &stat);
-        }
+        let timed = || Timed::ALL.iter().map(|&what| (what, counters.times(what)));
+        family(
+            &mut out,
+            "nvtier_fuse_in_flight_requests",
+            Kind::Gauge,
+            "Requests that the daemon is serving at this moment.",
+            timed().map(|(what, times)| (format!("{{op=\"{}\"}}", what.name()), times.in_flight as f64)),
+        );
+        family(
+            &mut out,
+            "nvtier_fuse_request_duration_seconds",
+            Kind::Histogram,
+            "How long requests took that the daemon served.",
+            timed().flat_map(|(what, times)| {
+                let op = format!("op=\"{}\"", what.name());
+                let mut sum = 0;
+                let mut samples = Vec::new();
+                for (limit, count) in times.limits_seconds().zip(times.buckets) {
+                    sum += count;
+                    samples.push((format!("_bucket{{{op},le=\"{limit}\"}}"), sum as f64));
+                }
+                samples.push((format!("_bucket{{{op},le=\"+Inf\"}}"), times.count as f64));
+                samples.push((format!("_sum{{{op}}}"), times.sum_nanos as f64 / 1e9));
+                samples.push((format!("_count{{{op}}}"), times.count as f64));
+                samples
+            }),
+        );
+        out.push_str(&metrics::pool(&self.pool.stat()));
         out
-    }
-}
-
-/// Every number of the pool's statistics under its own name; nested objects add their name with `_`.
-fn pool_families(out: &mut String, prefix: &str, object: &Map<String, Value>) {
-    for (key, value) in object {
-        let name = format!("{prefix}_{}", metric_name(key));
-        let number = match value {
-            Value::Number(number) => number.as_f64(),
-            Value::Bool(flag) => Some(f64::from(u8::from(*flag))),
-            Value::Object(inner) => {
-                pool_families(out, &name, inner);
-                None
-            }
-            _ => None,
-        };
-        if let Some(number) = number {
-            let help = format!("{} of the pool.", key.replace('_', " "));
-            family(out, &name, "gauge", &help, std::iter::once((String::new(), number)));
-        }
-    }
-}
-
-fn metric_name(key: &str) -> String {
-    key.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '_' }).collect()
-}
-
-fn family(
-    out: &mut String,
-    name: &str,
-    kind: &str,
-    help: &str,
-    samples: impl Iterator<Item = (String, f64)>,
-) {
-    // Writing to a String cannot fail.
-    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    for (labels, value) in samples {
-        let _ = writeln!(out, "{name}{labels} {value}");
     }
 }

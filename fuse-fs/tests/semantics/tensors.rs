@@ -201,6 +201,10 @@ assert (numpy.load(".tensors/x.npy/" + __import__("os").listdir(".tensors/x.npy"
             fs::read_to_string(mount.path(".nvtier/version")).unwrap().trim(),
             env!("CARGO_PKG_VERSION")
         );
+        // The file is served, so the daemon has written; a read that is passed through is not its own.
+        let writes = &stats["mount"]["times"]["write"];
+        assert_eq!(writes["count"], stats["mount"]["requests"]["write"], "{stats}");
+        assert_eq!(writes["in_flight"], 0, "{stats}");
         check_metrics(&fs::read_to_string(mount.path(".nvtier/metrics")).unwrap());
         assert_eq!(names(&mount.path(".nvtier")), ["metrics", "stats.json", "version"]);
         assert_eq!(errno(fs::write(mount.path(".nvtier/version"), b"")), Errno::ROFS);
@@ -213,6 +217,7 @@ fn check_metrics(text: &str) {
     let mut families = BTreeMap::new();
     let mut current = String::new();
     let mut samples = 0;
+    let mut histogram = false;
     for line in text.lines() {
         if let Some(rest) = line.strip_prefix("# HELP ") {
             let (name, help) = rest.split_once(' ').unwrap();
@@ -222,14 +227,17 @@ fn check_metrics(text: &str) {
         } else if let Some(rest) = line.strip_prefix("# TYPE ") {
             let (name, kind) = rest.split_once(' ').unwrap();
             assert_eq!(name, current);
-            assert!(["counter", "gauge"].contains(&kind));
-            assert!(kind != "counter" || name.ends_with("_total"), "{name}");
+            assert!(["counter", "gauge", "histogram"].contains(&kind));
+            assert_eq!(kind == "counter", name.ends_with("_total"), "{name}");
+            histogram = kind == "histogram";
             families.insert(name.to_owned(), true);
         } else {
             let (series, value) = line.rsplit_once(' ').unwrap();
             let name = series.split('{').next().unwrap();
-            assert_eq!(name, current, "{line}");
-            assert!(families[name], "{line} before its TYPE");
+            let parts = ["_bucket", "_sum", "_count"];
+            let part = parts.iter().find_map(|part| name.strip_suffix(part)).filter(|_| histogram);
+            assert_eq!(part.unwrap_or(name), current, "{line}");
+            assert!(families[&current], "{line} before its TYPE");
             assert!(name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'), "{name}");
             value.parse::<f64>().unwrap();
             samples += 1;

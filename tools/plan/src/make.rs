@@ -286,7 +286,7 @@ fn describe(model: &Model, request: &Request) -> Value {
         "kv": {
             "elements_per_token": model.cache_elements(request.latent),
             "bytes_per_token": per_token(request.latent),
-            "bytes_per_token_in_transformers": per_token(false),
+            "bytes_per_token_expanded": per_token(false),
             "bytes_per_session": infer::session_bytes(model, request, request.context),
             "layers_with_window": windows.len(),
             "window": windows.first(),

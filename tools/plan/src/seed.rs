@@ -1,5 +1,5 @@
 //! The sizing tables that the project started from, row by row: the formula that gives the published figure, what nvtier computes, and why the two
-//! differ. `page` makes the text for docs/sizing.md, which is not written yet.
+//! differ. `page` is docs/sizing.md: `cargo xtask docs` writes it, a test compares it.
 
 use doctor::{cpus, gpus};
 
@@ -199,13 +199,27 @@ fn table(head: [&str; 5], rows: &[Row]) -> String {
     text
 }
 
-/// All of it as the page shows it.
+const INTRODUCTION: &str = "\
+<!-- Made by `cargo xtask docs` from tools/plan/src/seed.rs and the tables it reads. Do not edit. -->
+
+# Sizing: published tables, and what they are made of
+
+`nvtier plan` computes what a model needs ([guide](guides/plan.md)). These are the sizing tables that the vendor of aiDAPTIV published in October 2025, row by row:
+what was published, what the formula behind the table gives, what nvtier computes, and why the two differ.
+
+The formulas: weights are parameters times bytes of a parameter. A token's keys and values are, summed over layers, `2 x key-value heads x head size`
+elements (one latent vector where a model has latent attention; in a layer with a sliding window, no more tokens than the window). Full fine-tuning keeps 16
+bytes a parameter (weight 2, lower half of the master 2, two moments of 4, gradient 4), and nvtier the 12 of them that are not gradient once more, to roll back to.
+
+";
+
+/// All of it: docs/sizing.md.
 pub fn page() -> String {
     let devices = rows(DEVICES)
         .map(|row| format!("| {} | {}, {} | {} | any NVMe drive |\n", row[0], row[1], row[2], row[3]))
         .collect::<String>();
     format!(
-        "### VRAM and KV cache of models\n\n{}\n### Largest model of a drive\n\n{}\n### GPUs\n\n{}\n### CPUs\n\n{}\n### Cache devices\n\n\
+        "{INTRODUCTION}## VRAM and KV cache of models\n\n{}\n## Largest model of a drive\n\n{}\n## GPUs\n\n{}\n## CPUs\n\n{}\n## Cache devices\n\n\
          | device | form, interface | published note | nvtier |\n|---|---|---|---|\n{devices}",
         table(["row", "published", "by its formula", "nvtier", "why they differ"], &models()),
         table(["row", "published", "by its formula", "nvtier", "why they differ"], &drives()),

@@ -289,9 +289,10 @@ mod tests {
         let step = of("Llama-3.1-8B", &machine(64_000_000_000, 7e9, 5e9, 25e9, 110e12));
         assert_eq!((giga(step.read_bytes), giga(step.write_bytes)), (88, 88));
         let step = of("Llama-3.1-70B", &machine(114_000_000_000, 7e9, 5e9, 25e9, 110e12));
+        // By hand 70.6 x 10^9 parameters were taken, which gives 1091, 1040 and 364 s; there are 70.554 x 10^9.
         assert_eq!((giga(step.read_bytes), giga(step.write_bytes)), (1090, 1039));
         let floor = step.read_bytes as f64 / 7e9 + step.write_bytes as f64 / 5e9;
-        assert_eq!(floor.round(), 364.0);
+        assert_eq!(floor.round(), 363.0);
     }
 
     #[test]

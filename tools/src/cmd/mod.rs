@@ -16,6 +16,7 @@ pub mod mount;
 pub mod plan;
 pub mod rm;
 pub mod stat;
+pub mod top;
 pub mod umount;
 pub mod verify;
 pub mod version;

@@ -6,10 +6,11 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -31,7 +32,7 @@ const BUSY_DEADLINE: Duration = Duration::from_secs(1);
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Readiness {
-    Ready { pid: u32 },
+    Ready { pid: u32, metrics: Option<SocketAddr> },
     Failed { code: u8, kind: String, message: String, hint: Option<String> },
 }
 
@@ -47,6 +48,8 @@ struct Settings {
     threads: Option<u16>,
     /// Bytes a second.
     scrub: Option<u64>,
+    /// Where metrics are served.
+    metrics: Option<SocketAddr>,
     log: Option<PathBuf>,
 }
 
@@ -71,7 +74,10 @@ pub fn run(global: &Global, config: &Config, args: &Mount) -> Outcome {
     }
     let settings = Settings::resolve(config, args)?;
     if args.foreground {
-        let mounted = || {
+        let mounted = |metrics: Option<SocketAddr>| {
+            if let Some(address) = metrics {
+                output::note(&format!("metrics are at http://{address}/metrics"));
+            }
             output::note(&format!(
                 "{} is mounted on {}",
                 settings.pool.display(),
@@ -81,7 +87,7 @@ pub fn run(global: &Global, config: &Config, args: &Mount) -> Outcome {
         };
         return serve(&settings, mounted);
     }
-    let (pid, log) = start_daemon(global.verbose, &settings)?;
+    let (pid, metrics, log) = start_daemon(global.verbose, &settings)?;
     if global.json {
         return output::json(&serde_json::json!({
             "pool": settings.pool,
@@ -89,7 +95,12 @@ pub fn run(global: &Global, config: &Config, args: &Mount) -> Outcome {
             "pid": pid,
             "log": log,
             "ram_bytes": settings.ram_bytes,
+            "metrics": metrics,
         }));
+    }
+    // A port of 0 is one that the kernel chose.
+    if let Some(address) = metrics {
+        output::note(&format!("metrics are at http://{address}/metrics"));
     }
     Ok(())
 }
@@ -106,6 +117,7 @@ pub fn mount_in_background(pool: &Path, mountpoint: &Path) -> Outcome {
         verify: None,
         threads: None,
         scrub: None,
+        metrics: None,
         ready_on_stdout: false,
         log: None,
     };
@@ -133,6 +145,7 @@ impl Settings {
             verify: args.verify.or(config.mount.verify).unwrap_or(VerifyMode::Scrub),
             threads: args.threads.or(config.mount.threads),
             scrub: args.scrub.or(config.mount.scrub),
+            metrics: args.metrics,
             log: args.log.clone(),
         })
     }
@@ -218,9 +231,11 @@ fn open_pool(settings: &Settings) -> Outcome<engine::Pool> {
 }
 
 /// Opens the pool, mounts it, and stays until it is unmounted.
-fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
+fn serve(settings: &Settings, ready: impl FnOnce(Option<SocketAddr>) -> Outcome) -> Outcome {
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])
         .map_err(|error| Failure::io("install signal handlers", &error))?;
+    // First of all: a port that cannot be had is told before anything is opened.
+    let metrics = settings.metrics.map(crate::metrics::Bound::new).transpose()?;
     let pool = open_pool(settings)?;
     if let Some(rate) = settings.scrub {
         pool.start_scrub(&engine::ScrubOptions::new(rate))?;
@@ -243,6 +258,8 @@ fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
                 .hint("there is no /dev/fuse: load the fuse module, or give the container that device")
         }
     })?;
+    let metrics_at = metrics.as_ref().map(crate::metrics::Bound::address);
+    let scraped = metrics.map(|bound| bound.serve(Arc::new(mounted.metrics()))).transpose()?;
     let record = MountRecord::of_this_process(&settings.pool, &settings.mountpoint, settings.log.clone());
     let record_path = record.save().inspect_err(|failure| tracing::warn!("{failure}")).ok();
     tracing::info!("{} is mounted on {}", settings.pool.display(), settings.mountpoint.display());
@@ -257,11 +274,12 @@ fn serve(settings: &Settings, ready: impl FnOnce() -> Outcome) -> Outcome {
             }
         }
     });
-    let outcome = ready().and_then(|()| mounted.wait().map_err(Failure::from));
+    let outcome = ready(metrics_at).and_then(|()| mounted.wait().map_err(Failure::from));
     handle.close();
     let _ = waiter.join();
     // Clients first: the last to go closes the pool, and its errors are to be seen here.
     drop(server);
+    drop(scraped);
     let outcome = outcome.and(pool.close().map_err(Failure::from));
     if let Some(path) = record_path {
         let _ = fs::remove_file(path);
@@ -282,16 +300,17 @@ fn say(answer: &Readiness) -> std::io::Result<()> {
 }
 
 /// Tells the parent, then lets go of the pipe.
-fn say_ready() -> Outcome {
+fn say_ready(metrics: Option<SocketAddr>) -> Outcome {
     let tried = "tell the parent process that the mount is ready";
-    say(&Readiness::Ready { pid: std::process::id() }).map_err(|error| Failure::io(tried, &error))?;
+    say(&Readiness::Ready { pid: std::process::id(), metrics })
+        .map_err(|error| Failure::io(tried, &error))?;
     let null =
         fs::OpenOptions::new().write(true).open("/dev/null").map_err(|error| Failure::io(tried, &error))?;
     rustix::stdio::dup2_stdout(null.as_fd()).map_err(|error| Failure::io(tried, &error.into()))
 }
 
-/// Starts the daemon and waits until it is ready. Returns its process id and its log.
-fn start_daemon(verbose: u8, settings: &Settings) -> Outcome<(u32, PathBuf)> {
+/// Starts the daemon and waits until it is ready. Returns its process id, where its metrics are, and its log.
+fn start_daemon(verbose: u8, settings: &Settings) -> Outcome<(u32, Option<SocketAddr>, PathBuf)> {
     let (log_path, log) = runtime::create_log(&settings.mountpoint)?;
     let program = std::env::current_exe().map_err(|error| Failure::io("find this program", &error))?;
     let mut command = Command::new(program);
@@ -309,6 +328,9 @@ fn start_daemon(verbose: u8, settings: &Settings) -> Outcome<(u32, PathBuf)> {
     if let Some(rate) = settings.scrub {
         command.arg("--scrub").arg(rate.to_string());
     }
+    if let Some(address) = settings.metrics {
+        command.arg("--metrics").arg(address.to_string());
+    }
     for _ in 0..verbose {
         command.arg("-v");
     }
@@ -317,7 +339,7 @@ fn start_daemon(verbose: u8, settings: &Settings) -> Outcome<(u32, PathBuf)> {
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
     let mut daemon = command.spawn().map_err(|error| Failure::io("start the mount daemon", &error))?;
     match wait_until_ready(&mut daemon) {
-        Ok(pid) => Ok((pid, log_path)),
+        Ok((pid, metrics)) => Ok((pid, metrics, log_path)),
         Err(failure) => {
             stop(&mut daemon);
             let log = format!("the daemon's log is {}", log_path.display());
@@ -328,7 +350,7 @@ fn start_daemon(verbose: u8, settings: &Settings) -> Outcome<(u32, PathBuf)> {
 }
 
 /// Reads the daemon's one line; looks for SIGINT and the deadline meanwhile.
-fn wait_until_ready(daemon: &mut Child) -> Outcome<u32> {
+fn wait_until_ready(daemon: &mut Child) -> Outcome<(u32, Option<SocketAddr>)> {
     let Some(stdout) = daemon.stdout.take() else {
         return Err(Failure::failed("the mount daemon has no standard output"));
     };
@@ -351,7 +373,7 @@ fn wait_until_ready(daemon: &mut Child) -> Outcome<u32> {
         }
     };
     match serde_json::from_str(&line) {
-        Ok(Readiness::Ready { pid }) => Ok(pid),
+        Ok(Readiness::Ready { pid, metrics }) => Ok((pid, metrics)),
         Ok(Readiness::Failed { code, kind, message, hint }) => Err(Failure { code, kind, message, hint }),
         Err(_) => {
             let status = daemon.try_wait().ok().flatten();

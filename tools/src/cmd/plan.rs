@@ -328,10 +328,7 @@ fn about_model(plan: &Plan) -> String {
         None => String::new(),
     };
     let latent = if kv["latent"].as_bool() == Some(true) {
-        format!(
-            " as latent vectors ({} in transformers)",
-            giga(number(&kv["bytes_per_token_in_transformers"]) as f64)
-        )
+        format!(" as latent vectors ({} expanded)", giga(number(&kv["bytes_per_token_expanded"]) as f64))
     } else {
         String::new()
     };

@@ -12,7 +12,7 @@ use crate::output::{self, Align, Table};
 use crate::progress::Progress;
 use crate::source::{Item, ObjectOptions, Source};
 use crate::store::Store;
-use crate::{ceiling, interrupt, names, size, time};
+use crate::{ceiling, interrupt, metrics, names, size, time};
 
 /// Lists at most this many bad chunks; `--json` has all that the engine keeps.
 const SHOWN: usize = 50;
@@ -23,7 +23,9 @@ const SOURCE_OPTIONS: ObjectOptions = ObjectOptions { connections: 1, part_size:
 pub fn run(global: &Global, config: &Config, args: &Verify) -> Outcome {
     let name = names::normalize(args.name.as_deref().unwrap_or(""))?;
     let originals = args.from.as_deref().map(Originals::open).transpose()?;
+    let metrics = args.metrics.map(metrics::Bound::new).transpose()?;
     let store = Store::open(&config.pool(args.pool.pool.as_ref())?, !args.repair)?;
+    let scraped = store.serve_metrics(metrics)?;
     let entry = store.entry(&name)?;
     let mut progress = Progress::new(global, "verify", 0, ceiling::of_path(store.path()));
     let mut watch = |state: engine::VerifyProgress| {
@@ -54,6 +56,7 @@ pub fn run(global: &Global, config: &Config, args: &Verify) -> Outcome {
         Some(repair) => (repair.left_chunks, &repair.left),
         None => (report.bad_chunks, &report.bad),
     };
+    drop(scraped);
     let scrub = store.stat()?.scrub;
     if global.json {
         let value = json!({

@@ -235,12 +235,19 @@ fn no_fuse() -> Option<String> {
 
 /// Programs that some cases use and skip without.
 fn optional_programs(log: &Path) -> Vec<String> {
-    [("fio", "fio"), ("rsync", "rsync"), ("git", "git"), ("fusermount3", "fuse3"), ("setpriv", "util-linux")]
-        .into_iter()
-        .filter_map(|(program, package)| {
-            external::program(program, package, log).err().map(|e| format!("no {program}: {e:#}"))
-        })
-        .collect()
+    [
+        ("fio", "fio"),
+        ("rsync", "rsync"),
+        ("git", "git"),
+        ("fusermount3", "fuse3"),
+        ("setpriv", "util-linux"),
+        ("tmux", "tmux"),
+    ]
+    .into_iter()
+    .filter_map(|(program, package)| {
+        external::program(program, package, log).err().map(|e| format!("no {program}: {e:#}"))
+    })
+    .collect()
 }
 
 fn log_folder() -> Result<PathBuf> {
