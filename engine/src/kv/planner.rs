@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 const FADE: f64 = 0.85;
 /// Of what computing would still have to do, as much is given out at once; the rest is planned again with what was learned.
 const SHARE: f64 = 0.75;
-/// Work that takes less than so many launches is given out at once.
+/// Work that takes less than so many launches is given out at once, computed or loaded.
 const LAUNCHES: f64 = 8.0;
 /// Of the time that is left, a load takes at most so much: what is being loaded cannot be computed meanwhile.
 const LOAD_SHARE: f64 = 0.1;
@@ -417,14 +417,17 @@ impl Restore {
                 None => LOAD_FIRST,
                 Some(all) => {
                     let one = all / rest as f64;
-                    // The launch of a load is in each of them.
-                    let least = self.load_seconds(&costs, to - 1..to).unwrap_or(one);
-                    let share = match costs.compute(self.tokens(from), self.tokens(to)) {
-                        // Together they are as fast as this.
-                        Some(compute) => (all * compute / (all + compute)).min(all) * LOAD_SHARE,
-                        None => all * LOAD_SHARE,
+                    // The launch of a load is in each of them: a piece is a few launches long, where that is not too much.
+                    let launch = costs.load(From::Drive, 1).unwrap_or(0.0);
+                    let (time, own) = match self.meeting(&costs, from, to, 0.0) {
+                        // All that is to be loaded, as it seems now.
+                        Some(meeting) => {
+                            (self.load_seconds(&costs, meeting..to).unwrap_or(all), to - meeting)
+                        }
+                        None => (all, rest),
                     };
-                    ((share.max(LOAD_LEAST).max(least) / one.max(1e-12)) as usize).max(1)
+                    let piece = (time * LOAD_SHARE).max(LOAD_LEAST).max(LAUNCHES * launch);
+                    ((piece / one.max(1e-12)) as usize).min(own).max(1)
                 }
             }
         };
@@ -632,6 +635,20 @@ mod tests {
         assert_eq!(restored.blocks, blocks);
         assert!(restored.loaded > 500 && restored.computed > 500, "{restored:?}");
         assert!(both <= 0.75 * compute.min(load), "{both} for {compute} and {load}");
+    }
+
+    #[test]
+    fn launching_loads_is_not_paid_for_over_and_over() {
+        // Computing one block takes longer than loading all fourteen at once does.
+        let (load, byte) = (0.0019, 1.0 / 3.84e9);
+        let machine = Machine { launch: 0.0005, token: 0.00094, attention: 0.0, load, byte };
+        let planner = Arc::new(Planner::new());
+        for _ in 0..3 {
+            run(&machine, &planner, options(true, true), 14, None);
+        }
+        let (both, restored) = run(&machine, &planner, options(true, true), 14, None);
+        assert_eq!(restored, Restored { blocks: 14, loaded: 14, computed: 0 });
+        assert!(both <= 1.3 * machine.load(14), "{both} for {}", machine.load(14));
     }
 
     #[test]
