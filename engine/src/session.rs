@@ -21,6 +21,7 @@ use crate::types::{NodeId, NodeKind};
 use crate::verify::{VerifyProgress, VerifyReport};
 
 mod blocks;
+mod kv;
 pub(crate) mod local;
 pub(crate) mod partial;
 mod reader;

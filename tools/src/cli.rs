@@ -520,7 +520,7 @@ pub struct Verify {
 /// `nvtier kv`
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The pool must not be owned by another process (a mount, an inference server): a KV store is its owner's.
+Also while another process owns the pool (a mount, an inference server): that process does it then.
 
   nvtier kv stat --pool /mnt/nvme0/pool
   nvtier kv export prompt.kv 5a00..01 5a00..02 --namespace 0
@@ -553,11 +553,17 @@ pub enum KvCommand {
     /// Read every block and compare it with its checksum; what is bad is dropped
     Verify,
     /// Remove blocks, pinned ones too
-    Evict(KvEvict),
+    Evict(KvBlocks),
+    /// Keep blocks whatever else has to go
+    Pin(KvBlocks),
+    /// Keep them no longer
+    Unpin(KvBlocks),
     /// Write blocks into one file, in the order of their keys on the command line
     Export(KvExport),
     /// Store the blocks of such a file
     Import(KvImport),
+    /// Remove the store with all of its blocks, while nobody has it open
+    Drop,
 }
 
 /// Which blocks.
@@ -571,9 +577,9 @@ pub struct KvSelect {
     pub tenant: Option<String>,
 }
 
-/// `nvtier kv evict`
+/// `nvtier kv evict`, `pin` and `unpin`
 #[derive(Debug, Args)]
-pub struct KvEvict {
+pub struct KvBlocks {
     /// Keys, in hexadecimal digits; default: all that --namespace and --tenant choose
     #[arg(value_name = "KEY")]
     pub keys: Vec<String>,

@@ -132,6 +132,11 @@ impl Store {
         self.session.is_remote().then(|| self.session.owner_pid())
     }
 
+    /// The session itself.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
     /// The pool itself, when this process owns it.
     pub fn pool(&self) -> Option<&engine::Pool> {
         self.session.pool()

@@ -1,9 +1,10 @@
 //! `nvtier kv` on pools of all kinds, with blocks that a process of ours stored before.
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use engine::kv::{Key, Put, Store, StoreOptions, Stored};
-use engine::{OpenOptions, Pool};
+use engine::kv::{Get, Key, Miss, Put, Settings, Store, StoreOptions, Stored};
+use engine::{FormatOptions, OpenOptions, Pool, Session, SessionOptions};
 use nvtier_tests::{KINDS, Ran, format, nvtier_path, pattern, run, scratch};
 
 fn kv(pool: &std::path::Path, args: &[&str]) -> Ran {
@@ -68,4 +69,85 @@ fn blocks_are_listed_moved_and_removed() {
         assert_eq!(kv(&path, &["stat", "--json"]).json()["stat"]["blocks"], 9);
         assert_eq!(kv(&path, &["evict", "--all", "--json"]).json()["removed"], 9);
     }
+}
+
+#[test]
+fn all_of_it_works_while_another_process_owns_the_pool() {
+    let folder = scratch();
+    let path = folder.path().join("pool");
+    Pool::format(&path, &FormatOptions::default()).unwrap();
+    fill(&path, "", 0..10);
+    fill(&path, "alice", 5..8);
+    // This process is the owner, and has the store open, as an inference server would.
+    let options = SessionOptions { serve: true, ..SessionOptions::default() };
+    let owner = Session::open(&path, options).unwrap();
+    let blocks = owner.blocks(&Settings::default(), b"print", 10_000, "", None).unwrap();
+    kv(&path, &["stat", "--store", "none"]).refused(3, &["no KV store", "default"]);
+    let stat = kv(&path, &["stat", "--json"]).json();
+    assert_eq!((stat["stat"]["blocks"].as_u64(), stat["stat"]["pinned"].as_u64()), (Some(13), Some(1)));
+    assert_eq!(kv(&path, &["ls", "--json"]).json().as_array().unwrap().len(), 13);
+    assert_eq!(kv(&path, &["verify", "--json"]).json()["blocks"], 13);
+    let text = |n: u8| key(n).to_string();
+    assert_eq!(kv(&path, &["pin", &text(2), &text(3), "--tenant", "", "--json"]).json()["pinned"], 2);
+    assert_eq!(blocks.stat().unwrap().pinned, 3);
+    assert_eq!(kv(&path, &["unpin", "--tenant", "", "--json"]).json()["unpinned"], 10);
+    assert_eq!(blocks.stat().unwrap().pinned, 0);
+    kv(&path, &["pin"]).refused(2, &["--all"]);
+    let file = folder.path().join("prefix.kv");
+    let file = file.to_str().unwrap();
+    kv(&path, &["export", file]).refused(2, &["--tenant"]);
+    kv(&path, &["export", file, "--tenant", "eve"]).refused(3, &["no namespace and tenant"]);
+    assert!(std::fs::read_dir(folder.path()).unwrap().flatten().all(|e| e.file_name() == "pool"));
+    assert_eq!(kv(&path, &["export", file, "--tenant", "", "--json"]).json()["written"], 10);
+    assert_eq!(kv(&path, &["evict", &text(4), "--tenant", "", "--json"]).json()["removed"], 1);
+    assert_eq!(kv(&path, &["import", file, "--json"]).json()["stored"], 1);
+    // What came back is what it was.
+    let get = |n: u8| Get { key: key(n), buffer: nvme::Buffer::heap(12_288).unwrap(), start: 0 };
+    let by = Instant::now() + Duration::from_secs(30);
+    let got = blocks.get(vec![get(4), get(11)], by);
+    assert!(got[0].result.is_ok() && matches!(got[1].result, Err(Miss::Absent)));
+    assert!(got[0].buffer.as_ref().unwrap()[..10_000] == pattern(4, 10_000));
+    std::fs::write(file, "something else entirely, and long enough").unwrap();
+    kv(&path, &["import", file]).refused(1, &["no export", "something else"]);
+    kv(&path, &["import", "/dev/zero"]).refused(2, &["regular file"]);
+    kv(&path, &["drop"]).refused(4, &["open"]);
+    drop(blocks);
+    kv(&path, &["drop"]).ok();
+    kv(&path, &["stat"]).refused(3, &["no KV store"]);
+    owner.close().unwrap();
+}
+
+#[test]
+fn damage_is_found_while_another_process_owns_the_pool() {
+    let folder = scratch();
+    let path = folder.path().join("pool");
+    Pool::format(&path, &FormatOptions::default()).unwrap();
+    fill(&path, "", 0..4);
+    let wanted = pattern(2, 10_000);
+    let mut flipped = 0;
+    for file in files_below(&path) {
+        let mut bytes = std::fs::read(&file).unwrap();
+        if let Some(at) = bytes.windows(wanted.len()).step_by(4096).position(|part| part == wanted) {
+            bytes[at * 4096 + 5000] ^= 1;
+            std::fs::write(&file, bytes).unwrap();
+            flipped += 1;
+        }
+    }
+    assert_eq!(flipped, 1, "one file has the block");
+    let owner = Session::open(&path, SessionOptions { serve: true, ..SessionOptions::default() }).unwrap();
+    kv(&path, &["verify"]).refused(5, &["1 blocks were not what was stored"]);
+    assert_eq!(kv(&path, &["verify", "--json"]).json()["blocks"], 3);
+    owner.close().unwrap();
+}
+
+fn files_below(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap().flatten() {
+        match entry.file_type().unwrap() {
+            kind if kind.is_dir() => found.extend(files_below(&entry.path())),
+            kind if kind.is_file() => found.push(entry.path()),
+            _ => {}
+        }
+    }
+    found
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,10 +11,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::frame::{Connection, Frame};
+use super::kv::RemoteBlocks;
 use super::location;
 use super::protocol::{PAYLOAD_MAX, REPLY_MAX, Reply, Request, VERSION};
 use super::remote_reader::RemoteReader;
 use crate::error::{Error, ErrorKind, Result};
+use crate::kv::admin::{Order, Report};
+use crate::kv::{Key, Settings};
 use crate::pool::{MAX_CHUNK_SIZE, MIN_CHUNK_SIZE, Pool, PoolInfo, PoolStat};
 use crate::repair::RepairReport;
 use crate::session::{Entry, WriterOptions};
@@ -38,11 +42,6 @@ impl Client {
         Ok(Client { path: path.to_owned(), owner_pid, connection: Mutex::new(Some(connection)) })
     }
 
-    /// Where the pool is.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The owner's process, when it was connected to.
     pub fn owner_pid(&self) -> u32 {
         self.owner_pid
@@ -59,12 +58,22 @@ impl Client {
         payload: &[u8],
         watch: &mut dyn FnMut(Reply) -> Result<()>,
     ) -> Result<Reply> {
+        self.ask_with_file(request, payload, None, watch)
+    }
+
+    fn ask_with_file(
+        &self,
+        request: Request,
+        payload: &[u8],
+        file: Option<BorrowedFd<'_>>,
+        watch: &mut dyn FnMut(Reply) -> Result<()>,
+    ) -> Result<Reply> {
         let mut slot = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
         let connection = match slot.take() {
             Some(connection) if !hung_up(&connection) => connection,
             _ => dial(&self.path)?.0,
         };
-        match call(&connection, &request, payload, watch) {
+        match call(&connection, &request, payload, file, watch) {
             // The owner's answer, be it an error: the connection goes on.
             Ok(frame) => {
                 *slot = Some(connection);
@@ -179,6 +188,52 @@ impl Client {
         }
     }
 
+    /// See [`Session::kv`](crate::Session::kv).
+    pub fn kv(
+        &self,
+        store: &str,
+        order: &Order,
+        keys: &[Key],
+        file: Option<&File>,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Report> {
+        let request = Request::Kv { store: store.to_owned(), order: order.clone() };
+        let mut listed = Vec::new();
+        let file = file.map(AsFd::as_fd);
+        let last = self.ask_with_file(request, &Key::encode(keys), file, &mut |reply| match reply {
+            Reply::Working(_) => {
+                progress(0);
+                Ok(())
+            }
+            Reply::KvListed(blocks) => {
+                listed.extend(blocks);
+                Ok(())
+            }
+            other => Err(unexpected(&other)),
+        })?;
+        match last {
+            Reply::Kv(report) => Ok(match *report {
+                Report::Listed(last) => {
+                    listed.extend(last);
+                    Report::Listed(listed)
+                }
+                report => report,
+            }),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// See [`Session::blocks`](crate::Session::blocks).
+    pub fn blocks(
+        &self,
+        settings: &Settings,
+        fingerprint: &[u8],
+        block_bytes: u32,
+        tenant: &str,
+    ) -> Result<RemoteBlocks> {
+        RemoteBlocks::open(self.path.clone(), settings.clone(), fingerprint, block_bytes, tenant)
+    }
+
     /// See [`Session::sync`](crate::Session::sync).
     pub fn sync(&self) -> Result<()> {
         self.done(Request::Sync)
@@ -289,16 +344,19 @@ fn call(
     connection: &Connection,
     request: &Request,
     payload: &[u8],
+    file: Option<BorrowedFd<'_>>,
     watch: &mut dyn FnMut(Reply) -> Result<()>,
 ) -> Result<Frame<Reply>> {
     let gone = |e: Error| e.context("the process that owns the pool");
-    connection.send(request, payload, None).map_err(gone)?;
+    connection.send(request, payload, file).map_err(gone)?;
     loop {
         let Some(frame) = connection.receive::<Reply>(Some(SILENCE)).map_err(gone)? else {
             return Err(Error::new(ErrorKind::Stale, "the process that owned the pool has ended; try again"));
         };
         match frame.message {
-            Reply::Working(_) | Reply::Entries { more: true, .. } => watch(frame.message)?,
+            Reply::Working(_) | Reply::Entries { more: true, .. } | Reply::KvListed(_) => {
+                watch(frame.message)?
+            }
             _ => return Ok(frame),
         }
     }
@@ -313,7 +371,7 @@ pub(super) fn answer(frame: Frame<Reply>) -> Result<Frame<Reply>> {
 }
 
 pub(super) fn ask_on(connection: &Connection, request: &Request, payload: &[u8]) -> Result<Frame<Reply>> {
-    answer(call(connection, request, payload, &mut |_| Ok(()))?)
+    answer(call(connection, request, payload, None, &mut |_| Ok(()))?)
 }
 
 pub(super) fn unexpected(reply: &Reply) -> Error {

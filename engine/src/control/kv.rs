@@ -83,6 +83,17 @@ fn decode_get(byte: u8) -> std::result::Result<(), Miss> {
     }
 }
 
+/// A file that a client handed over. Others than regular ones could keep the owner waiting for ever.
+pub(super) fn regular(fd: OwnedFd) -> Result<File> {
+    let file = File::from(fd);
+    let kind = file.metadata().map_err(|e| Error::io("a file of a client", e))?;
+    if !kind.is_file() {
+        let context = "blocks go through a regular file only, and this is none; write to a file, or where no other process owns the pool";
+        return Err(Error::new(ErrorKind::InvalidArgument, context));
+    }
+    Ok(file)
+}
+
 /// A namespace of a store that a client has open, in the owner.
 pub(super) struct ServedKv {
     store: Store,
@@ -108,14 +119,7 @@ impl ServedKv {
                 "a KV store is opened with a file to exchange blocks through",
             ));
         };
-        let exchange = File::from(file);
-        let kind = exchange.metadata().map_err(|e| Error::io("the file to exchange blocks through", e))?;
-        if !kind.is_file() {
-            return Err(Error::new(
-                ErrorKind::Protocol,
-                "what blocks are to be exchanged through is no file",
-            ));
-        }
+        let exchange = regular(file)?;
         let store = Store::share(pool, StoreOptions::from(settings), OPEN_WAIT)?;
         let view = store.view(fingerprint, block_bytes, tenant)?;
         let lane = store.lane(None)?;

@@ -5,12 +5,13 @@
 //! ```
 //!
 //! The client sends a [`Request`], the owner answers with [`Reply`] frames: any number of [`Reply::Working`] and
-//! [`Reply::Entries`] with `more`, then one that ends the answer. The first request is [`Request::Hello`]; a version that the owner does
+//! [`Reply::Entries`] with `more` and [`Reply::KvListed`], then one that ends the answer. The first request is [`Request::Hello`]; a version that the owner does
 //! not speak is refused with both numbers. Unknown requests are refused, unknown fields are passed over.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
+use crate::kv::admin::{Listed, Order, Report};
 use crate::kv::{Settings, StoreStat};
 use crate::pool::{PoolInfo, PoolStat};
 use crate::repair::RepairReport;
@@ -126,6 +127,11 @@ pub enum Request {
     },
     KvFlush,
     KvStat,
+    /// Does something to a store of the pool; keys as payload, a regular file rides along where it takes one.
+    Kv {
+        store: String,
+        order: Order,
+    },
 }
 
 /// What the owner answers.
@@ -171,6 +177,9 @@ pub enum Reply {
     },
     Count(u64),
     KvStat(Box<StoreStat>),
+    /// Blocks of a list; [`Reply::Kv`] ends it.
+    KvListed(Vec<Listed>),
+    Kv(Box<Report>),
     Error {
         kind: ErrorKind,
         message: String,

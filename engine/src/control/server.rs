@@ -14,11 +14,13 @@ use std::time::{Duration, Instant};
 use rustix::net::{Shutdown, shutdown, sockopt};
 
 use super::frame::{Connection, Frame};
-use super::kv::ServedKv;
+use super::kv::{ServedKv, regular};
 use super::location::{self, Location};
 use super::protocol::{PAYLOAD_MAX, REQUEST_MAX, Reply, Request, VERSION};
 use crate::error::{Error, ErrorKind, Result};
 use crate::handle::Handle;
+use crate::kv::Key;
+use crate::kv::admin::{self, Order, Report};
 use crate::lease::Lease;
 use crate::pool::Pool;
 use crate::session::local::{self, Who};
@@ -389,6 +391,7 @@ impl Served {
                 let store = self.kv()?.store().clone();
                 self.long(move |_| store.flush()).map(|()| Reply::Done)?
             }
+            Request::Kv { store, order } => return self.kv_order(&store, &order, payload, file),
             Request::KvLookup
             | Request::KvContains
             | Request::KvGet
@@ -402,6 +405,21 @@ impl Served {
             }
         };
         Ok(reply.into())
+    }
+
+    fn kv_order(&self, store: &str, order: &Order, payload: &[u8], file: Option<OwnedFd>) -> Result<Answer> {
+        let keys =
+            Key::decode(payload).ok_or_else(|| Error::new(ErrorKind::Protocol, "these are no keys"))?;
+        let file = file.map(regular).transpose()?;
+        let pool = &self.pool;
+        let run = || admin::carry_out(pool, store, order, &keys, file.as_ref(), &mut |_| {});
+        let mut report = self.long(move |_| run())?;
+        if let Report::Listed(blocks) = &mut report {
+            for part in std::mem::take(blocks).chunks(ENTRIES) {
+                self.connection.send(&Reply::KvListed(part.to_vec()), &[], None)?;
+            }
+        }
+        Ok(Reply::Kv(Box::new(report)).into())
     }
 
     fn kv(&mut self) -> Result<&mut ServedKv> {

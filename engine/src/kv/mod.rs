@@ -33,6 +33,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pool::{Pool, lock};
 use crate::types::{NodeId, NodeKind, ROOT};
 
+pub mod admin;
 pub(crate) mod fuzz;
 mod key;
 mod lane;

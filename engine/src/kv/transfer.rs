@@ -11,6 +11,7 @@
 use std::io::{Read, Write};
 
 use nvme::Buffer;
+use serde::{Deserialize, Serialize};
 
 use super::record::FINGERPRINT_MAX;
 use super::{BLOCK_MAX, Get, Key, Lane, Miss, Put, Store, Stored, View};
@@ -24,7 +25,7 @@ const END: u8 = 0;
 const BATCH_BYTES: usize = 32 << 20;
 
 /// What an export, an import or a look came to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Moved {
     /// Blocks that are whole: written out, stored, or looked at.
     pub blocks: u64,

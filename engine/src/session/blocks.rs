@@ -61,8 +61,7 @@ impl Session {
                 Which::Local(Local { workers: Mutex::default(), view, store, arena: arena.cloned() })
             }
             Inner::Remote(client) => {
-                let path = client.path().to_owned();
-                Which::Remote(RemoteBlocks::open(path, settings.clone(), fingerprint, block_bytes, tenant)?)
+                Which::Remote(client.blocks(settings, fingerprint, block_bytes, tenant)?)
             }
         };
         Ok(Blocks { inner })

@@ -1,90 +1,100 @@
-//! `nvtier kv`: the KV stores of a pool that this process owns while it runs.
+//! `nvtier kv`: the KV stores of a pool, whether this process owns it or a mount or an inference server does.
 
 use std::fs::{self, File};
-use std::io::{BufReader, BufWriter, Write};
 use std::path::Path;
 
-use engine::kv::{Key, Moved, StoreOptions, View};
-use serde_json::{Value, json};
+use engine::ErrorKind;
+use engine::kv::admin::{Listed, Order, Report, Select};
+use engine::kv::{Key, Moved, NamespaceInfo, StoreStat, TenantInfo};
+use serde_json::json;
 
-use crate::cli::{Global, Kv, KvCommand, KvSelect};
+use crate::cli::{Global, Kv, KvBlocks, KvCommand, KvSelect};
 use crate::config::Config;
 use crate::failure::{Failure, Outcome, code};
 use crate::output::{self, Align, Table};
 use crate::store::Store as Pool;
 use crate::{interrupt, size, time};
 
-/// Opens the store and does what is asked.
+/// Opens the pool and does what is asked.
 pub fn run(global: &Global, config: &Config, args: &Kv) -> Outcome {
     let pool = Pool::open(&config.pool(args.pool.pool.as_ref())?, false)?;
-    let Some(engine) = pool.pool().cloned() else {
-        let pid = pool.other_owner().unwrap_or(0);
-        let message =
-            format!("{} is owned by process {pid}: its KV stores are that process's", pool.path().display());
-        return Err(
-            Failure::new(code::BUSY, "Busy", message).hint("unmount the pool, or wait for its owner to end")
-        );
-    };
-    let makes = matches!(args.command, KvCommand::Import(_));
-    if !makes && !engine::kv::Store::names(&engine)?.contains(&args.store) {
-        let message = format!(
-            "there is no KV store `{}` in the pool {}",
-            output::printable(&args.store),
-            pool.path().display()
-        );
-        return Err(Failure::not_found(message).hint(format!("there are: {}", names(&engine)?)));
-    }
-    let options = StoreOptions { name: args.store.clone(), ..StoreOptions::default() };
-    let store = engine::kv::Store::open(&engine, options)?;
-    let done = match &args.command {
-        KvCommand::Stat => stat(global, &store),
-        KvCommand::Ls(select) => ls(global, &store, select),
-        KvCommand::Verify => verify(global, &store),
-        KvCommand::Evict(evict) => {
-            let views = chosen(&store, &evict.select)?;
-            let keys = keys(&evict.keys)?;
-            if keys.is_empty()
-                && !evict.all
-                && evict.select.namespace.is_none()
-                && evict.select.tenant.is_none()
-            {
-                return Err(Failure::usage(
-                    "evict what? name keys, a --namespace or a --tenant, or say --all",
-                ));
-            }
-            let mut removed = 0;
-            for (_, _, view) in &views {
-                let all = || view.blocks().into_iter().map(|(key, _)| key).collect();
-                removed += view.remove(&if keys.is_empty() { all() } else { keys.clone() });
-            }
-            store.flush()?;
-            match global.json {
-                true => output::json(&json!({ "removed": removed })),
-                false => output::line(&format!("{removed} blocks removed")),
-            }
-        }
-        KvCommand::Export(export) => {
-            let view = one(&store, &export.select)?;
-            write_out(global, &store, &view, &keys(&export.keys)?, &export.file)
-        }
-        KvCommand::Import(import) => {
-            let tried = || format!("read {}", import.file.display());
-            let file = File::open(&import.file).map_err(|error| Failure::io(tried(), &error))?;
-            let tenant = import.tenant.as_deref().unwrap_or_default();
-            let moved = store.import(&mut BufReader::with_capacity(1 << 20, file), tenant);
-            let moved = moved.map_err(|error| Failure::from(error).while_doing(tried()))?;
-            told(global, "stored", &moved)
-        }
-    };
-    store.close()?;
-    drop(engine);
+    let done = carry_out(global, &pool, args);
     pool.close()?;
     done
 }
 
-fn names(pool: &engine::Pool) -> Outcome<String> {
-    let names = engine::kv::Store::names(pool)?;
-    Ok(if names.is_empty() { "none".to_owned() } else { names.join(", ") })
+fn carry_out(global: &Global, pool: &Pool, args: &Kv) -> Outcome {
+    let ask = |order: Order, keys: &[Key], file: Option<&File>| -> Outcome<Report> {
+        let watch = &mut |_| {
+            if interrupt::requested() {
+                // Nothing is half done: blocks are looked at, dropped and stored one by one. An owner finishes what was begun.
+                output::note("nvtier: error: interrupted");
+                std::process::exit(code::INTERRUPTED.into());
+            }
+        };
+        let report = pool.session().kv(&args.store, &order, keys, file, watch);
+        report.map_err(|error| match error.kind() {
+            ErrorKind::InvalidArgument => Failure::usage(error.chain()),
+            _ => error.into(),
+        })
+    };
+    match &args.command {
+        KvCommand::Stat => match ask(Order::Stat, &[], None)? {
+            Report::Stat { stat, namespaces, tenants } => tell_stat(global, &stat, &namespaces, tenants),
+            other => Err(odd(&other)),
+        },
+        KvCommand::Ls(select) => match ask(Order::List(selected(select)), &[], None)? {
+            Report::Listed(blocks) => tell_blocks(global, &blocks),
+            other => Err(odd(&other)),
+        },
+        KvCommand::Verify => match ask(Order::Verify, &[], None)? {
+            Report::Moved(moved) => tell_verified(global, &moved),
+            other => Err(odd(&other)),
+        },
+        KvCommand::Evict(blocks) => {
+            let keys = named("evict", blocks)?;
+            tell_count(global, "removed", ask(Order::Remove(selected(&blocks.select)), &keys, None)?)
+        }
+        KvCommand::Pin(blocks) => {
+            let (keys, select) = (named("pin", blocks)?, selected(&blocks.select));
+            tell_count(global, "pinned", ask(Order::Pin { select, pinned: true }, &keys, None)?)
+        }
+        KvCommand::Unpin(blocks) => {
+            let (keys, select) = (named("unpin", blocks)?, selected(&blocks.select));
+            tell_count(global, "unpinned", ask(Order::Pin { select, pinned: false }, &keys, None)?)
+        }
+        KvCommand::Export(export) => {
+            let keys = keys(&export.keys)?;
+            let order = Order::Export(selected(&export.select));
+            let moved = written(&export.file, |file| match ask(order, &keys, Some(file))? {
+                Report::Moved(moved) => Ok(moved),
+                other => Err(odd(&other)),
+            })?;
+            told(global, "written", &moved)
+        }
+        KvCommand::Import(import) => {
+            let tried = || format!("read {}", import.file.display());
+            let file = File::open(&import.file).map_err(|error| Failure::io(tried(), &error))?;
+            let tenant = import.tenant.clone().unwrap_or_default();
+            match ask(Order::Import { tenant }, &[], Some(&file)).map_err(|e| e.while_doing(tried()))? {
+                Report::Moved(moved) => told(global, "stored", &moved),
+                other => Err(odd(&other)),
+            }
+        }
+        KvCommand::Drop => {
+            ask(Order::Drop, &[], None)?;
+            match global.json {
+                true => output::json(&json!({ "dropped": args.store })),
+                false => output::line(&format!("KV store {} is dropped", output::printable(&args.store))),
+            }
+        }
+    }
+}
+
+/// The owner answered another question.
+fn odd(report: &Report) -> Failure {
+    let text: String = format!("{report:?}").chars().take(100).collect();
+    Failure::new(code::FAILED, "Protocol", format!("the pool's owner answered with something else: {text}"))
 }
 
 fn keys(words: &[String]) -> Outcome<Vec<Key>> {
@@ -92,29 +102,36 @@ fn keys(words: &[String]) -> Outcome<Vec<Key>> {
     words.iter().map(key).collect()
 }
 
-/// Namespaces and tenants that have blocks and are asked for.
-fn chosen(store: &engine::kv::Store, select: &KvSelect) -> Outcome<Vec<(u16, String, View)>> {
-    let mut views = store.views()?;
-    views.retain(|(namespace, tenant, _)| {
-        select.namespace.is_none_or(|wanted| wanted == *namespace)
-            && select.tenant.as_ref().is_none_or(|wanted| wanted == tenant)
-    });
-    Ok(views)
+fn selected(select: &KvSelect) -> Select {
+    Select { namespace: select.namespace, tenant: select.tenant.clone() }
 }
 
-/// The one that is asked for.
-fn one(store: &engine::kv::Store, select: &KvSelect) -> Outcome<(u16, View)> {
-    let mut views = chosen(store, select)?;
-    match (views.pop(), views.len()) {
-        (Some((namespace, _, view)), 0) => Ok((namespace, view)),
-        (None, _) => Err(Failure::not_found("no namespace and tenant of the store has such blocks")),
-        (Some(_), more) => Err(Failure::usage(format!("blocks of {} namespaces and tenants fit", more + 1))
-            .hint("choose with --namespace and --tenant; `nvtier kv stat` lists them")),
+/// Keys of a command that changes blocks; all of them only where that is said.
+fn named(doing: &str, blocks: &KvBlocks) -> Outcome<Vec<Key>> {
+    let keys = keys(&blocks.keys)?;
+    let select = &blocks.select;
+    if keys.is_empty() && !blocks.all && select.namespace.is_none() && select.tenant.is_none() {
+        return Err(Failure::usage(format!(
+            "{doing} what? name keys, a --namespace or a --tenant, or say --all"
+        )));
+    }
+    Ok(keys)
+}
+
+fn tell_count(global: &Global, what: &str, report: Report) -> Outcome {
+    match report {
+        Report::Count(count) if global.json => output::json(&json!({ what: count })),
+        Report::Count(count) => output::line(&format!("{count} blocks {what}")),
+        other => Err(odd(&other)),
     }
 }
 
-fn stat(global: &Global, store: &engine::kv::Store) -> Outcome {
-    let (stat, namespaces, tenants) = (store.stat(), store.namespaces(), store.tenants());
+fn tell_stat(
+    global: &Global,
+    stat: &StoreStat,
+    namespaces: &[NamespaceInfo],
+    tenants: Vec<TenantInfo>,
+) -> Outcome {
     if global.json {
         return output::json(&json!({ "stat": stat, "namespaces": namespaces, "tenants": tenants }));
     }
@@ -159,8 +176,10 @@ fn stat(global: &Global, store: &engine::kv::Store) -> Outcome {
     output::line(&text)
 }
 
-fn ls(global: &Global, store: &engine::kv::Store, select: &KvSelect) -> Outcome {
-    let mut listed: Vec<Value> = Vec::new();
+fn tell_blocks(global: &Global, blocks: &[Listed]) -> Outcome {
+    if global.json {
+        return output::json(&blocks);
+    }
     let mut table = Table::new(&[
         ("namespace", Align::Right),
         ("tenant", Align::Left),
@@ -168,36 +187,20 @@ fn ls(global: &Global, store: &engine::kv::Store, select: &KvSelect) -> Outcome 
         ("pinned", Align::Left),
         ("expires", Align::Left),
     ]);
-    for (namespace, tenant, view) in chosen(store, select)? {
-        let mut blocks = view.blocks();
-        // As they came.
-        blocks.sort_by_key(|(_, info)| info.generation);
-        for (_, info) in blocks {
-            interrupt::check()?;
-            if global.json {
-                listed.push(json!({ "namespace": namespace, "tenant": tenant, "block": info }));
-                continue;
-            }
-            let expires = match info.expires {
-                0 => "never".to_owned(),
-                at => time::utc(at.into()),
-            };
-            let pinned = if info.pinned { "yes" } else { "no" };
-            let name = output::printable(&tenant);
-            table.row(vec![namespace.to_string(), name, info.key, pinned.to_owned(), expires]);
-        }
+    for Listed { namespace, tenant, block } in blocks {
+        interrupt::check()?;
+        let expires = match block.expires {
+            0 => "never".to_owned(),
+            at => time::utc(at.into()),
+        };
+        let pinned = if block.pinned { "yes" } else { "no" };
+        let name = output::printable(tenant);
+        table.row(vec![namespace.to_string(), name, block.key.clone(), pinned.to_owned(), expires]);
     }
-    if global.json { output::json(&listed) } else { output::line(&table.render()) }
+    output::line(&table.render())
 }
 
-fn verify(global: &Global, store: &engine::kv::Store) -> Outcome {
-    let moved = store.verify(&mut |_| {
-        if interrupt::requested() {
-            // Nothing is half done: what is bad is dropped block by block.
-            output::note("nvtier: error: interrupted");
-            std::process::exit(code::INTERRUPTED.into());
-        }
-    })?;
+fn tell_verified(global: &Global, moved: &Moved) -> Outcome {
     match global.json {
         true => output::json(&json!({ "blocks": moved.blocks, "bad": moved.bad }))?,
         false => output::line(&format!(
@@ -212,43 +215,22 @@ fn verify(global: &Global, store: &engine::kv::Store) -> Outcome {
     }
 }
 
-fn write_out(
-    global: &Global,
-    store: &engine::kv::Store,
-    (namespace, view): &(u16, View),
-    keys: &[Key],
-    path: &Path,
-) -> Outcome {
-    let namespaces = store.namespaces();
-    let print = namespaces.get(usize::from(*namespace)).map(|namespace| namespace.fingerprint.clone());
-    let print = print.ok_or_else(|| Failure::not_found("the namespace is gone"))?;
-    let keys = match keys {
-        [] => {
-            let mut blocks = view.blocks();
-            blocks.sort_by_key(|(_, info)| info.generation);
-            blocks.into_iter().map(|(key, _)| key).collect()
-        }
-        keys => keys.to_vec(),
-    };
-    // Whole or not at all: under another name until it is.
+/// Makes a file, whole or not at all: it has another name until it is.
+fn written(path: &Path, write: impl FnOnce(&File) -> Outcome<Moved>) -> Outcome<Moved> {
     let mut part = path.as_os_str().to_owned();
     part.push(".nvtier-part");
     let failed = |error: std::io::Error| Failure::io(format!("write {}", path.display()), &error);
     let done = (|| {
-        let mut file = BufWriter::with_capacity(1 << 20, File::create(&part).map_err(failed)?);
-        let moved = store.export(view, &print, &keys, &mut file)?;
-        file.flush().map_err(failed)?;
-        file.get_ref().sync_all().map_err(failed)?;
+        let file = File::create(&part).map_err(failed)?;
+        let moved = write(&file)?;
+        file.sync_all().map_err(failed)?;
         fs::rename(&part, path).map_err(failed)?;
         Ok(moved)
     })();
-    match done {
-        Ok(moved) => told(global, "written", &moved),
-        Err(failure) => {
-            let _ = fs::remove_file(&part);
-            Err(failure)
-        }
+    if done.is_err() {
+        let _ = fs::remove_file(&part);
     }
+    done
 }
 
 fn told(global: &Global, what: &str, moved: &Moved) -> Outcome {
