@@ -9,13 +9,16 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Mutex;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use engine::control::protocol::{PAYLOAD_MAX, REQUEST_MAX, Reply, Request, VERSION};
 use engine::control::{Client, location, serve};
+use engine::kv::admin::{Order, Report, Select};
+use engine::kv::{Get, Key, Put, Settings};
 use engine::{
     Access, ErrorKind, FormatOptions, NewNode, NodeKind, OpenOptions, Pool, WriterOptions, fuzzing,
 };
+use nvme::Buffer;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -105,7 +108,12 @@ fn path(source: &mut Source<'_>) -> String {
 }
 
 fn request(source: &mut Source<'_>) -> Request {
-    match source.u8() % 21 {
+    // Numbers below 192 mean what they did before there were KV stores: the corpus keeps its sense.
+    let kind = source.u8();
+    if kind >= 192 {
+        return kv_request(source);
+    }
+    match kind % 21 {
         0 => Request::Hello { version: source.u32() },
         1 => Request::Info,
         2 => Request::Stat,
@@ -135,6 +143,99 @@ fn request(source: &mut Source<'_>) -> Request {
         19 => Request::Commit,
         _ => Request::Abort,
     }
+}
+
+/// A store's name: one that may be there, one that is none, any.
+fn store(source: &mut Source<'_>) -> String {
+    match source.u8() % 4 {
+        0 | 1 => "s".into(),
+        2 => "../s".into(),
+        _ => path(source),
+    }
+}
+
+fn select(source: &mut Source<'_>) -> Select {
+    let which = source.u8();
+    Select {
+        namespace: (which & 1 == 0).then(|| u16::from(which >> 4)),
+        tenant: (which & 2 == 0).then(|| if which & 4 == 0 { String::new() } else { path(source) }),
+    }
+}
+
+/// Requests to KV stores.
+fn kv_request(source: &mut Source<'_>) -> Request {
+    match source.u8() % 20 {
+        0..=2 => {
+            // Little memory and time: an input is to be through in milliseconds.
+            let settings = Settings {
+                name: store(source),
+                budget_bytes: Some(source.number() % (24 << 20)),
+                // Nothing that depends on how fast this machine is.
+                ttl_secs: (source.u8() & 1 == 0).then(|| source.number().max(1000)),
+                write_bytes_per_day: (source.u8() & 1 == 0).then(|| source.number()),
+                second_offer: (source.u8() & 1 == 0).then(|| source.number() as usize),
+                deadline_ms: source.number().max(5000),
+            };
+            let block_bytes = match source.u8() % 4 {
+                0 => [0, u32::MAX, (256 << 20) + 1, 1 << 20][usize::from(source.u8() % 4)],
+                _ => 1 + u32::from(source.u16() % 20_000),
+            };
+            Request::KvOpen { settings, block_bytes, tenant: path(source) }
+        }
+        3 => Request::KvLookup,
+        4 => Request::KvContains,
+        5 | 6 => Request::KvGet,
+        7 | 8 => Request::KvPut,
+        9 => Request::KvPin { pinned: source.u8() & 1 == 0 },
+        10 => Request::KvRemove,
+        11 => Request::KvQuota { bytes: source.number() },
+        12 => Request::KvFlush,
+        13 => Request::KvStat,
+        _ => {
+            let order = match source.u8() % 9 {
+                0 => Order::Names,
+                1 => Order::Stat,
+                2 => Order::List(select(source)),
+                3 => Order::Verify,
+                4 => Order::Pin { select: select(source), pinned: source.u8() & 1 == 0 },
+                5 => Order::Remove(select(source)),
+                6 => Order::Export(select(source)),
+                7 => Order::Import { tenant: path(source) },
+                _ => Order::Drop,
+            };
+            Request::Kv { store: store(source), order }
+        }
+    }
+}
+
+/// What goes with it: keys, a fingerprint, or what is neither; and a file, an empty one or one of some length, where it takes one.
+fn kv_load(request: &Request, source: &mut Source<'_>) -> (Vec<u8>, Option<OwnedFd>) {
+    let wants_file = matches!(
+        request,
+        Request::KvOpen { .. } | Request::Kv { order: Order::Export(_) | Order::Import { .. }, .. }
+    );
+    let file = (wants_file && source.u8() & 7 != 0).then(|| {
+        let fd = rustix::fs::memfd_create("nvtier-fuzz", rustix::fs::MemfdFlags::CLOEXEC);
+        let file = fs::File::from(fd.expect("a memory file"));
+        match source.u8() & 1 {
+            0 => file.set_len(u64::from(source.u16()) * 64).expect("memory"),
+            _ => file.write_all_at(source.bytes(), 0).expect("memory"),
+        }
+        OwnedFd::from(file)
+    });
+    let payload = match request {
+        Request::KvOpen { .. } => source.bytes().to_vec(),
+        _ if source.u8() & 15 == 15 => source.bytes().to_vec(),
+        _ => {
+            let key = |n: u8| {
+                let mut bytes = [0; 33];
+                (bytes[0], bytes[1]) = (16, n % 8);
+                bytes
+            };
+            (0..source.u8() % 40).flat_map(|_| key(source.u8())).collect()
+        }
+    };
+    (payload, file)
 }
 
 /// A real owner of a real pool, and a client that asks whatever the input says. Each request is answered, or the owner hangs up.
@@ -172,8 +273,12 @@ pub fn server(input: &[u8]) -> u64 {
             break;
         }
         let request = request(&mut source);
-        let payload = if matches!(request, Request::Write { .. }) { source.bytes() } else { &[] };
-        if stream.write_all(&frame(&request, payload)).is_err() {
+        let (payload, file) = match &request {
+            Request::Write { .. } => (source.bytes().to_vec(), None),
+            request if is_kv(request) => kv_load(request, &mut source),
+            _ => (Vec::new(), None),
+        };
+        if send(&stream, &Lie { bytes: frame(&request, &payload), file }).is_err() {
             break;
         }
         let Some((reply, data)) = last_answer(&mut stream) else { break };
@@ -198,6 +303,23 @@ fn write(pool: &Pool, folder: &str, name: &str, bytes: &[u8]) {
     handle.write_at(0, bytes).expect("a write");
 }
 
+fn is_kv(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::KvOpen { .. }
+            | Request::KvLookup
+            | Request::KvContains
+            | Request::KvGet
+            | Request::KvPut
+            | Request::KvPin { .. }
+            | Request::KvRemove
+            | Request::KvQuota { .. }
+            | Request::KvFlush
+            | Request::KvStat
+            | Request::Kv { .. }
+    )
+}
+
 fn check(request: &Request, reply: &Reply, data: &[u8]) {
     match (request, reply) {
         (_, Reply::Error { message, .. }) => assert!(!message.is_empty() && data.is_empty()),
@@ -209,7 +331,17 @@ fn check(request: &Request, reply: &Reply, data: &[u8]) {
         | (Request::StatPath { .. } | Request::Commit, Reply::Entry(_))
         | (Request::Verify { .. }, Reply::Verified(_))
         | (Request::OpenReader { .. }, Reply::Reader { .. })
-        | (Request::OpenWriter { .. }, Reply::Writer { .. }) => {}
+        | (Request::OpenWriter { .. }, Reply::Writer { .. })
+        | (Request::KvOpen { .. }, Reply::KvOpen { .. })
+        | (Request::KvStat, Reply::KvStat(_))
+        | (Request::Kv { .. }, Reply::Kv(_))
+        | (Request::KvFlush | Request::KvQuota { .. }, Reply::Done) => {}
+        (Request::KvLookup | Request::KvPin { .. } | Request::KvRemove, Reply::Count(count)) => {
+            assert!(*count <= 40 + u64::from(u16::MAX) / 33);
+        }
+        (Request::KvContains | Request::KvGet | Request::KvPut, Reply::Data) => {
+            assert!(data.len() <= 40 + usize::from(u16::MAX) / 33);
+        }
         (
             Request::Mkdirs { .. }
             | Request::Remove { .. }
@@ -239,7 +371,7 @@ fn kind_of(reply: &Reply) -> String {
 fn last_answer(stream: &mut UnixStream) -> Option<(Reply, Vec<u8>)> {
     loop {
         match answer(stream)? {
-            (Reply::Working(_) | Reply::Entries { more: true, .. }, _) => {}
+            (Reply::Working(_) | Reply::Entries { more: true, .. } | Reply::KvListed(_), _) => {}
             other => return Some(other),
         }
     }
@@ -279,6 +411,14 @@ fn reply(source: &mut Source<'_>) -> Lie {
     let reply = match kind & 0x7f {
         0 => return Lie { bytes: source.bytes().to_vec(), file },
         1 => return Lie { bytes: framed(source.bytes(), source.bytes()), file },
+        kind if kind >= 0x60 => match kind % 6 {
+            0 => Reply::KvOpen { slot_bytes: 4096 },
+            1 => Reply::KvOpen { slot_bytes: source.number() },
+            2 => Reply::Count(source.number()),
+            3 => Reply::KvStat(Box::default()),
+            4 => Reply::KvListed(Vec::new()),
+            _ => Reply::Kv(Box::new(Report::Names(vec!["s".into()]))),
+        },
         kind => match kind % 9 {
             0 => Reply::Done,
             1 | 2 => Reply::Reader {
@@ -356,6 +496,9 @@ fn ask(root: &std::path::Path, call: u8) -> String {
     let shown = |result: engine::Result<String>| result.unwrap_or_else(|error| format!("{:?}", error.kind()));
     let connected = Client::connect(root);
     let Ok(client) = connected else { return shown(connected.map(|_| String::new())) };
+    if call >= 0xe0 {
+        return ask_kv(&client, call);
+    }
     match call % 6 {
         0 => shown(client.list("d", true).map(|entries| entries.len().to_string())),
         1 => shown(client.verify("", &mut |_| {}).map(|report| format!("{report:?}"))),
@@ -384,6 +527,27 @@ fn ask(root: &std::path::Path, call: u8) -> String {
             Err(error) => format!("{:?}", error.kind()),
         },
     }
+}
+
+/// The client's side of KV stores: whatever the owner says, each block is a miss or there, and each put is answered.
+fn ask_kv(client: &Client, call: u8) -> String {
+    let key = Key::new(&[7; 16]).expect("a key");
+    if call & 1 == 0 {
+        let listed = client.kv("s", &Order::List(Select::default()), &[key], None, &mut |_| {});
+        return listed.map_or_else(|error| format!("{:?}", error.kind()), |report| format!("{report:?}"));
+    }
+    let blocks = match client.blocks(&Settings::default(), b"print", 3000, "") {
+        Ok(blocks) => blocks,
+        Err(error) => return format!("{:?}", error.kind()),
+    };
+    let buffer = || Buffer::heap(blocks.slot_bytes()).expect("memory");
+    let by = Instant::now() + HANG;
+    let puts = blocks.put(vec![Put { key, buffer: buffer(), start: 0 }], by);
+    let gets = blocks.get(vec![Get { key, buffer: buffer(), start: 0 }], by);
+    assert_eq!((puts.len(), gets.len()), (1, 1));
+    let there = blocks.contains(&[key]);
+    assert!(there.is_err() || there.is_ok_and(|there| there.len() == 1));
+    format!("{:?} {}", puts[0].result, gets[0].result.is_ok())
 }
 
 fn send(stream: &UnixStream, lie: &Lie) -> rustix::io::Result<()> {
