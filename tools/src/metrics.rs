@@ -4,7 +4,7 @@
 //! asks too much, too slowly or too often is cut off, so that nobody can hold up the owner of a pool.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -21,17 +21,6 @@ const CONNECTIONS: usize = 8;
 
 /// Makes the text; `None` once there is nothing to tell of.
 pub type Source = dyn Fn() -> Option<String> + Send + Sync;
-
-/// `PORT` means loopback; any other address is given in full.
-pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
-    if let Ok(port) = text.parse() {
-        return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
-    }
-    text.parse().map_err(|_| {
-        "it is neither a port (9299: loopback only) nor an address and a port (127.0.0.1:9299, [::]:9299)"
-            .to_owned()
-    })
-}
 
 /// A bound address that does not answer yet.
 pub struct Bound {
@@ -199,7 +188,7 @@ fn respond_with(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::cli::parse_address;
 
     #[test]
     fn addresses() {
