@@ -131,10 +131,10 @@ def main():
         folder = pathlib.Path(folder)
         nvtier.format(folder / "pool")
         with nvtier.kv.Store(folder / "pool", ram=ram, budget=2 * prefix_bytes + 512 * MIB, deadline=60.0) as store:
-            spent, auto = clock(lambda: nvtier.transformers.PrefixCache(model, store, chunk_tokens=8192, deadline=60.0))
+            spent, auto = clock(lambda: nvtier.transformers.PrefixCache(model, store, chunk_tokens=32768, deadline=60.0))
             report["fingerprint_seconds"] = spent
             print(f"weights fingerprinted in {spent:.1f} s", flush=True)
-            load = nvtier.transformers.PrefixCache(model, store, plan="load", chunk_tokens=8192, deadline=60.0)
+            load = nvtier.transformers.PrefixCache(model, store, plan="load", chunk_tokens=32768, deadline=60.0)
             space = load.namespace()
             keys = load._keys(space, ids[0].tolist())
             first, cache = clock(lambda: auto.prefill(ids))
@@ -225,6 +225,8 @@ def main():
                     if round:
                         bandwidth[name].append(rate)
             report["seconds"], report["bytes_per_second"], report["splits"] = times, bandwidth, splits
+            for kind, start, end, begun, spent in next(split["steps"] for split in reversed(splits) if split["row"].endswith("drive")):
+                print(f"  {begun:7.3f} s  {kind:8}{start:6} to {end:6}  {spent:.3f} s", flush=True)
             planner = auto.planner
             report["planner"] = {"compute": planner.compute_seconds(0, tokens), "drive": planner.load_seconds(prefix_bytes)}
 

@@ -17,8 +17,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// How much an older measurement counts against the next one.
 const FADE: f64 = 0.85;
-/// Of what computing would still have to do, as much is given out at once; the rest is planned again with what was learned.
-const SHARE: f64 = 0.75;
+/// Of what computing would still have to do, as much is given out at once; the rest is planned again with what was learned. Large, since attention in one
+/// piece is faster than in two: kernels for tokens behind others, which need a mask, take up to twice as long.
+const SHARE: f64 = 0.9;
 /// Work that takes less than so many launches is given out at once.
 const LAUNCHES: f64 = 8.0;
 /// Seconds that a load may take in any case.

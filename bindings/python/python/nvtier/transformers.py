@@ -30,6 +30,10 @@ __all__ = ["KvCache", "PrefixCache"]
 
 #: Keys whose values make no difference to what is computed.
 _NO_DIFFERENCE = ("_name_or_path", "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict")
+#: Bytes that are asked for at once at most. Each call takes half a millisecond besides, in which memory would give 25 MB.
+_LOAD_BYTES = 256 << 20
+#: So many tokens behind a restored prefix are left to ``generate``, which computes the last token in any case: one pass over the weights less.
+_TAIL = 256
 #: Growth of a layer that is full.
 _GROW = 1.5
 
@@ -208,7 +212,7 @@ class PrefixCache:
         tenant: str = "",
         block_tokens: int = 16,
         plan: str = "auto",
-        chunk_tokens: int = 8192,
+        chunk_tokens: int = 32768,
         salt: bytes = b"",
         deadline: Optional[float] = None,
         planner: Optional[kv.Planner] = None,
@@ -290,9 +294,8 @@ class PrefixCache:
     def _restore(self, space: kv.Namespace, cache: KvCache, ids: torch.Tensor, keys: List[bytes]) -> Dict[str, Any]:
         """Brings the first blocks of ``keys`` into the cache; says what came how."""
         if self.plan == "compute" or not keys:
-            return {"blocks": 0, "loaded": 0, "computed": 0}
+            return {"blocks": 0, "loaded": 0, "computed": 0, "steps": []}
         planes = cache.planes(self.block_tokens)
-        bytes_at_once = 64 << 20
         restore = _nvtier.KvRestore(
             self.planner,
             space.in_memory(keys),
@@ -301,7 +304,7 @@ class PrefixCache:
             compute=self.plan == "auto",
             load=True,
             chunk_tokens=self.chunk_tokens,
-            load_blocks=max(bytes_at_once // self._block_bytes, 1),
+            load_blocks=max(_LOAD_BYTES // self._block_bytes, 1),
         )
         device = planes.device
         # What used this memory before has ended; from now on the loader need not wait for what computes.
@@ -309,6 +312,8 @@ class PrefixCache:
         until = None if self.deadline is None else time.monotonic() + self.deadline
         news = threading.Condition()
         failure: List[BaseException] = []
+        steps: List[Tuple[str, int, int, float, float]] = []
+        origin = time.monotonic()
 
         def load() -> None:
             try:
@@ -319,7 +324,9 @@ class PrefixCache:
                     begun = time.monotonic()
                     left = None if until is None else max(until - begun, 0.0)
                     done = space._get(keys[start:end], planes, range(start, end), left)
-                    restore.loaded([one in kv.HITS for one in done], time.monotonic() - begun)
+                    spent = time.monotonic() - begun
+                    restore.loaded([one in kv.HITS for one in done], spent)
+                    steps.append(("load", start * self.block_tokens, end * self.block_tokens, begun - origin, spent))
                     with news:
                         news.notify_all()
             except BaseException as error:  # whatever it was, the caller's thread raises it
@@ -349,18 +356,25 @@ class PrefixCache:
                 begun = time.monotonic()
                 self._forward(cache, ids[:, start * self.block_tokens : end * self.block_tokens])
                 kv._finish_device(device)
-                restore.computed(time.monotonic() - begun)
+                spent = time.monotonic() - begun
+                restore.computed(spent)
+                steps.append(("compute", start * self.block_tokens, end * self.block_tokens, begun - origin, spent))
         finally:
             loader.join()
         if failure:
             raise failure[0]
         restored = restore.restored()
+        restored["steps"] = sorted(steps, key=lambda step: step[3])
         cache.set_length(restored["blocks"] * self.block_tokens)
         return restored
 
     def prefill(self, input_ids: torch.Tensor, room: int = 0) -> KvCache:
         """A cache with all of ``input_ids`` (one sequence) but the last token: restored as far as it is stored, computed for the rest. ``room``:
         tokens that will come. Pass it to ``model.generate(input_ids, past_key_values=cache)``, and to ``save`` afterwards."""
+        return self._prefill(input_ids, room, 0)
+
+    def _prefill(self, input_ids: torch.Tensor, room: int, leave: int) -> KvCache:
+        """``leave``: the last tokens are not computed if there are at most so many."""
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
             raise NotSupported(f"a prompt of shape {tuple(input_ids.shape)}: one sequence at a time, [1, tokens], is supported")
         begun = time.monotonic()
@@ -375,7 +389,7 @@ class PrefixCache:
         at = restored["blocks"] * self.block_tokens
         restored_by = time.monotonic()
         first = at
-        while at < count - 1:
+        while at < count - 1 and count - 1 - first > leave:
             end = min(at + self.chunk_tokens, count - 1)
             since = time.monotonic()
             self._forward(cache, ids[:, at:end])
@@ -386,8 +400,10 @@ class PrefixCache:
             "prompt_tokens": count,
             "stored_tokens": stored * self.block_tokens,
             "loaded_tokens": restored["loaded"] * self.block_tokens,
-            "computed_tokens": restored["computed"] * self.block_tokens + (at - first),
+            "computed_tokens": restored["computed"] * self.block_tokens + (count - 1 - first),
             "restore_seconds": restored_by - begun,
+            # Of the restore: ("load" or "compute", first token, end, when it began, seconds).
+            "steps": restored["steps"],
             "prefill_seconds": time.monotonic() - begun,
         }
         return cache
@@ -416,7 +432,7 @@ class PrefixCache:
         new = options.get("max_new_tokens")
         limit = options.get("max_length")
         room = new if new is not None else (max(limit - input_ids.shape[1], 0) if limit is not None else 256)
-        cache = self.prefill(input_ids, room)
+        cache = self._prefill(input_ids, room, _TAIL)
         # Several sequences share the prompt; afterwards it is not to be told from theirs.
         given, defaults = options.get("generation_config"), self.model.generation_config
         counts = [
