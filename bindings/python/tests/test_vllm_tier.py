@@ -1,0 +1,254 @@
+"""The tier of vLLM's KV cache under vLLM's own tiering manager: no GPU, no model, no server.
+
+vLLM is too heavy for the tests' environment. Where the 0.33 wheel lies unpacked, with what its Python files import, run
+`PYTHONPATH=$VLLM python -m pytest bindings/python/tests/test_vllm_tier.py`; elsewhere all of it is skipped."""
+
+import gc
+import hashlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+import uuid
+
+import numpy as np
+import pytest
+
+import nvtier
+import nvtier.vllm
+
+try:
+    from vllm.v1.kv_offload import base, config
+    from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+except ImportError as error:
+    pytest.skip(f"no vLLM with tiers here: {error}", allow_module_level=True)
+
+CHUNK = 128 << 10
+#: Steps until something has to have come.
+STEPS = 20_000
+
+
+@pytest.fixture
+def pool(tmp_path):
+    nvtier.format(tmp_path / "pool")
+    return tmp_path / "pool"
+
+
+class Engine:
+    """A manager of vLLM's, as its scheduler drives it."""
+
+    def __init__(self, pool, chunks, chunk=CHUNK, **tier):
+        tier = {"type": "NvtierTier", "module_path": "nvtier.vllm", "pool": str(pool), "budget": 256 << 20, "fingerprint": "f", "ram": 32 << 20, **tier}
+        self.id = f"nvtier-test-{uuid.uuid4().hex}"
+        self.manager = TieringOffloadingSpec(
+            config.OffloadingConfig(
+                groups=(config.OffloadingGroupConfig(tokens_per_block=16, layer_names=("l0",), group_id=0),),
+                worker_kv_bytes_per_block=chunk,
+                enable_kv_cache_events=False,
+                extra_config={"cpu_bytes_to_use": chunk * chunks, "secondary_tiers": [tier]},
+                engine_id=self.id,
+                model=config.OffloadingModelConfig("m", "bfloat16"),
+                cache=config.OffloadingCacheConfig(tokens_per_hash=16, blocks_per_chunk=1),
+                parallel=config.OffloadingParallelConfig(
+                    rank=0, world_size=1, tp_size=1, pp_size=1, pcp_size=1, dcp_size=1, data_parallel_index=0,
+                    data_parallel_size=1, data_parallel_rank_local=None, is_parallelism_agnostic=True,
+                ),
+                kv_cache_layout="NHD",
+            )
+        ).get_manager()  # fmt: skip
+        self.chunks = chunks
+        self.tier = self.manager.secondary_tiers[0] if hasattr(self.manager, "secondary_tiers") else self.manager.tiers[0]
+
+    def rows(self):
+        return np.asarray(self.manager.primary_tier.get_kv_memoryview())
+
+    def step(self):
+        self.manager.on_schedule_end(base.ScheduleEndContext(new_req_ids=(), preempted_req_ids=()))
+        time.sleep(0)
+
+    def request(self, tenant=None):
+        context = base.ReqContext(f"r{uuid.uuid4().hex}", kv_transfer_params=None if tenant is None else {"tenant": tenant})
+        self.manager.on_new_request(context)
+        return context
+
+    def store(self, numbers, tenant=None):
+        """Stores chunks in waves of half of the CPU tier."""
+        context = self.request(tenant)
+        for start in range(0, len(numbers), max(self.chunks // 2, 1)):
+            wave = numbers[start : start + max(self.chunks // 2, 1)]
+            for _ in range(STEPS):
+                output = self.manager.prepare_store([key(n) for n in wave], context)
+                if output is not None:
+                    break
+                self.step()
+            assert output is not None, "the CPU tier stays full"
+            at = dict(zip(output.keys_to_store, output.store_spec.chunk_ids))
+            rows = self.rows()
+            for n in wave:
+                if key(n) in at:
+                    rows[at[key(n)]] = content(n, rows.shape[1])
+            del rows
+            self.manager.complete_store([key(n) for n in wave], context)
+            self.tier.drain_jobs()
+            self.step()
+        self.manager.on_request_finished(context)
+
+    def load(self, numbers, tenant=None):
+        """Which of the chunks come back; their bytes are compared."""
+        context = self.request(tenant)
+        results = {}
+        for _ in range(STEPS):
+            results = {n: self.manager.lookup(key(n), context) for n in numbers}
+            if all(result in (base.LookupResult.HIT, base.LookupResult.MISS) for result in results.values()):
+                break
+            self.step()
+        assert all(r in (base.LookupResult.HIT, base.LookupResult.MISS) for r in results.values()), results
+        found = [n for n, result in results.items() if result is base.LookupResult.HIT]
+        if found:
+            spec = self.manager.prepare_load([key(n) for n in found], context)
+            rows = self.rows()
+            for n, at in zip(found, spec.chunk_ids):
+                assert (rows[at] == content(n, rows.shape[1])).all(), f"chunk {n} is not what was stored"
+            del rows
+            self.manager.complete_load([key(n) for n in found], context)
+        self.manager.on_request_finished(context)
+        return found
+
+    def close(self):
+        self.tier = None
+        gc.collect()
+        self.manager.shutdown()
+        for left in pathlib.Path("/dev/shm").glob(f"*{self.id}*"):
+            left.unlink()
+
+
+def key(n):
+    return base.make_offload_key(hashlib.sha256(b"key %d" % n).digest(), 0)
+
+
+def content(n, size):
+    """Unique for each chunk and within it."""
+    row = np.random.default_rng(n).integers(0, 256, size, dtype=np.uint8)
+    row[:32] = np.frombuffer(hashlib.sha256(b"key %d" % n).digest(), dtype=np.uint8)
+    return row
+
+
+def test_what_left_the_cpu_tier_comes_back_also_after_a_restart(pool):
+    engine = Engine(pool, 32)
+    try:
+        engine.store(range(64))
+        assert engine.load(range(16)) == list(range(16))
+        assert engine.load(range(200, 204)) == []
+        stats = engine.manager.get_stats()
+        assert stats is not None and "nvtier_tier_loaded" in repr(vars(stats))
+    finally:
+        engine.close()
+    engine = Engine(pool, 32)
+    try:
+        assert engine.load(range(24)) == list(range(24))
+    finally:
+        engine.close()
+
+
+def test_tenants_and_other_weights_never_meet(pool):
+    engine = Engine(pool, 16)
+    try:
+        engine.store(range(8), "alice")
+        # Out of the CPU tier, which knows no tenants.
+        engine.store(range(100, 132), "alice")
+        assert engine.load(range(8), "bob") == []
+        assert engine.load(range(8), "alice") == list(range(8))
+    finally:
+        engine.close()
+    engine = Engine(pool, 16, fingerprint="other")
+    try:
+        assert engine.load(range(8), "alice") == []
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("damage", ["flip", "zero", "swap"])
+def test_damage_is_a_miss_and_harms_no_neighbour(pool, damage):
+    engine = Engine(pool, 64)
+    try:
+        engine.store(range(12))
+    finally:
+        engine.close()
+    places = {}
+    for path in sorted(p for p in pool.rglob("*") if p.is_file()):
+        raw = path.read_bytes()
+        for n in range(12):
+            at = raw.find(content(n, CHUNK).tobytes())
+            if at >= 0:
+                places[n] = (path, at)
+    assert len(places) == 12
+    for n in (3, 7):
+        path, at = places[n]
+        new = bytearray(content(n, CHUNK).tobytes())
+        if damage == "flip":
+            for i in range(64):
+                new[CHUNK // 2 + i] ^= 255
+        elif damage == "zero":
+            new = bytearray(CHUNK)
+        else:
+            new = bytearray(content(n + 1, CHUNK).tobytes())
+        with open(path, "r+b") as file:
+            file.seek(at)
+            file.write(new)
+    engine = Engine(pool, 64)
+    try:
+        good = [n for n in range(12) if n not in (3, 7)]
+        # The store has them, a load finds out, and whoever asks again is told that they are not there.
+        assert engine.load(range(12)) == good
+        assert engine.tier._tier.stat()["corrupt"] == 2
+        engine.store([3, 7])
+    finally:
+        engine.close()
+    engine = Engine(pool, 64)
+    try:
+        assert engine.load(range(12)) == list(range(12)), "a later store makes it whole"
+    finally:
+        engine.close()
+
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import test_vllm_tier as t
+engine = t.Engine(sys.argv[1], 16)
+for start in range(0, 4000, 8):
+    engine.store(list(range(start, start + 8)))
+    if start == 64:
+        engine.tier._store.namespace(engine.tier._print, t.CHUNK).flush()
+    print(start, flush=True)
+"""
+
+
+def test_a_kill_loses_nothing_that_was_flushed_and_serves_nothing_wrong(pool):
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(pool), os.path.dirname(__file__)], stdout=subprocess.PIPE, text=True)
+    try:
+        for start in range(0, 96, 8):
+            assert child.stdout.readline() == f"{start}\n"
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        for left in pathlib.Path("/dev/shm").glob("*nvtier-test-*"):
+            left.unlink()
+    engine = Engine(pool, 128)
+    try:
+        found = engine.load(range(104))
+        assert set(range(72)) <= set(found)
+    finally:
+        engine.close()
+
+
+def test_what_makes_no_sense_is_refused(pool):
+    with pytest.raises(nvtier.InvalidArgument, match="deadline"):
+        Engine(pool, 4, deadline=0)
+    with pytest.raises(nvtier.InvalidArgument, match="fingerprint"):
+        Engine(pool, 4, fingerprint=None)
+    assert isinstance(nvtier.vllm, types.ModuleType)
