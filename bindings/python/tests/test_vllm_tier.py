@@ -63,7 +63,7 @@ class Engine:
         self.tier = self.manager.secondary_tiers[0] if hasattr(self.manager, "secondary_tiers") else self.manager.tiers[0]
 
     def rows(self):
-        return np.asarray(self.manager.primary_tier.get_kv_memoryview())
+        return np.asarray(self.manager.primary_tier.get_kv_memoryview()).view(np.uint8)
 
     def step(self):
         self.manager.on_schedule_end(base.ScheduleEndContext(new_req_ids=(), preempted_req_ids=()))
