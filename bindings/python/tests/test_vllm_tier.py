@@ -342,6 +342,42 @@ def test_a_kill_loses_nothing_that_was_flushed_and_serves_nothing_wrong(pool):
         engine.close()
 
 
+OWNER = """
+import sys, nvtier
+pool = nvtier.Pool(sys.argv[1])
+print("owner", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_owner_serves_two_engines_and_its_death_is_misses(pool):
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(pool)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    engines = []
+    try:
+        assert owner.stdout.readline() == "owner\n"
+        engines = [Engine(pool, 16), Engine(pool, 16)]
+        engines[0].store(range(32))
+        assert engines[0].load(range(8)) == list(range(8))
+        assert engines[1].load(range(8)) == list(range(8)), "what one engine stored, another one finds"
+        owner.kill()
+        owner.wait()
+        # From vLLM's own tier, or not at all.
+        engines[1].store(range(100, 116))
+        assert engines[1].load(range(8)) == []
+    finally:
+        for engine in engines:
+            engine.close()
+        owner.kill()
+        owner.wait()
+        owner.stdin.close()
+        owner.stdout.close()
+    engine = Engine(pool, 16)
+    try:
+        assert set(engine.load(range(8))) <= set(range(8))
+    finally:
+        engine.close()
+
+
 def test_what_makes_no_sense_is_refused(pool):
     with pytest.raises(nvtier.InvalidArgument, match="deadline"):
         Engine(pool, 4, deadline=0)

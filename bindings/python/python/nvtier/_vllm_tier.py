@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import (
+    Locality,
     LookupResult,
     Medium,
     OffloadingCounterMetadata,
@@ -120,6 +121,8 @@ class NvtierTier(SecondaryTierManager):
         rows, row = primary_kv_view.shape[0], self._block_size_bytes
         if not primary_kv_view.c_contiguous or primary_kv_view.nbytes != rows * row:
             raise InvalidArgument("vLLM's CPU tier is not one piece of memory: nvtier does not fit this vLLM")
+        # A pool is on drives of this machine; drives that are behind a network can be said to be REMOTE.
+        self.locality = Locality.LOCAL if locality is None else Locality(locality)
         self._tenant_key = tenant_key
         self._print = self._fingerprint(fingerprint)
         # What vLLM has in its CPU tier need not be in memory twice.

@@ -12,7 +12,7 @@ tensor-parallel group reads whole tensors, as vLLM's own loader does. vLLM finds
 
 Keys of the tier: ``pool``; ``store`` (name, ``vllm``), ``budget`` (bytes), ``fingerprint`` (text that changes with the weights; default: a
 digest of the model's weight files), ``tenant_key`` (of a request's ``kv_transfer_params``, ``tenant``), ``threads``, ``deadline`` (seconds),
-``ram`` (bytes on their way), ``ttl``, ``write_bytes_per_day``, ``second_offer``.
+``ram`` (bytes on their way), ``ttl``, ``write_bytes_per_day``, ``second_offer``, ``locality`` (vLLM's: ``LOCAL``), ``backpressure`` (vLLM's).
 """
 
 from __future__ import annotations
