@@ -77,7 +77,7 @@ pub enum Report {
     /// Of [`Order::Stat`].
     Stat {
         /// The store.
-        stat: StoreStat,
+        stat: Box<StoreStat>,
         /// Its namespaces.
         namespaces: Vec<NamespaceInfo>,
         /// Its tenants.
@@ -121,9 +121,11 @@ pub(crate) fn carry_out(
     let store = Store::share(pool, options, OPEN_WAIT)?;
     Ok(match order {
         Order::Names | Order::Drop => unreachable!("done above"),
-        Order::Stat => {
-            Report::Stat { stat: store.stat(), namespaces: store.namespaces(), tenants: store.tenants() }
-        }
+        Order::Stat => Report::Stat {
+            stat: Box::new(store.stat()),
+            namespaces: store.namespaces(),
+            tenants: store.tenants(),
+        },
         Order::List(select) => {
             let mut listed = Vec::new();
             for (namespace, tenant, view) in chosen(&store, select)? {

@@ -27,7 +27,8 @@ pub fn pytest(
         .arg(shared.folder("pytest")?.join(name))
         .arg(tests)
         .env("PYTHONDONTWRITEBYTECODE", "1")
-        .env("HF_HUB_OFFLINE", "1");
+        .env("HF_HUB_OFFLINE", "1")
+        .env("NVTIER_SUITE", name);
     if !site.is_empty() {
         command.env("PYTHONPATH", std::env::join_paths(site).context("a path with a colon")?);
     }
