@@ -2,7 +2,7 @@
 //! answered when it is asked again, a job when its result is fetched. What inference engines' tiers (`nvtier.vllm`) are made of.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -41,6 +41,8 @@ struct Job {
     by: Instant,
     /// Parts that are not through.
     left: AtomicUsize,
+    /// Blocks that were moved: what was there or was not to be stored costs the drive nothing.
+    moved: AtomicUsize,
     /// Of each block, whether it is there.
     good: Mutex<Vec<bool>>,
 }
@@ -52,7 +54,7 @@ struct Part {
     len: usize,
 }
 
-/// A job that is over: its number, whether all went well, of each block whether it did, seconds, bytes.
+/// A job that is over: its number, whether all went well, of each block whether it did, seconds, bytes that were moved.
 type Finished = (u64, bool, Vec<bool>, f64, u64);
 
 /// What happened since the tier was made.
@@ -206,6 +208,9 @@ impl Tier {
                     true
                 }
             };
+            if matches!(what, "memory" | "drive" | "new") {
+                job.moved.fetch_add(1, AcqRel);
+            }
             if !job.load && good {
                 state.bad.remove(&(job.tenant.clone(), key));
             }
@@ -221,7 +226,7 @@ impl Tier {
                 true => state.counts.load_seconds += seconds,
                 false => state.counts.store_seconds += seconds,
             }
-            let moved = good.iter().filter(|good| **good).count() as u64 * bytes;
+            let moved = job.moved.load(Acquire) as u64 * bytes;
             state.finished.push((job.id, good.iter().all(|good| *good), good, seconds, moved));
         }
     }
@@ -361,6 +366,7 @@ impl KvTier {
             load,
             tenant: tenant.into(),
             left: AtomicUsize::new(keys.len().div_ceil(size)),
+            moved: AtomicUsize::new(0),
             good: Mutex::new(vec![false; keys.len()]),
             keys,
             places,

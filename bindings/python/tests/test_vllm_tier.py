@@ -160,6 +160,31 @@ def test_what_left_the_cpu_tier_comes_back_also_after_a_restart(pool):
         engine.close()
 
 
+def test_what_is_there_is_not_written_again_nor_told_as_written(pool):
+    told = []
+    for _ in range(2):
+        engine = Engine(pool, 32)
+        try:
+            fetch = engine.tier.get_finished_jobs
+            results = []
+
+            def watch(fetch=fetch, results=results):
+                results.extend(new := list(fetch()))
+                return new
+
+            engine.tier.get_finished_jobs = watch
+            engine.store(range(16))
+            engine.step()
+            del engine.tier.get_finished_jobs
+            told.append([(result.success, result.transfer_bytes) for result in results])
+            stat = engine.tier._tier.stat()
+            told.append((stat["stored"], stat["present"], stat["stored_bytes"]))
+            del fetch, watch
+        finally:
+            engine.close()
+    assert told == [[(True, 16 * CHUNK)], (16, 0, 16 * CHUNK), [(True, 0)], (0, 16, 0)]
+
+
 def test_tenants_and_other_weights_never_meet(pool):
     engine = Engine(pool, 16)
     try:
