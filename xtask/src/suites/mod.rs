@@ -59,7 +59,7 @@ enum Suite {
     Posix,
     /// Emulated NVMe drives in a virtual machine: the kernel's driver, passthrough, faults, crashes.
     Guest,
-    /// vLLM's own manager of KV tiers over nvtier's. Only where it is asked for: vLLM is 1.2 GB.
+    /// vLLM's own manager of KV tiers over nvtier's. Only where it is asked for: vLLM is 0.9 GB.
     Vllm,
 }
 
