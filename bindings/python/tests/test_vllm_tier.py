@@ -30,8 +30,8 @@ except ImportError as error:
     pytest.skip(f"no vLLM with tiers here: {error}", allow_module_level=True)
 
 CHUNK = 128 << 10
-#: Steps until something has to have come.
-STEPS = 20_000
+#: Steps, of a millisecond and more, until something has to have come.
+STEPS = 60_000
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ class Engine:
 
     def step(self):
         self.manager.on_schedule_end(base.ScheduleEndContext(new_req_ids=(), preempted_req_ids=()))
-        time.sleep(0)
+        time.sleep(0.001)
 
     def request(self, tenant=None):
         context = base.ReqContext(f"r{uuid.uuid4().hex}", kv_transfer_params=None if tenant is None else {"tenant": tenant})
