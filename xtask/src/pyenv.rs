@@ -69,6 +69,33 @@ pub fn ensure(log: &Path) -> Result<PyEnv> {
     Ok(PyEnv { python, model })
 }
 
+/// A folder of packages beyond the environment's, made once and cached under `name`.
+pub fn packages(python: &PyEnv, name: &str, requirements: &Path, log: &Path) -> Result<PathBuf> {
+    let wanted = fs::read(requirements).with_context(|| format!("cannot read {}", requirements.display()))?;
+    let version = output(&python.python.to_string_lossy(), &["-VV"]).unwrap_or_default();
+    let cache = paths::cache()?;
+    let _lock = lock(&cache.join(format!("{name}.lock")))?;
+    let folder = cache.join(format!("{name}-{:08x}", digest(&[&wanted, version.as_bytes()])));
+    if !folder.join(".ready").exists() {
+        println!("  installing {} into {} (once)", requirements.display(), folder.display());
+        let _ = fs::remove_dir_all(&folder);
+        let mut install = Command::new(&python.python);
+        install.args([
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-compile",
+            "--disable-pip-version-check",
+        ]);
+        install.arg("--target").arg(&folder).arg("-r").arg(requirements);
+        step(install, log, LIMIT).with_context(|| format!("pip install of {}", requirements.display()))?;
+        fs::write(folder.join(".ready"), version)?;
+    }
+    Ok(folder)
+}
+
 /// A Python that the pinned wheels exist for and that can make virtual environments.
 fn interpreter(log: &Path) -> Result<String> {
     const FITS: &str =

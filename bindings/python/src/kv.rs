@@ -8,10 +8,10 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use engine::Blocks;
 use engine::kv::planner::{self, Planner, RestoreOptions, Step};
 use engine::kv::warm::{Space, Warm};
 use engine::kv::{Get, Key, Miss, Put, Refusal, Settings, Stored};
+use engine::{Blocks, Session};
 use gpudirect::driver::Lent;
 use gpudirect::paged::{BlockShape, Inner, Move, Order, Paged, Plane, Staging, Way};
 use gpudirect::{Batch, DeviceMemory, Direction, Driver, Part, PinnedTier, Stream};
@@ -105,22 +105,8 @@ impl KvStore {
         block_bytes: u32,
         tenant: &str,
     ) -> PyResult<KvBlocks> {
-        let session = self.pool.get().session()?;
-        self.warm.check("the KV store")?;
-        let blocks = py
-            .detach(|| {
-                session.blocks(&self.settings, fingerprint, block_bytes, tenant, Some(self.warm.arena()))
-            })
-            .py()?;
-        let space = self.warm.space(fingerprint, block_bytes, tenant);
-        let inner = Inside {
-            blocks,
-            space,
-            warm: self.warm.clone(),
-            pinned: self.pinned.clone(),
-            gpus: Mutex::default(),
-            deadline: Duration::from_millis(self.settings.deadline_ms),
-        };
+        let maker = self.maker()?;
+        let inner = py.detach(|| maker.make(fingerprint, block_bytes, tenant)).py()?;
         Ok(KvBlocks { inner: RwLock::new(Some(Arc::new(Mine::new(inner)))) })
     }
 
@@ -141,7 +127,44 @@ struct Gpu {
     _tier: Arc<PinnedTier>,
 }
 
-struct Inside {
+/// What namespaces of a store are made of, on any thread.
+#[derive(Clone)]
+pub(crate) struct Maker {
+    session: Arc<Mine<Session>>,
+    settings: Settings,
+    warm: Arc<Mine<Warm>>,
+    pinned: Arc<Mutex<HashMap<String, Mine<Arc<PinnedTier>>>>>,
+}
+
+impl Maker {
+    pub(crate) fn make(&self, fingerprint: &[u8], block_bytes: u32, tenant: &str) -> engine::Result<Inside> {
+        let arena = Some(self.warm.arena());
+        let blocks = self.session.blocks(&self.settings, fingerprint, block_bytes, tenant, arena)?;
+        Ok(Inside {
+            blocks,
+            space: self.warm.space(fingerprint, block_bytes, tenant),
+            warm: self.warm.clone(),
+            pinned: self.pinned.clone(),
+            gpus: Mutex::default(),
+            deadline: Duration::from_millis(self.settings.deadline_ms),
+        })
+    }
+}
+
+impl KvStore {
+    pub(crate) fn maker(&self) -> PyResult<Maker> {
+        self.warm.check("the KV store")?;
+        Ok(Maker {
+            session: self.pool.get().session()?,
+            settings: self.settings.clone(),
+            warm: self.warm.clone(),
+            pinned: self.pinned.clone(),
+        })
+    }
+}
+
+/// A namespace of a store, and all that its calls need.
+pub(crate) struct Inside {
     gpus: Mutex<Vec<Gpu>>,
     blocks: Blocks,
     space: Space,
@@ -151,7 +174,7 @@ struct Inside {
 }
 
 /// Where blocks are outside.
-struct Outside {
+pub(crate) struct Outside {
     device: String,
     planes: Vec<Plane>,
     shape: BlockShape,
@@ -161,7 +184,7 @@ struct Outside {
 type ShapeArgs = (u32, u64, u32, u64, u32, u64, u64);
 
 impl Outside {
-    fn new(device: String, planes: Vec<(u64, u64)>, shape: ShapeArgs) -> PyResult<Outside> {
+    pub(crate) fn new(device: String, planes: Vec<(u64, u64)>, shape: ShapeArgs) -> PyResult<Outside> {
         may_use(&device)?;
         let (blocks, block_stride, tokens, token_stride, heads, head_stride, row) = shape;
         let shape = BlockShape { blocks, block_stride, tokens, token_stride, heads, head_stride, row };
@@ -187,7 +210,7 @@ impl Outside {
 
 /// What became of a block that was asked for.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Got {
+pub(crate) enum Got {
     Memory,
     Drive,
     Absent,
@@ -196,7 +219,7 @@ enum Got {
 }
 
 impl Got {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Got::Memory => "memory",
             Got::Drive => "drive",
@@ -266,7 +289,7 @@ impl Inside {
         Ok(Mover::Gpu { gpu, paged, half: false, room, home: &self.gpus })
     }
 
-    fn get(
+    pub(crate) fn get(
         &self,
         outside: &Outside,
         places: &[u32],
@@ -364,7 +387,12 @@ impl Inside {
         Ok((got, trouble))
     }
 
-    fn put(
+    /// Which blocks are there, in the store.
+    pub(crate) fn contains(&self, keys: &[Key]) -> engine::Result<Vec<bool>> {
+        self.blocks.contains(keys)
+    }
+
+    pub(crate) fn put(
         &self,
         outside: &Outside,
         places: &[u32],

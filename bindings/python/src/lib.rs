@@ -15,6 +15,7 @@ mod pool;
 mod process;
 mod region;
 mod tensor;
+mod tier;
 mod watch;
 
 /// Pools on NVMe, tensor files and control of them.
@@ -24,5 +25,6 @@ fn _nvtier(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pool::register(module)?;
     load::register(module)?;
     kv::register(module)?;
+    tier::register(module)?;
     file::register(module)
 }

@@ -1,6 +1,7 @@
 //! The Python package: its wheel is built, installed into a folder of this run and tested.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -23,9 +24,16 @@ pub fn run(shared: &Shared, python: Option<&Result<PyEnv, String>>) -> Result<Ou
         }
         None => return Ok(Outcome::default()),
     };
+    let log = shared.log("bindings");
+    let site = site(shared, python, &log)?;
+    let tests = paths::workspace().join("bindings/python/tests");
+    pytest::pytest(shared, "bindings", python, &tests, &[&site], LIMIT)
+}
+
+/// Builds the wheel and installs it into a folder of this run.
+pub fn site(shared: &Shared, python: &PyEnv, log: &Path) -> Result<PathBuf> {
     let package = paths::workspace().join("bindings/python");
     let wheels = shared.folder("wheels")?;
-    let log = shared.log("bindings");
     let mut build = Command::new(&python.python);
     build
         .args(["-m", "maturin", "build", "--profile", "dev", "--out"])
@@ -33,7 +41,7 @@ pub fn run(shared: &Shared, python: Option<&Result<PyEnv, String>>) -> Result<Ou
         .arg("--interpreter")
         .arg(&python.python)
         .current_dir(&package);
-    step(build, &log, LIMIT).context("maturin build")?;
+    step(build, log, LIMIT).context("maturin build")?;
     let wheel = fs::read_dir(&wheels)?
         .flatten()
         .map(|entry| entry.path())
@@ -45,6 +53,6 @@ pub fn run(shared: &Shared, python: Option<&Result<PyEnv, String>>) -> Result<Ou
         .args(["-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--target"])
         .arg(&site)
         .arg(&wheel);
-    step(install, &log, LIMIT).context("pip install of the wheel")?;
-    pytest::pytest(shared, "bindings", python, &package.join("tests"), Some(&site), LIMIT)
+    step(install, log, LIMIT).context("pip install of the wheel")?;
+    Ok(site)
 }

@@ -19,7 +19,7 @@ pub fn run(shared: &Shared, python: Option<&Result<PyEnv, String>>) -> Result<Ou
     match python {
         Some(Ok(python)) => {
             let tests = paths::workspace().join("tests/python");
-            pytest::pytest(shared, "frameworks", python, &tests, None, LIMIT)
+            pytest::pytest(shared, "frameworks", python, &tests, &[], LIMIT)
         }
         Some(Err(reason)) => Ok(Outcome::skipped(format!("frameworks: no Python environment: {reason}"))),
         None => Ok(Outcome::default()),

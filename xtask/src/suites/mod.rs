@@ -7,6 +7,7 @@ mod guest;
 mod posix;
 mod pytest;
 mod user;
+mod vllm;
 
 pub use cargo::LibtestReader;
 
@@ -58,6 +59,8 @@ enum Suite {
     Posix,
     /// Emulated NVMe drives in a virtual machine: the kernel's driver, passthrough, faults, crashes.
     Guest,
+    /// vLLM's own manager of KV tiers over nvtier's. Only where it is asked for: vLLM is 0.9 GB.
+    Vllm,
 }
 
 /// What the suites share.
@@ -198,6 +201,9 @@ pub fn run(args: &TestArgs) -> Result<bool> {
         }
         if wanted(Suite::Guest) && !stop() {
             timed(&report, &shared, "guest", || guest::run(&shared));
+        }
+        if args.suite.contains(&Suite::Vllm) && !stop() {
+            timed(&report, &shared, "vllm", || vllm::run(&shared, python.as_ref()));
         }
         if let Some(posix) = posix {
             posix.join().expect("posix suite");

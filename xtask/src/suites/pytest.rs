@@ -4,20 +4,20 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::{Shared, cargo};
 use crate::exec::run;
 use crate::pyenv::PyEnv;
 use crate::tally::Outcome;
 
-/// Runs pytest on `tests` with the environment that the harness prepared.
+/// Runs pytest on `tests` with the environment that the harness prepared, and packages from the folders of `site` before its own.
 pub fn pytest(
     shared: &Shared,
     name: &str,
     python: &PyEnv,
     tests: &Path,
-    site: Option<&Path>,
+    site: &[&Path],
     limit: Duration,
 ) -> Result<Outcome> {
     let mut command = Command::new(&python.python);
@@ -27,9 +27,10 @@ pub fn pytest(
         .arg(shared.folder("pytest")?.join(name))
         .arg(tests)
         .env("PYTHONDONTWRITEBYTECODE", "1")
-        .env("HF_HUB_OFFLINE", "1");
-    if let Some(site) = site {
-        command.env("PYTHONPATH", site);
+        .env("HF_HUB_OFFLINE", "1")
+        .env("NVTIER_SUITE", name);
+    if !site.is_empty() {
+        command.env("PYTHONPATH", std::env::join_paths(site).context("a path with a colon")?);
     }
     if let Some(filter) = &shared.filter {
         command.args(["-k", filter]);

@@ -1,13 +1,24 @@
-"""vLLM: ``--load-format nvtier``. Installing nvtier beside vLLM is enough: vLLM finds it as a general plugin.
+"""vLLM: weights by ``--load-format nvtier``, and a tier of its KV cache in a pool. Installing nvtier beside vLLM is enough.
 
 Weights go from their files to the GPU of each worker by nvtier's lane, in the order of the files, at most 1 GiB ahead of the
 model. ``--model-loader-extra-config '{"cache": "direct"}'`` says how files are read (auto, direct, buffered). Every rank of a
-tensor-parallel group reads whole tensors, as vLLM's own loader does.
+tensor-parallel group reads whole tensors, as vLLM's own loader does. vLLM finds the format as a general plugin.
+
+``NvtierTier`` keeps what leaves vLLM's CPU tier in a KV store of a pool (vLLM 0.33), by configuration alone::
+
+    vllm serve MODEL --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+      "kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 8589934592, "secondary_tiers": [
+        {"type": "NvtierTier", "module_path": "nvtier.vllm", "pool": "/mnt/nvme0/pool", "budget": 200000000000}]}}'
+
+Keys of the tier: ``pool``; ``store`` (name, ``vllm``), ``budget`` (bytes), ``fingerprint`` (text that changes with the weights; default: a
+digest of the model's weight files), ``tenant_key`` (of a request's ``kv_transfer_params``, ``tenant``), ``threads``, ``deadline`` (seconds),
+``ram`` (bytes on their way), ``ttl``, ``write_bytes_per_day``, ``second_offer``, ``locality`` (vLLM's: ``LOCAL``), ``backpressure`` (vLLM's).
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 _registered = False
 
@@ -27,3 +38,12 @@ def register() -> None:
         return
     register_model_loader("nvtier")(NvtierModelLoader)
     _registered = True
+
+
+def __getattr__(name: str) -> Any:
+    # vLLM looks the tier up here by name; who only loads weights, or has a vLLM without tiers, does not import it.
+    if name in ("NvtierTier", "weights_digest"):
+        from . import _vllm_tier
+
+        return getattr(_vllm_tier, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,256 @@
+"""vLLM's secondary tier in a pool; see ``nvtier.vllm``. Imported where vLLM has tiers (0.33) only."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from collections.abc import Collection, Iterable
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.v1.kv_offload.base import (
+    Locality,
+    LookupResult,
+    Medium,
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+)
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+
+from . import _nvtier, kv
+from ._errors import InvalidArgument
+
+logger = logging.getLogger(__name__)
+
+#: Counters of the tier in vLLM's Prometheus output, by their names in ``KvTier.stat``.
+_COUNTERS = {
+    "stored": "Chunks stored in the nvtier pool.",
+    "present": "Chunks that were to be stored and were there.",
+    "refused": "Chunks that were not stored by policy: admission, quota, write budget, room.",
+    "store_failed": "Chunks that could not be stored.",
+    "loaded": "Chunks loaded from the nvtier pool, checksums compared.",
+    "lost": "Chunks that were gone when they were to be loaded.",
+    "corrupt": "Chunks that were not as they were stored: dropped, and a miss.",
+    "load_failed": "Chunks that could not be loaded in time or at all.",
+    "stored_bytes": "Bytes stored in the nvtier pool.",
+    "loaded_bytes": "Bytes loaded from the nvtier pool.",
+    "hits": "Chunks that were asked for and are there.",
+    "misses": "Chunks that were asked for and are not there.",
+}
+_QUEUED = "vllm:nvtier_tier_queued"
+
+
+def _metric(name: str) -> str:
+    return f"vllm:nvtier_tier_{name}"
+
+
+class _Tenant:
+    """Whose a request is: read once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def weights_digest(model: str) -> bytes:
+    """A digest of a model's weight files, whatever they are called: of their bytes, or where they lie in Hugging Face's cache, of the digests
+    that they are named by there."""
+    folder = model
+    if not os.path.isdir(folder):
+        try:
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(model, local_files_only=True)
+        except Exception as error:
+            raise InvalidArgument(
+                f"the weights of {model!r} are not on this machine ({error}), and blocks are not to meet other weights of the same name:"
+                ' set "fingerprint" of the tier to something that changes with the weights'
+            ) from error
+    names = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".bin", ".pt", ".gguf")))
+    if not names:
+        raise InvalidArgument(f'{folder} has no weights: set "fingerprint" of the tier to something that changes with the weights')
+    parts: List[Any] = []
+    for name in names:
+        path = os.path.realpath(os.path.join(folder, name))
+        blob = os.path.basename(path)
+        if os.path.basename(os.path.dirname(path)) == "blobs" and len(blob) == 64:
+            parts.append(["sha256", blob])
+            continue
+        size = os.path.getsize(path)
+        if not size:
+            parts.append(["empty"])
+            continue
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            view = np.frombuffer(mapped, dtype=np.uint8)
+            parts.append(["bytes", *_nvtier.kv_digest_memory("cpu", [(view.ctypes.data, size)])])
+            del view
+    return kv.fingerprint(weights=parts)
+
+
+class NvtierTier(SecondaryTierManager):
+    """Chunks of vLLM's CPU tier in a KV store of a pool. Threads of the binding move them; no call here waits for a drive but ``drain_jobs``
+    and ``shutdown``."""
+
+    medium = Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: Any = None,
+        *,
+        pool: str,
+        store: str = "vllm",
+        budget: Optional[int] = None,
+        fingerprint: Optional[str] = None,
+        tenant_key: str = "tenant",
+        threads: int = 4,
+        deadline: float = 10.0,
+        ram: int = 256 << 20,
+        ttl: Optional[int] = None,
+        write_bytes_per_day: Optional[int] = None,
+        second_offer: Optional[int] = None,
+        locality: Optional[str] = None,
+    ) -> None:
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        rows, row = primary_kv_view.shape[0], self._block_size_bytes
+        if not primary_kv_view.c_contiguous or primary_kv_view.nbytes != rows * row:
+            raise InvalidArgument("vLLM's CPU tier is not one piece of memory: nvtier does not fit this vLLM")
+        # A pool is on drives of this machine; drives that are behind a network can be said to be REMOTE.
+        self.locality = Locality.LOCAL if locality is None else Locality(locality)
+        self._tenant_key = tenant_key
+        self._print = self._fingerprint(fingerprint)
+        # What vLLM has in its CPU tier need not be in memory twice.
+        self._store = kv.Store(
+            pool,
+            store,
+            budget=budget,
+            ram=ram,
+            keep=False,
+            ttl=ttl,
+            write_bytes_per_day=write_bytes_per_day,
+            second_offer=second_offer,
+            deadline=deadline,
+        )
+        try:
+            memory = np.frombuffer(primary_kv_view, dtype=np.uint8)
+            self._tier = _nvtier.KvTier(
+                self._store._inner, primary_kv_view, memory.ctypes.data, rows, row, self._print, threads, float(deadline)
+            )
+            del memory
+        except BaseException:
+            self._store.close()
+            raise
+        self._open = True
+        #: Keys of loads on their way, to say which of them came.
+        self._loads: Dict[int, Tuple[OffloadKey, ...]] = {}
+        self._told: Dict[str, Any] = {}
+
+    def _fingerprint(self, given: Optional[str]) -> bytes:
+        config = self._offloading_spec.config
+        parallel = config.parallel
+        apart: Any = None
+        if not parallel.is_parallelism_agnostic:
+            # The bytes of a chunk depend on how the model is cut.
+            apart = [parallel.world_size, parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size, parallel.rank]
+        return kv.fingerprint(
+            layout="nvtier vllm 1",
+            weights=given if given is not None else weights_digest(config.model.name),
+            dtype=config.model.dtype,
+            groups=[[group.tokens_per_block, list(group.layer_names), group.group_id] for group in config.groups],
+            tokens_per_hash=config.cache.tokens_per_hash,
+            blocks_per_chunk=config.cache.blocks_per_chunk,
+            bytes_per_block=config.worker_kv_bytes_per_block,
+            chunk=self._block_size_bytes,
+            kv_layout=config.kv_cache_layout,
+            canonical=config.canonical_layout,
+            replicated=config.replicated_layout,
+            parallel=apart,
+        )
+
+    def _tenant(self, req_context: ReqContext) -> str:
+        tenant = req_context.get_state(_Tenant)
+        if tenant is None:
+            named = (req_context.kv_transfer_params or {}).get(self._tenant_key, "")
+            tenant = _Tenant(named if isinstance(named, str) else str(named))
+            req_context.set_state(tenant)
+        return tenant.name
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        there = self._tier.lookup(req_context.req_id, self._tenant(req_context), key)
+        if there is None:
+            return LookupResult.RETRY
+        return LookupResult.HIT if there else LookupResult.MISS
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        self._submit(self._tier.store, job_metadata)
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        self._loads[job_metadata.job_id] = tuple(job_metadata.keys)
+        self._submit(self._tier.load, job_metadata)
+
+    def _submit(self, start: Any, job: TransferJob) -> None:
+        start(job.job_id, self._tenant(job.req_context), list(job.keys), job.chunk_ids.tolist())
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        if not self._open:
+            return []
+        trouble = self._tier.trouble()
+        if trouble:
+            logger.warning("nvtier tier: %s", trouble)
+        return [self._result(*finished) for finished in self._tier.finished()]
+
+    def _result(self, job: int, success: bool, good: List[bool], seconds: float, moved: int) -> JobResult:
+        keys = self._loads.pop(job, None)
+        came: Optional[Collection[OffloadKey]] = None
+        if keys is not None and not success:
+            came = tuple(key for key, there in zip(keys, good) if there) or None
+        return JobResult(job_id=job, success=success, successful_keys=came, transfer_time=seconds, transfer_bytes=moved)
+
+    def has_pending_work(self) -> bool:
+        return self._open and self._tier.is_busy()
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        if self._open:
+            self._tier.forget(req_context.req_id)
+
+    def drain_jobs(self) -> None:
+        if self._open:
+            self._tier.drain()
+
+    def shutdown(self) -> None:
+        """Ends the threads and lets go of vLLM's memory; what was stored is durable."""
+        if not self._open:
+            return
+        self._open = False
+        self._tier.close()
+        self._store.close()
+        self._primary_kv_view = memoryview(b"")
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: Dict[str, Any]) -> Dict[str, Any]:
+        metrics: Dict[str, Any] = {_metric(name): OffloadingCounterMetadata(documentation=text) for name, text in _COUNTERS.items()}
+        metrics[_QUEUED] = OffloadingGaugeMetadata(documentation="Pieces of jobs that wait for a thread of the nvtier tier or are with one.")
+        return metrics
+
+    def get_stats(self) -> Optional[OffloadingConnectorStats]:
+        if not self._open:
+            return None
+        now = self._tier.stat()
+        stats = OffloadingConnectorStats()
+        for name in _COUNTERS:
+            more = now[name] - self._told.get(name, 0)
+            if more:
+                stats.increase_counter(_metric(name), more)
+        if now["queued"] != self._told.get("queued"):
+            stats.set_gauge(_QUEUED, now["queued"])
+        self._told = now
+        return stats
