@@ -22,10 +22,26 @@ pub const OWNER_FILE: &str = "owner";
 pub struct Owner {
     /// Held for its lock. `None`: a read-only open of a pool that never had a lock file, on a file system that takes none; or there
     /// is no file, see [`of_devices`](Owner::of_devices).
-    _file: Option<File>,
+    file: Option<File>,
+    /// Who took it: a copy of this in a forked process gives nothing up.
+    taker: u32,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        // Closing is not enough: a child that another thread is starting has a copy of the descriptor until it runs its program, and the
+        // lock with it. Giving the lock up takes it from all copies.
+        if let Some(file) = self.file.as_ref().filter(|_| self.taker == std::process::id()) {
+            let _ = flock(file, FlockOperation::Unlock);
+        }
+    }
 }
 
 impl Owner {
+    fn with(file: Option<File>) -> Owner {
+        Owner { file, taker: std::process::id() }
+    }
+
     /// Takes ownership; `Busy` names the process that has it.
     pub fn take(member: &Path, kind: MemberKind, read_only: bool) -> Result<Owner> {
         let what = || format!("lock pool {}", member.display());
@@ -46,7 +62,7 @@ impl Owner {
                     && error.kind() == std::io::ErrorKind::NotFound
                     && kind == MemberKind::Directory =>
             {
-                return Ok(Owner { _file: None });
+                return Ok(Owner::with(None));
             }
             Err(error) => return Err(Error::io(what(), error)),
         };
@@ -69,7 +85,7 @@ impl Owner {
             }
             // NFS and some FUSE file systems know no flock.
             Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::NOLCK) if read_only => {
-                return Ok(Owner { _file: None });
+                return Ok(Owner::with(None));
             }
             Err(error) => return Err(Error::io(what(), error.into())),
         }
@@ -77,12 +93,12 @@ impl Owner {
             let wrote = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
             wrote.map_err(|error| Error::io(what(), error))?;
         }
-        Ok(Owner { _file: Some(file) })
+        Ok(Owner::with(Some(file)))
     }
 
     /// For members that the caller brought as open devices: who holds those owns the pool.
     pub fn of_devices() -> Owner {
-        Owner { _file: None }
+        Owner::with(None)
     }
 
     /// The process that owns a pool now, if one does.
@@ -131,6 +147,19 @@ fn name_of(pid: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_copy_of_the_descriptor_does_not_keep_the_pool() {
+        let dir = tempfile::tempdir().unwrap();
+        let owner = Owner::take(dir.path(), MemberKind::Directory, false).unwrap();
+        // As a child has it between fork and exec.
+        let copy = owner.file.as_ref().unwrap().try_clone().unwrap();
+        let busy = Owner::take(dir.path(), MemberKind::Directory, false).unwrap_err();
+        assert_eq!(busy.kind(), ErrorKind::Busy);
+        drop(owner);
+        Owner::take(dir.path(), MemberKind::Directory, false).unwrap();
+        drop(copy);
+    }
 
     #[test]
     fn one_owner_at_a_time() {
