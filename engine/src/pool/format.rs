@@ -325,6 +325,14 @@ fn format_members(path: &Path, options: &FormatOptions, made: &mut Made) -> Resu
             _ => wipe(member)?,
         }
     }
+    for ((member, kind), geometry) in members.iter().zip(&geometries) {
+        if *kind == MemberKind::Image {
+            // A sparse image promises room that its file system may not have when it is wanted. Data can wait; the catalog must go on.
+            let device = nvme::FileDevice::open(member, &DeviceOptions::default()).map_err(Error::from)?;
+            let reserved = device.allocate(geometry.data_offset);
+            reserved.map_err(|error| Error::from(error).context("reserve the catalog's space"))?;
+        }
+    }
     // The catalog before the superblocks: a pool that looks like one is one.
     let device = match members[0].1 {
         MemberKind::Directory => None,
