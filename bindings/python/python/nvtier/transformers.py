@@ -432,14 +432,14 @@ class PrefixCache:
         new = options.get("max_new_tokens")
         limit = options.get("max_length")
         room = new if new is not None else (max(limit - input_ids.shape[1], 0) if limit is not None else 256)
-        cache = self._prefill(input_ids, room, _TAIL)
-        # Several sequences share the prompt; afterwards it is not to be told from theirs.
         given, defaults = options.get("generation_config"), self.model.generation_config
         counts = [
             next((found for found in (options.get(name), getattr(given or defaults, name, None)) if found), 1)
             for name in ("num_beams", "num_return_sequences")
         ]
         several = max(counts) > 1
+        cache = self._prefill(input_ids, room, 0 if several else _TAIL)
+        # Several sequences share the prompt; afterwards it is not to be told from theirs.
         saved = self.save(cache, input_ids) if several else 0
         if several:
             cache.batch_repeat_interleave(max(counts))
