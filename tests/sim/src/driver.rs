@@ -38,20 +38,24 @@ pub struct Outcome {
     pub changes: Vec<SimChange>,
 }
 
-/// Runs a plan. A panic is a violation.
-pub fn run(plan: &Plan, options: &Options) -> Outcome {
-    let mut outcome = Outcome::default();
-    let result = catch_unwind(AssertUnwindSafe(|| rounds(plan, options, &mut outcome)));
-    match result {
-        Ok(Ok(())) => {}
-        Ok(Err(Stop::Violation(text))) => outcome.violation = Some(text),
-        Ok(Err(Stop::Power)) => outcome.violation = Some("the power went off by itself".into()),
+/// What is not as promised, if anything. A panic is a violation.
+pub(crate) fn violation_of(run: impl FnOnce() -> Result<(), Stop>) -> Option<String> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(Ok(())) => None,
+        Ok(Err(Stop::Violation(text))) => Some(text),
+        Ok(Err(Stop::Power)) => Some("the power went off by itself".into()),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-            outcome.violation = Some(format!("a panic: {text}"));
+            Some(format!("a panic: {text}"))
         }
     }
+}
+
+/// Runs a plan. A panic is a violation.
+pub fn run(plan: &Plan, options: &Options) -> Outcome {
+    let mut outcome = Outcome::default();
+    outcome.violation = violation_of(|| rounds(plan, options, &mut outcome));
     if let Some(violation) = &outcome.violation {
         outcome.trace.push(format!("VIOLATION: {violation}"));
     }
@@ -141,7 +145,7 @@ fn recover(
     for (after, survivors) in cuts {
         let machine = machine(config, &images, options);
         machine.power.cut_after(*after);
-        match world::open(config, &machine) {
+        match world::open(&machine, &config.open_options()) {
             Ok(session) => {
                 // The store may be cut while it is opened, too.
                 if let Some(pool) = session.pool().filter(|pool| pool.resolve(crate::kv::DIRECTORY).is_ok()) {
@@ -160,7 +164,7 @@ fn recover(
         images = machine.survivors(*survivors);
     }
     let machine = machine(config, &images, options);
-    let session = world::open(config, &machine)?;
+    let session = world::open(&machine, &config.open_options())?;
     let (state, which) = identify(config, &session, candidates)?;
     outcome.trace.push(format!("opened: the tree is moment {which} of {}", candidates.len()));
     let mut world = World::new(config, machine, session, state, promise);

@@ -390,7 +390,7 @@ fn exhaust(workload: &Workload, thorough: bool) -> Result<Count, Stop> {
     loop {
         let machine = Machine::new(config, &images, None);
         machine.power.cut_after(count.points);
-        let (machine, candidates, promise, place) = match world::open(config, &machine) {
+        let (machine, candidates, promise, place) = match world::open(&machine, &config.open_options()) {
             Ok(session) => {
                 let mut world = World::new(config, machine, session, state.clone(), before.clone());
                 let mut place = "the last act".to_owned();
@@ -446,7 +446,7 @@ fn verify(
 
 fn look(config: &Config, images: &[SimImage], candidates: &[State], promise: &Promise) -> Result<(), Stop> {
     let machine = Machine::new(config, images, None);
-    let session = world::open(config, &machine)?;
+    let session = world::open(&machine, &config.open_options())?;
     let (state, _) = identify(config, &session, candidates)?;
     let mut world = World::new(config, machine, session, state, promise.clone());
     world.count()?;

@@ -6,21 +6,19 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-use engine::{
-    Access, ErrorKind, Handle, NewNode, NodeKind, OpenOptions, Pool, Session, SessionOptions, WriterOptions,
-};
+use engine::{Access, ErrorKind, Handle, NodeKind, OpenOptions, Pool, Session, WriterOptions};
 use nvme::{SimHook, SimRng};
 use std::sync::Arc;
 
 use crate::check;
 use crate::config::{Config, Machine};
 use crate::content::{Content, noise};
+use crate::driver::violation_of;
 use crate::kv::{self, Kv, Promise};
 use crate::model::State;
-use crate::world::{Done, Stop, violation};
+use crate::world::{self, Done, Stop, new_node, violation};
 
 /// How a seed ended.
 #[derive(Debug, Default)]
@@ -273,7 +271,7 @@ impl Worker<'_> {
             let mut files = self.live.clone();
             files.insert(name.clone(), Content::default());
             self.may_show(files.clone());
-            let new = NewNode { kind: NodeKind::Region, mode: 0o644, uid: 0, gid: 0, rdev: 0, target: None };
+            let new = new_node(NodeKind::Region, None);
             let parent = self.pool().resolve(self.dir);
             if let Err(error) = parent.and_then(|dir| self.pool().create(dir.node, OsStr::new(&name), &new)) {
                 return self.failed("create", error);
@@ -418,26 +416,8 @@ fn fitting<'a>(state: &State, dir: &str, moments: &'a [Moment]) -> Result<Vec<&'
 /// Runs a seed with so many threads. A panic is a violation.
 pub fn run(seed: u64, threads: usize, hook: Option<Arc<dyn SimHook>>) -> Outcome {
     let mut outcome = Outcome::default();
-    let result = catch_unwind(AssertUnwindSafe(|| rounds(seed, threads, hook, &mut outcome)));
-    outcome.violation = match result {
-        Ok(Ok(())) => None,
-        Ok(Err(Stop::Violation(text))) => Some(text),
-        Ok(Err(Stop::Power)) => Some("the power went off by itself".into()),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-            Some(format!("a panic: {text}"))
-        }
-    };
+    outcome.violation = violation_of(|| rounds(seed, threads, hook, &mut outcome));
     outcome
-}
-
-fn open(machine: &Machine, options: &OpenOptions) -> Result<Session, Stop> {
-    let failed = |error: engine::Error| Stop::Violation(format!("the pool does not open: {}", error.chain()));
-    let pool = Pool::open_devices(&machine.as_devices(), options).map_err(failed)?;
-    let session = Session::over(pool, &SessionOptions::default());
-    session.sync().map_err(failed)?;
-    Ok(session)
 }
 
 fn rounds(seed: u64, threads: usize, hook: Option<Arc<dyn SimHook>>, outcome: &mut Outcome) -> Done {
@@ -455,13 +435,12 @@ fn rounds(seed: u64, threads: usize, hook: Option<Arc<dyn SimHook>>, outcome: &m
     let mut images = config.formatted();
     for round in 0..=rng.in_range(2..5) {
         let machine = Machine::new(&config, &images, hook.clone());
-        let session = open(&machine, &options)?;
+        let session = world::open(&machine, &options)?;
         let pool = session.pool().expect("this process owns it");
         let mut live = Vec::new();
         if round == 0 {
             for dir in &dirs {
-                let new =
-                    NewNode { kind: NodeKind::Directory, mode: 0o755, uid: 0, gid: 0, rdev: 0, target: None };
+                let new = new_node(NodeKind::Directory, None);
                 let made = pool.resolve("").and_then(|root| pool.create(root.node, OsStr::new(dir), &new));
                 made.and_then(|_| session.sync())
                     .or_else(|error| violation(format!("mkdir fails: {}", error.chain())))?;
@@ -517,7 +496,7 @@ fn rounds(seed: u64, threads: usize, hook: Option<Arc<dyn SimHook>>, outcome: &m
         images = machine.survivors(rng.next_u64());
     }
     let machine = Machine::new(&config, &images, hook);
-    let session = open(&machine, &options)?;
+    let session = world::open(&machine, &options)?;
     look(&config, &session, &dirs, &moments)?;
     outcome.kv_blocks += check_kv(session.pool().expect("this process owns it"), &config, &mut promise)?;
     session.close().or_else(|error| violation(format!("closing the pool fails: {}", error.chain())))

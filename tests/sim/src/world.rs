@@ -3,8 +3,8 @@
 use std::ffi::OsStr;
 
 use engine::{
-    Access, Allocate, Attr, ErrorKind, Handle, NewNode, NodeKind, Pool, RenameFlags, Session, SessionOptions,
-    SetAttr, WriterOptions, XattrSet,
+    Access, Allocate, Attr, ErrorKind, Handle, NewNode, NodeKind, OpenOptions, Pool, RenameFlags, Session,
+    SessionOptions, SetAttr, WriterOptions, XattrSet,
 };
 use nvme::SimHook;
 use std::sync::Arc;
@@ -54,12 +54,12 @@ pub struct World {
 }
 
 /// Why a pool that should open does not: to be told apart from an end of power.
-pub fn open(config: &Config, machine: &Machine) -> Result<Session, Stop> {
+pub fn open(machine: &Machine, options: &OpenOptions) -> Result<Session, Stop> {
     let failed = |what: &str, error: engine::Error| match machine.power.is_off() {
         true => Stop::Power,
         false => Stop::Violation(format!("{what}: {}", error.chain())),
     };
-    let pool = Pool::open_devices(&machine.as_devices(), &config.open_options())
+    let pool = Pool::open_devices(&machine.as_devices(), options)
         .map_err(|error| failed("the pool does not open", error))?;
     // Clears imports away that a crash ended.
     let session = Session::over(pool, &SessionOptions::default());
@@ -76,7 +76,7 @@ fn parent_of<'a>(pool: &Pool, path: &'a str) -> engine::Result<(u64, &'a OsStr)>
     Ok((pool.resolve(above)?.node, OsStr::new(name)))
 }
 
-fn new_node(kind: NodeKind, target: Option<&str>) -> NewNode {
+pub(crate) fn new_node(kind: NodeKind, target: Option<&str>) -> NewNode {
     NewNode {
         kind,
         mode: if kind == NodeKind::Directory { 0o755 } else { 0o644 },
@@ -106,7 +106,7 @@ impl World {
     /// A new pool.
     pub fn fresh(config: &Config, hook: Option<Arc<dyn SimHook>>) -> Result<World, Stop> {
         let machine = Machine::new(config, &config.formatted(), hook);
-        let session = open(config, &machine)?;
+        let session = open(&machine, &config.open_options())?;
         Ok(World::new(config, machine, session, State::new(), Promise::default()))
     }
 
@@ -594,7 +594,7 @@ impl World {
             return violation(format!("closing the pool fails: {}", error.chain()));
         }
         self.durable();
-        self.session = Some(open(&self.config, &self.machine)?);
+        self.session = Some(open(&self.machine, &self.config.open_options())?);
         self.check()?;
         self.check_kv()?;
         self.count()
