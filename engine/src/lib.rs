@@ -26,6 +26,7 @@ pub mod region_read;
 pub mod repair;
 pub mod scrub;
 pub mod session;
+pub mod state;
 mod sync;
 pub mod tensors;
 pub mod types;

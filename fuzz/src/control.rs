@@ -175,6 +175,7 @@ fn kv_request(source: &mut Source<'_>) -> Request {
                 write_bytes_per_day: (source.u8() & 1 == 0).then(|| source.number()),
                 second_offer: (source.u8() & 1 == 0).then(|| source.number() as usize),
                 deadline_ms: source.number().max(5000),
+                lasting: false,
             };
             let block_bytes = match source.u8() % 4 {
                 0 => [0, u32::MAX, (256 << 20) + 1, 1 << 20][usize::from(source.u8() % 4)],

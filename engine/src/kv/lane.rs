@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use nvme::{Arena, Buffer, Op, Queue, Refused};
 
-use super::record::Block;
+use super::record::{Block, PINNED};
 use super::state::{No, Reserved};
 use super::table::Name;
 use super::{Key, Shared, View, sum_of};
@@ -316,6 +316,7 @@ impl Lane {
         if let Err(error) = &moved {
             tracing::error!(error = %error.chain(), "a queue of the KV store failed");
         }
+        let flags = if shared.options.lasting { PINNED } else { 0 };
         let mut state = shared.state();
         // The last block of a prefix is the first that may go.
         for (index, job) in jobs.into_iter().enumerate().rev() {
@@ -329,7 +330,7 @@ impl Lane {
                 None => {
                     let block = Block {
                         key: name.key,
-                        flags: 0,
+                        flags,
                         namespace: name.namespace,
                         tenant: name.tenant,
                         slab: reserved.slab,
@@ -507,7 +508,9 @@ impl Lane {
                 (false, error) => {
                     state.stat.misses += 1;
                     let unreadable = error.is_some();
-                    let ours = state.remove_bad(&name, block.generation, unreadable);
+                    // A drive that does not answer now may do so later: what somebody relies on stays.
+                    let ours = !(unreadable && shared.options.lasting)
+                        && state.remove_bad(&name, block.generation, unreadable);
                     Err(match error {
                         Some(error) => {
                             state.stat.io_errors += 1;

@@ -275,6 +275,9 @@ impl Store {
             let slab = pool.lookup(dir, OsStr::new(&name)).and_then(|attr| pool.open_slab(attr.node));
             match slab {
                 Ok(slab) => state.add_slab(number, slot_bytes, Arc::new(slab), false),
+                Err(error) if options.lasting => {
+                    return Err(error.context(format!("open {name} of {:?}", options.name)));
+                }
                 Err(error) => {
                     tracing::warn!(error = %error.chain(), "{name} of a KV store is lost");
                     pool.unlink(dir, OsStr::new(&name))?;
@@ -295,6 +298,7 @@ impl Store {
         let slabs: u64 = state.slabs.values().map(|slab| slab.slab.len()).sum();
         let own = slabs + log.allocated();
         let budget = options.budget_bytes.unwrap_or_else(|| own + pool.stat().free_bytes / 2);
+        let budget = if options.lasting { budget.max(own) } else { budget };
         let slab_bytes = options.slab_bytes.unwrap_or((budget / 64).clamp(8 << 20, 1 << 30));
         let shared = Arc::new(Shared {
             pool: pool.clone(),

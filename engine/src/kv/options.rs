@@ -67,6 +67,9 @@ pub struct StoreOptions {
     pub log_pages: u64,
     /// What time it is. Default: the system's.
     pub clock: Clock,
+    /// The blocks are state that somebody relies on, not a cache: every block is pinned as it is put, none goes to make room, none is dropped
+    /// because a drive did not answer, and a slab that cannot be opened is an error of the whole. Default: a cache.
+    pub lasting: bool,
 }
 
 impl Default for StoreOptions {
@@ -83,6 +86,7 @@ impl Default for StoreOptions {
             slab_bytes: None,
             log_pages: 1024,
             clock: Clock::default(),
+            lasting: false,
         }
     }
 }
@@ -103,6 +107,8 @@ pub struct Settings {
     pub second_offer: Option<usize>,
     /// See [`StoreOptions::deadline`]; milliseconds, at least 1.
     pub deadline_ms: u64,
+    /// See [`StoreOptions::lasting`]. Such a store is made durable by [`Store::flush`](super::Store::flush) alone.
+    pub lasting: bool,
 }
 
 impl Default for Settings {
@@ -115,6 +121,7 @@ impl Default for Settings {
             write_bytes_per_day: None,
             second_offer: None,
             deadline_ms: options.deadline.as_millis() as u64,
+            lasting: false,
         }
     }
 }
@@ -133,6 +140,8 @@ impl From<&Settings> for StoreOptions {
                 None => Admission::Always,
             },
             deadline,
+            window: if settings.lasting { Duration::ZERO } else { StoreOptions::default().window },
+            lasting: settings.lasting,
             ..StoreOptions::default()
         }
     }

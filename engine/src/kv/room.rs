@@ -47,12 +47,15 @@ impl Shared {
                     (slots.sum::<usize>(), class.limbo)
                 });
                 let count = want.max(slots / 64).clamp(EVICT_MIN, EVICT_MAX);
-                let evicted = state.evict(slot_bytes, count.saturating_sub(limbo));
+                let evicted = match self.options.lasting {
+                    true => 0,
+                    false => state.evict(slot_bytes, count.saturating_sub(limbo)),
+                };
                 evicted + limbo
             };
             if waiting > 0 {
                 self.commit()?;
-            } else if !self.take_from_others(slot_bytes)? {
+            } else if self.options.lasting || !self.take_from_others(slot_bytes)? {
                 return Ok(self.free_slots(slot_bytes) > 0);
             }
         }
@@ -172,6 +175,9 @@ impl Shared {
 
     /// The pool has no space for a log: a slab goes.
     pub(super) fn make_room_for_log(&self) -> Result<()> {
+        if self.options.lasting {
+            return Ok(());
+        }
         let Some((number, bytes)) = self.state().take_slab(0) else { return Ok(()) };
         tracing::warn!(
             "the pool is full: the KV store {:?} gives up a slab for its index",

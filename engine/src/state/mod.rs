@@ -1,0 +1,539 @@
+//! State of a computation in a pool: units of bytes that are replaced again and again, and commits that say which of them belong together.
+//!
+//! ```text
+//! StateStore     units 0..n, each of a fixed length, and a commit that names one version of each, with bytes of the caller's
+//!   blocks of a unit's version      -> a KV store of the pool, pinned; every read is checked against its sum   (kv/)
+//!   head A, head B                  -> another namespace there; the commit with the larger number is the one that counts
+//! ```
+//!
+//! What is promised:
+//!
+//! - **A commit is all of it or nothing.** Data is made durable first, then the head that names it; what the head before it names stays until that
+//!   is durable. After a crash the last commit that [`commit`](StateStore::commit) returned for is there, or the one that was being made.
+//! - **Never wrong bytes**, as in any KV store: a block of another version or another unit does not fit its sum.
+//! - **Nothing is dropped by itself**: see [`StoreOptions::lasting`](crate::kv::StoreOptions::lasting).
+//!
+//! A unit has up to three versions at a time: the committed one, the one of a commit that is being made, and the one that is written. So its space is
+//! between one and three times its length; how often a commit is made decides where between.
+
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use nvme::{Arena, Buffer};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::kv::{Get, Key, Miss, Put, PutDone, Refusal, Settings, Stored};
+use crate::pool::lock;
+use crate::session::{Blocks, Session};
+
+mod head;
+#[cfg(test)]
+mod tests;
+
+use head::Head;
+
+/// Versions of a unit that can be told apart.
+const VERSIONS: u8 = 3;
+/// What the blocks of units are called; a change of what they mean needs another name.
+const DATA: &[u8] = b"nvtier state: blocks of units, 1";
+const HEAD: &[u8] = b"nvtier state: heads, 1";
+/// Bytes of a block of a head.
+const HEAD_BLOCK: u32 = 64 << 10;
+/// Units at most.
+pub const UNITS_MAX: usize = 1 << 20;
+/// Bytes of the caller's in a commit at most.
+pub const META_MAX: usize = 64 << 20;
+
+/// How a [`StateStore`] is opened.
+#[derive(Clone, Debug)]
+pub struct StateOptions {
+    /// Its name within the pool, of letters, digits, `-`, `_` and `.`.
+    pub name: String,
+    /// Bytes that it may occupy, see [`StateStore::room_for`].
+    pub budget_bytes: u64,
+    /// Bytes of a block: what is read, written and summed at once.
+    pub block_bytes: u32,
+    /// Of every operation of a drive.
+    pub deadline: Duration,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Unit {
+    len: u64,
+    /// In the durable head.
+    committed: Option<u8>,
+    /// In the head that is being made.
+    committing: Option<u8>,
+    /// What reads give.
+    live: Option<u8>,
+    /// Being written.
+    writing: Option<u8>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    units: Vec<Unit>,
+    /// Of the head that counts; heads alternate by it.
+    sequence: u64,
+    written_bytes: u64,
+    read_bytes: u64,
+}
+
+/// Units of bytes and commits of them. May be shared by threads.
+#[derive(Debug)]
+pub struct StateStore {
+    data: Blocks,
+    heads: Blocks,
+    options: StateOptions,
+    state: Mutex<State>,
+    /// One commit at a time.
+    commits: Mutex<()>,
+}
+
+/// A version of a unit that is being written. Dropped without [`StateStore::publish`], its blocks are of no meaning.
+#[derive(Debug)]
+pub struct Draft {
+    unit: u32,
+    version: u8,
+}
+
+impl Draft {
+    /// The unit.
+    pub fn unit(&self) -> u32 {
+        self.unit
+    }
+}
+
+/// What a store holds and has moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StateStat {
+    /// Bytes of blocks written since it was opened.
+    pub written_bytes: u64,
+    /// Bytes of blocks read since it was opened.
+    pub read_bytes: u64,
+    /// Commits ever.
+    pub sequence: u64,
+}
+
+fn key(unit: u32, version: u8, block: u32) -> Key {
+    let mut bytes = [0; 16];
+    bytes[..4].copy_from_slice(&unit.to_le_bytes());
+    bytes[4] = version;
+    bytes[8..12].copy_from_slice(&block.to_le_bytes());
+    Key::new(&bytes).unwrap_or_else(|_| unreachable!("a key may have 16 bytes"))
+}
+
+fn refused(why: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidArgument, why.into())
+}
+
+impl StateStore {
+    /// Bytes of a pool that a store needs for so many bytes of units: `extra_bytes` of them may be there in a second or third version between two
+    /// commits.
+    pub fn room_for(lens: impl IntoIterator<Item = u64>, extra_bytes: u64, block_bytes: u32) -> u64 {
+        let slot = u64::from(block_bytes).next_multiple_of(4096);
+        let units: u64 = lens.into_iter().map(|len| len.div_ceil(u64::from(block_bytes)) * slot).sum();
+        let bytes = units + extra_bytes.next_multiple_of(slot);
+        // Slots that are given back wait for the next flush; the slab of the heads, a 64th of all or 8 MiB; the logs of the KV store.
+        bytes + bytes / 32 + (32 << 20)
+    }
+
+    /// Opens the state of that name, which is made where there is none. `arena`: where buffers of blocks come from. What a crash left of
+    /// versions that no commit names is given back.
+    pub fn open(session: &Session, options: &StateOptions, arena: Option<&Arena>) -> Result<StateStore> {
+        if options.block_bytes == 0 || options.deadline.is_zero() {
+            return Err(refused("a state store with blocks of 0 bytes, or a deadline of 0"));
+        }
+        let settings = Settings {
+            name: options.name.clone(),
+            budget_bytes: Some(options.budget_bytes),
+            deadline_ms: (options.deadline.as_millis() as u64).max(1),
+            lasting: true,
+            ..Settings::default()
+        };
+        let open = |what, bytes, arena| session.blocks(&settings, what, bytes, "", arena);
+        let context = |error: Error| error.context(format!("open the state {:?}", options.name));
+        let heads = open(HEAD, HEAD_BLOCK, None).map_err(context)?;
+        let data = open(DATA, options.block_bytes, arena).map_err(context)?;
+        let store = StateStore {
+            data,
+            heads,
+            options: options.clone(),
+            state: Mutex::default(),
+            commits: Mutex::default(),
+        };
+        let head = store.latest()?;
+        if let Some(head) = &head {
+            if head.block_bytes != options.block_bytes {
+                return Err(refused(format!(
+                    "the state {:?} has blocks of {} bytes, not {}",
+                    options.name, head.block_bytes, options.block_bytes
+                )));
+            }
+            let mut state = store.state();
+            state.sequence = head.sequence;
+            let unit = |(len, version): &(u64, Option<u8>)| Unit {
+                len: *len,
+                committed: *version,
+                live: *version,
+                ..Unit::default()
+            };
+            state.units = head.units.iter().map(unit).collect();
+        }
+        if head.is_none() {
+            // Takes the heads' space before units take all of it.
+            let none =
+                Head { sequence: 0, block_bytes: options.block_bytes, units: Vec::new(), meta: Vec::new() };
+            store.write_head(&none).map_err(context)?;
+        }
+        store.tidy()?;
+        Ok(store)
+    }
+
+    /// The size of blocks and the caller's bytes of the last commit of a state, where there is one; it is not opened for longer.
+    pub fn look(session: &Session, name: &str) -> Result<Option<(u32, Vec<u8>)>> {
+        match session.stat_path(&format!("{}/{name}", crate::kv::DIRECTORY)) {
+            // To look at a store makes it.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        let settings = Settings { name: name.to_owned(), lasting: true, ..Settings::default() };
+        let heads = session.blocks(&settings, HEAD, HEAD_BLOCK, "", None)?;
+        let head = latest(&heads, Instant::now() + Duration::from_millis(settings.deadline_ms), name)?;
+        Ok(head.filter(|head| head.sequence > 0).map(|head| (head.block_bytes, head.meta)))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    fn by(&self) -> Instant {
+        Instant::now() + self.options.deadline
+    }
+
+    /// Takes out versions that no commit names.
+    fn tidy(&self) -> Result<()> {
+        let units = self.state().units.clone();
+        let mut keys = Vec::new();
+        for (unit, found) in (0..).zip(&units) {
+            for version in (0..VERSIONS).filter(|version| found.committed != Some(*version)) {
+                keys.extend(self.keys(unit, version, found.len));
+            }
+        }
+        // As they go over a socket.
+        for keys in keys.chunks(1 << 14) {
+            self.data.remove(keys)?;
+        }
+        Ok(())
+    }
+
+    fn keys(&self, unit: u32, version: u8, len: u64) -> impl Iterator<Item = Key> + use<> {
+        let blocks = len.div_ceil(u64::from(self.options.block_bytes)) as u32;
+        (0..blocks).map(move |block| key(unit, version, block))
+    }
+
+    /// Bytes of a block.
+    pub fn block_bytes(&self) -> u32 {
+        self.options.block_bytes
+    }
+
+    /// Bytes that a buffer needs for a block: whole pages.
+    pub fn slot_bytes(&self) -> usize {
+        self.data.slot_bytes()
+    }
+
+    /// Lengths of the units, in order.
+    pub fn units(&self) -> Vec<u64> {
+        self.state().units.iter().map(|unit| unit.len).collect()
+    }
+
+    /// Whether the unit has bytes that can be read.
+    pub fn has(&self, unit: u32) -> bool {
+        self.state().units.get(unit as usize).is_some_and(|unit| unit.live.is_some())
+    }
+
+    /// Adds units of these lengths, without bytes yet; the number of the first.
+    pub fn add(&self, lens: &[u64]) -> Result<u32> {
+        let mut state = self.state();
+        let limit = u64::from(self.options.block_bytes) * u64::from(u32::MAX);
+        if state.units.len() + lens.len() > UNITS_MAX || lens.iter().any(|len| *len == 0 || *len > limit) {
+            return Err(refused(format!(
+                "{} more units: up to {UNITS_MAX} of 1 to {limit} bytes are possible",
+                lens.len()
+            )));
+        }
+        let first = state.units.len() as u32;
+        state.units.extend(lens.iter().map(|len| Unit { len: *len, ..Unit::default() }));
+        Ok(first)
+    }
+
+    /// What it has moved.
+    pub fn stat(&self) -> StateStat {
+        let state = self.state();
+        StateStat {
+            written_bytes: state.written_bytes,
+            read_bytes: state.read_bytes,
+            sequence: state.sequence,
+        }
+    }
+
+    fn unit(&self, unit: u32) -> Result<Unit> {
+        let found = self.state().units.get(unit as usize).copied();
+        found.ok_or_else(|| refused(format!("there is no unit {unit}")))
+    }
+
+    /// Begins a new version of a unit.
+    pub fn begin(&self, unit: u32) -> Result<Draft> {
+        let (version, again, len) = {
+            let mut state = self.state();
+            let found = state.units.get_mut(unit as usize);
+            let found = found.ok_or_else(|| refused(format!("there is no unit {unit}")))?;
+            if found.writing.is_some() {
+                return Err(Error::new(ErrorKind::Busy, format!("unit {unit} is being written already")));
+            }
+            let keep = [found.committed, found.committing];
+            // What nobody has committed is written anew in its place, where there is no other.
+            let free = (0..VERSIONS).filter(|version| !keep.contains(&Some(*version)));
+            let version = free.max_by_key(|version| found.live != Some(*version)).unwrap_or(0);
+            found.writing = Some(version);
+            (version, found.live == Some(version), found.len)
+        };
+        if again {
+            self.state().units[unit as usize].live = None;
+        }
+        let keys: Vec<Key> = self.keys(unit, version, len).collect();
+        let removed = self.data.remove(&keys);
+        if let Err(error) = removed {
+            self.state().units[unit as usize].writing = None;
+            return Err(error.context(format!("begin a version of unit {unit}")));
+        }
+        Ok(Draft { unit, version })
+    }
+
+    /// Writes blocks of a version, from block `first` on; each buffer has [`slot_bytes`](Self::slot_bytes), and comes back.
+    pub fn write(&self, draft: &Draft, first: u32, buffers: Vec<Buffer>) -> Result<Vec<Buffer>> {
+        let unit = self.unit(draft.unit)?;
+        let blocks = unit.len.div_ceil(u64::from(self.options.block_bytes));
+        if u64::from(first) + buffers.len() as u64 > blocks {
+            return Err(refused(format!(
+                "{} blocks from {first} on of unit {}, which has {blocks}",
+                buffers.len(),
+                draft.unit
+            )));
+        }
+        let bytes = buffers.len() as u64 * u64::from(self.options.block_bytes);
+        let puts = (first..).zip(buffers).map(|(block, buffer)| Put {
+            key: key(draft.unit, draft.version, block),
+            buffer,
+            start: 0,
+        });
+        let done = self.data.put(puts.collect(), self.by());
+        let buffers = put_all(done).map_err(|error| {
+            error.context(format!("write unit {} of the state {:?}", draft.unit, self.options.name))
+        })?;
+        self.state().written_bytes += bytes;
+        Ok(buffers)
+    }
+
+    /// The version is written: reads give it from here on, and the next commit names it.
+    pub fn publish(&self, draft: Draft) -> Result<()> {
+        let mut state = self.state();
+        let unit = &mut state.units[draft.unit as usize];
+        unit.writing = None;
+        let old = unit.live.replace(draft.version);
+        let keep = [unit.committed, unit.committing, unit.live];
+        let gone = old.filter(|old| !keep.contains(&Some(*old)));
+        let len = unit.len;
+        drop(state);
+        if let Some(version) = gone {
+            let keys: Vec<Key> = self.keys(draft.unit, version, len).collect();
+            self.data.remove(&keys)?;
+        }
+        Ok(())
+    }
+
+    /// The version is not wanted after all.
+    pub fn abandon(&self, draft: Draft) {
+        self.state().units[draft.unit as usize].writing = None;
+        // What lies there is overwritten by the next version, or given back at the next open.
+    }
+
+    /// Reads blocks of what is live of a unit, from block `first` on, into buffers of [`slot_bytes`](Self::slot_bytes) each.
+    /// `Corrupt`: the drive has other bytes than were written. `NotFound`: nobody wrote it, or its block is gone.
+    pub fn read(&self, unit: u32, first: u32, buffers: Vec<Buffer>) -> Result<Vec<Buffer>> {
+        let found = self.unit(unit)?;
+        let Some(version) = found.live else {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("unit {unit} of the state {:?} has no bytes", self.options.name),
+            ));
+        };
+        let bytes = buffers.len() as u64 * u64::from(self.options.block_bytes);
+        let gets = (first..).zip(buffers).map(|(block, buffer)| Get {
+            key: key(unit, version, block),
+            buffer,
+            start: 0,
+        });
+        let mut buffers = Vec::new();
+        for (block, done) in (first..).zip(self.data.get(gets.collect(), self.by())) {
+            let fail = |kind, why: &str| {
+                let name = &self.options.name;
+                Error::new(kind, format!("block {block} of unit {unit} of the state {name:?} {why}"))
+            };
+            match (done.result, done.buffer) {
+                (Ok(()), Some(buffer)) => buffers.push(buffer),
+                (Err(Miss::Absent), _) => return Err(fail(ErrorKind::NotFound, "is not there")),
+                (Err(Miss::Corrupt), _) => {
+                    return Err(fail(ErrorKind::Corrupt, "is not what was written: its checksum differs"));
+                }
+                (Err(Miss::Failed(error)), _) => return Err(error.context(format!("read unit {unit}"))),
+                (Ok(()), None) => return Err(fail(ErrorKind::Io, "was read to nowhere")),
+            }
+        }
+        self.state().read_bytes += bytes;
+        Ok(buffers)
+    }
+
+    /// Commits what is live of all units, with bytes of the caller's. Durable when it returns.
+    pub fn commit(&self, meta: &[u8]) -> Result<()> {
+        if meta.len() > META_MAX {
+            return Err(refused(format!(
+                "{} bytes to commit with a state: {META_MAX} are possible",
+                meta.len()
+            )));
+        }
+        let _one = lock(&self.commits);
+        let head = {
+            let mut state = self.state();
+            state.units.iter_mut().for_each(|unit| unit.committing = unit.live);
+            Head {
+                sequence: state.sequence + 1,
+                block_bytes: self.options.block_bytes,
+                units: state.units.iter().map(|unit| (unit.len, unit.committing)).collect(),
+                meta: meta.to_vec(),
+            }
+        };
+        let done = self.write_head(&head);
+        let mut gone: Vec<Key> = Vec::new();
+        {
+            let mut state = self.state();
+            for (number, unit) in (0..).zip(&mut state.units) {
+                let committing = unit.committing.take();
+                if done.is_ok() && committing != unit.committed {
+                    let old = unit.committed;
+                    unit.committed = committing;
+                    if let Some(old) = old.filter(|old| unit.live != Some(*old) && unit.writing != Some(*old))
+                    {
+                        gone.extend(self.keys(number, old, unit.len));
+                    }
+                }
+            }
+            if done.is_ok() {
+                state.sequence = head.sequence;
+            }
+        }
+        done.map_err(|error| error.context(format!("commit the state {:?}", self.options.name)))?;
+        for keys in gone.chunks(1 << 14) {
+            self.data.remove(keys)?;
+        }
+        Ok(())
+    }
+
+    fn write_head(&self, head: &Head) -> Result<()> {
+        self.data.flush()?;
+        let which = (head.sequence % 2) as u32;
+        let bytes = head.encode();
+        let blocks = bytes.chunks(HEAD_BLOCK as usize);
+        // The head before the last: its blocks may be more than this one's.
+        let old = (0..(META_MAX as u32 + (32 << 20)) / HEAD_BLOCK).map(|block| key(which, 0, block));
+        self.heads.remove(&old.collect::<Vec<_>>())?;
+        let mut puts = Vec::with_capacity(blocks.len());
+        for (block, part) in (0..).zip(blocks) {
+            let mut buffer = Buffer::heap(self.heads.slot_bytes())?;
+            buffer[..part.len()].copy_from_slice(part);
+            buffer[part.len()..].fill(0);
+            puts.push(Put { key: key(which, 0, block), buffer, start: 0 });
+        }
+        put_all(self.heads.put(puts, self.by()))?;
+        self.heads.flush()
+    }
+
+    fn latest(&self) -> Result<Option<Head>> {
+        latest(&self.heads, self.by(), &self.options.name)
+    }
+
+    /// The caller's bytes of the last commit.
+    pub fn meta(&self) -> Result<Option<Vec<u8>>> {
+        Ok(self.latest()?.filter(|head| head.sequence > 0).map(|head| head.meta))
+    }
+}
+
+/// The head that counts. An error: there is one, and it cannot be read.
+fn latest(heads: &Blocks, by: Instant, name: &str) -> Result<Option<Head>> {
+    let mut found: Option<Head> = None;
+    let mut trouble = None;
+    for which in 0..2 {
+        match read_head(heads, which, by) {
+            Ok(None) => {}
+            Ok(Some(head)) if found.as_ref().is_some_and(|found| found.sequence > head.sequence) => {}
+            Ok(Some(head)) => found = Some(head),
+            Err(error) => trouble = Some(error),
+        }
+    }
+    match (found, trouble) {
+        (found, None) => Ok(found),
+        // A crash while it was written leaves the other one, which is whole; damage leaves it, too, and cannot be told from that.
+        (Some(found), Some(error)) if error.kind() != ErrorKind::Timeout && error.kind() != ErrorKind::Io => {
+            tracing::warn!(error = %error.chain(), "one head of the state {name:?} cannot be read; the other counts");
+            Ok(Some(found))
+        }
+        (_, Some(error)) => Err(error.context(format!("read the head of the state {name:?}"))),
+    }
+}
+
+fn read_head(heads: &Blocks, which: u32, by: Instant) -> Result<Option<Head>> {
+    let read = |block: u32| -> Result<Option<Buffer>> {
+        let buffer = Buffer::heap(heads.slot_bytes())?;
+        let done = heads.get(vec![Get { key: key(which, 0, block), buffer, start: 0 }], by).pop();
+        match done.map(|done| (done.result, done.buffer)) {
+            Some((Ok(()), Some(buffer))) => Ok(Some(buffer)),
+            Some((Err(Miss::Absent), _)) => Ok(None),
+            Some((Err(Miss::Failed(error)), _)) => Err(error),
+            _ => Err(Error::new(ErrorKind::Corrupt, format!("head {which} is damaged"))),
+        }
+    };
+    let Some(first) = read(0)? else { return Ok(None) };
+    let mut bytes = first[..HEAD_BLOCK as usize].to_vec();
+    let len = head::encoded_len(&bytes)?;
+    for block in 1..len.div_ceil(HEAD_BLOCK as usize) {
+        // A crash between two blocks: it was not committed.
+        let Some(more) = read(block as u32)? else { return Ok(None) };
+        bytes.extend_from_slice(&more[..HEAD_BLOCK as usize]);
+    }
+    bytes.truncate(len);
+    Head::decode(&bytes).map(Some)
+}
+
+fn put_all(done: Vec<PutDone>) -> Result<Vec<Buffer>> {
+    let mut buffers = Vec::with_capacity(done.len());
+    for done in done {
+        match done.result {
+            Stored::New => {}
+            Stored::Present => {
+                return Err(Error::new(ErrorKind::Io, "a block of that version is there already"));
+            }
+            Stored::Refused(Refusal::Space) => {
+                return Err(Error::new(
+                    ErrorKind::NoSpace,
+                    "no room: the pool is full, or the budget of the state is used up",
+                ));
+            }
+            Stored::Refused(refusal) => {
+                return Err(Error::new(ErrorKind::NoSpace, format!("refused by policy: {refusal:?}")));
+            }
+            Stored::Failed(error) => return Err(error),
+        }
+        buffers.extend(done.buffer);
+    }
+    Ok(buffers)
+}
