@@ -26,6 +26,7 @@ pub mod paths;
 pub mod plan;
 pub mod remembered;
 pub mod report;
+pub mod residency;
 pub mod save;
 pub mod source;
 pub mod window;

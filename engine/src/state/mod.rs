@@ -90,7 +90,7 @@ pub struct StateStore {
     commits: Mutex<()>,
 }
 
-/// A version of a unit that is being written. Dropped without [`StateStore::publish`], its blocks are of no meaning.
+/// A version of a unit that is being written. It ends by [`StateStore::publish`] or [`StateStore::abandon`].
 #[derive(Debug)]
 pub struct Draft {
     unit: u32,
@@ -336,7 +336,7 @@ impl StateStore {
     }
 
     /// The version is written: reads give it from here on, and the next commit names it.
-    pub fn publish(&self, draft: Draft) -> Result<()> {
+    pub fn publish(&self, draft: &Draft) -> Result<()> {
         let mut state = self.state();
         let unit = &mut state.units[draft.unit as usize];
         unit.writing = None;
@@ -353,7 +353,7 @@ impl StateStore {
     }
 
     /// The version is not wanted after all.
-    pub fn abandon(&self, draft: Draft) {
+    pub fn abandon(&self, draft: &Draft) {
         self.state().units[draft.unit as usize].writing = None;
         // What lies there is overwritten by the next version, or given back at the next open.
     }

@@ -81,9 +81,9 @@ fn write(store: &StateStore, unit: u32, version: u64) -> Result<()> {
     let draft = store.begin(unit)?;
     let content = buffers(store, &bytes(unit, version, LENS[unit as usize]));
     match store.write(&draft, 0, content) {
-        Ok(_) => store.publish(draft),
+        Ok(_) => store.publish(&draft),
         Err(error) => {
-            store.abandon(draft);
+            store.abandon(&draft);
             Err(error)
         }
     }
@@ -166,7 +166,7 @@ fn space_is_given_back_and_its_end_is_an_error() {
         }
     };
     assert_eq!(error.kind(), ErrorKind::NoSpace);
-    store.abandon(draft);
+    store.abandon(&draft);
     assert_eq!(read(&store, 3).unwrap(), bytes(3, 399, LENS[3]));
 }
 

@@ -183,6 +183,13 @@ pub trait Driver: Send + Sync + fmt::Debug {
     fn enter(&self) -> Result<()> {
         Ok(())
     }
+    /// Waits for an event that somebody else recorded on this device: a `cudaEvent_t`. 0 is none, which has happened.
+    fn wait_event(&self, event: u64) -> Result<()> {
+        match event {
+            0 => Ok(()),
+            _ => Err(Error::new(ErrorKind::Unsupported, "wait for an event of a device that has none")),
+        }
+    }
     /// Copies ranges of the device's memory to other places there, and waits for it.
     fn copy_within(&self, moves: &[DeviceCopy]) -> Result<()>;
     /// Refuses a range that is not memory of this device from its first byte to its last.

@@ -1,0 +1,295 @@
+//! Units of a [`StateStore`] between a pool and tensors: fetched ahead, written back behind, committed in order.
+//!
+//! ```text
+//! caller       fetch, store, commit: returns at once with a ticket
+//! queue.rs     operations on one unit run in the order of the calls, one at a time; on different units side by side
+//! work.rs      threads: drive -> buffer -> tensor, tensor -> buffer -> drive; some units keep their buffers (the RAM share)
+//! commits      a commit names what was stored before it was asked for, and nothing that was stored after
+//! ```
+//!
+//! The RAM share is static: a unit has buffers of its own, of its exact size, or it has none. What is fetched in a cycle gains nothing from
+//! keeping what was used last.
+//!
+//! After a failure nothing more is done: every ticket gets it, and what counts is the last commit.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use engine::state::{StateStat, StateStore};
+use nvme::Arena;
+
+use crate::driver::Driver;
+use crate::error::{Error, ErrorKind, Result};
+use crate::lane::PinnedTier;
+
+mod queue;
+#[cfg(test)]
+mod tests;
+mod work;
+
+use queue::{Kind, Op, Queues};
+
+/// How a [`Residency`] works.
+#[derive(Clone, Copy, Debug)]
+pub struct ResidencyOptions {
+    /// Threads that fetch. Default: 2.
+    pub readers: usize,
+    /// Threads that write back. Default: 2.
+    pub writers: usize,
+    /// Blocks that a thread moves at a time. Default: 4.
+    pub batch: usize,
+}
+
+impl Default for ResidencyOptions {
+    fn default() -> ResidencyOptions {
+        ResidencyOptions { readers: 2, writers: 2, batch: 4 }
+    }
+}
+
+impl ResidencyOptions {
+    /// Bytes of buffers that the threads have, with blocks of `slot_bytes`.
+    pub fn ring_bytes(&self, slot_bytes: usize) -> usize {
+        (self.readers + self.writers) * self.batch * slot_bytes
+    }
+}
+
+/// Memory of a tensor.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Whose memory it is.
+    pub driver: Arc<dyn Driver>,
+    /// First byte; as many as the unit has.
+    pub address: u64,
+    /// An event of the device after which it may be used ([`Driver::wait_event`]); 0: at once.
+    pub after: u64,
+}
+
+/// What becomes of an operation.
+#[derive(Debug, Default)]
+pub struct Ticket {
+    state: Mutex<Progress>,
+    changed: Condvar,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Progress {
+    copied: bool,
+    done: bool,
+    error: Option<(ErrorKind, String)>,
+}
+
+/// How far an operation must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Its tensor is not used any more.
+    Copied,
+    /// All of it.
+    Done,
+}
+
+impl Ticket {
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut self.progress());
+        self.changed.notify_all();
+    }
+
+    /// Waits for a stage for at most `time`; `false`: it is not there yet.
+    pub fn wait(&self, stage: Stage, time: Duration) -> Result<bool> {
+        let state = self.progress();
+        let there = |state: &mut Progress| match stage {
+            Stage::Copied => state.copied || state.done,
+            Stage::Done => state.done,
+        };
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(state, time, |state| !there(state))
+            .unwrap_or_else(PoisonError::into_inner);
+        if !there(&mut state) {
+            return Ok(false);
+        }
+        match &state.error {
+            Some((kind, why)) => Err(Error::new(*kind, why.clone())),
+            None => Ok(true),
+        }
+    }
+}
+
+/// Bytes that were moved, by tier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// To tensors.
+    pub fetched_bytes: u64,
+    /// Of these, out of the RAM share.
+    pub ram_bytes: u64,
+    /// From tensors.
+    pub stored_bytes: u64,
+    /// What went to and from the drive.
+    pub drive: StateStat,
+}
+
+pub(self) struct Shared {
+    store: StateStore,
+    options: ResidencyOptions,
+    queues: Mutex<Queues>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Units of a state, moved by threads of its own.
+pub struct Residency {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    // After the threads; before the arena that they pin.
+    pinned: Mutex<Vec<Arc<PinnedTier>>>,
+    arena: Arena,
+}
+
+impl Residency {
+    /// Over a store. `arena`: what buffers are taken from: [`ResidencyOptions::ring_bytes`], and the RAM share.
+    pub fn new(store: StateStore, arena: Arena, options: ResidencyOptions) -> Result<Residency> {
+        if options.readers == 0 || options.writers == 0 || options.batch == 0 {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "a residency without threads, or with batches of nothing",
+            ));
+        }
+        let mut queues = Queues::default();
+        queues.grow(&store.units());
+        let shared = Arc::new(Shared { store, options, queues: Mutex::new(queues), changed: Condvar::new() });
+        let mut residency = Residency { shared, threads: Vec::new(), pinned: Mutex::default(), arena };
+        for (count, kind) in [(options.readers, work::Side::Read), (options.writers, work::Side::Write)] {
+            for _ in 0..count {
+                let ring = residency.buffers(options.batch)?;
+                residency.start(move |shared| work::run(shared, kind, ring))?;
+            }
+        }
+        residency.start(|shared| queue::commits(shared))?;
+        Ok(residency)
+    }
+
+    fn start(&mut self, run: impl FnOnce(&Shared) + Send + 'static) -> Result<()> {
+        let shared = self.shared.clone();
+        let thread = std::thread::Builder::new().name("nvtier-state".into()).spawn(move || run(&shared));
+        self.threads.push(thread.map_err(|error| Error::io("start a thread that moves state", error))?);
+        Ok(())
+    }
+
+    fn buffers(&self, count: usize) -> Result<Vec<nvme::Buffer>> {
+        let bytes = self.shared.store.slot_bytes();
+        let buffers: Option<Vec<_>> = (0..count).map(|_| self.arena.alloc(bytes)).collect();
+        buffers.ok_or_else(|| {
+            let context = format!(
+                "{count} buffers of {bytes} bytes: {} of the {} bytes of host memory are left",
+                self.arena.free_bytes(),
+                self.arena.len()
+            );
+            Error::new(ErrorKind::OutOfHostMemory, context)
+        })
+    }
+
+    /// The store.
+    pub fn store(&self) -> &StateStore {
+        &self.shared.store
+    }
+
+    /// Makes the memory of buffers known to a device, once, so that copies run at the bus's speed.
+    pub fn use_device(&self, driver: &Arc<dyn Driver>) -> Result<()> {
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        if !pinned.iter().any(|tier| Arc::ptr_eq(tier.driver(), driver)) {
+            pinned.push(PinnedTier::new(driver, &self.arena)?);
+        }
+        Ok(())
+    }
+
+    /// Adds units of these lengths; the number of the first.
+    pub fn add(&self, lens: &[u64]) -> Result<u32> {
+        let first = self.shared.store.add(lens)?;
+        self.shared.queues().grow(&self.shared.store.units());
+        Ok(first)
+    }
+
+    /// Gives a unit buffers of its own: it is read from there from its first fetch or store on.
+    pub fn keep_in_ram(&self, unit: u32) -> Result<()> {
+        let len = self.check(unit)?;
+        let blocks = len.div_ceil(u64::from(self.shared.store.block_bytes())) as usize;
+        let buffers = self.buffers(blocks)?;
+        let mut queues = self.shared.queues();
+        let queue = queues.unit(unit);
+        if queue.ram.is_empty() {
+            queue.ram = buffers.into_iter().map(Some).collect();
+        }
+        Ok(())
+    }
+
+    fn check(&self, unit: u32) -> Result<u64> {
+        let units = self.shared.store.units();
+        units.get(unit as usize).copied().ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, format!("there is no unit {unit}: {} were added", units.len()))
+        })
+    }
+
+    fn submit(&self, unit: u32, kind: Kind, target: Option<Target>) -> Result<Arc<Ticket>> {
+        let len = self.check(unit)?;
+        if let Some(target) = &target {
+            target.driver.check_range(target.address, len)?;
+        }
+        let ticket = Arc::new(Ticket::default());
+        let mut queues = self.shared.queues();
+        queues.submit(&self.shared, Op { unit, len, kind, target, epoch: 0, ticket: ticket.clone() });
+        drop(queues);
+        self.shared.changed.notify_all();
+        Ok(ticket)
+    }
+
+    /// Copies a unit to a tensor. The memory must stay until the ticket is done.
+    pub fn fetch(&self, unit: u32, target: Target) -> Result<Arc<Ticket>> {
+        self.submit(unit, Kind::Fetch, Some(target))
+    }
+
+    /// Makes what a tensor holds the unit's bytes. Its memory must stay as it is until the ticket says `Copied`. `write`: to the drive at once;
+    /// otherwise, where the unit is in the RAM share, with the next commit.
+    pub fn store_unit(&self, unit: u32, target: Target, write: bool) -> Result<Arc<Ticket>> {
+        self.submit(unit, Kind::Store { write }, Some(target))
+    }
+
+    /// Commits all that was stored before this call, with bytes of the caller's.
+    pub fn commit(&self, meta: Vec<u8>) -> Arc<Ticket> {
+        let ticket = Arc::new(Ticket::default());
+        self.shared.queues().commit(&self.shared, meta, ticket.clone());
+        self.shared.changed.notify_all();
+        ticket
+    }
+
+    /// Bytes moved so far.
+    pub fn moved(&self) -> Moved {
+        Moved { drive: self.shared.store.stat(), ..self.shared.queues().moved }
+    }
+}
+
+impl Drop for Residency {
+    fn drop(&mut self) {
+        self.shared.queues().stop();
+        self.shared.changed.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        // Buffers that the queues hold go before the memory is unpinned.
+        *self.shared.queues() = Queues::default();
+    }
+}
+
+impl std::fmt::Debug for Residency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Residency").field("options", &self.shared.options).finish_non_exhaustive()
+    }
+}

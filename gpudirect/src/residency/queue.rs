@@ -1,0 +1,322 @@
+//! What runs when: operations of a unit one after the other, commits between them.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use engine::state::Draft;
+use nvme::Buffer;
+
+use super::{Moved, Shared, Target, Ticket};
+use crate::error::{Error, ErrorKind};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Pool or RAM share to tensor.
+    Fetch,
+    /// Tensor to RAM share, and to the pool.
+    Store { write: bool },
+    /// RAM share to pool.
+    Flush,
+}
+
+/// One call.
+#[derive(Debug)]
+pub(super) struct Op {
+    pub unit: u32,
+    pub len: u64,
+    pub kind: Kind,
+    pub target: Option<Target>,
+    /// Of the next commit when it was asked for.
+    pub epoch: u64,
+    pub ticket: Arc<Ticket>,
+}
+
+impl Op {
+    fn writes(&self) -> bool {
+        matches!(self.kind, Kind::Store { .. } | Kind::Flush)
+    }
+}
+
+/// An operation that has begun.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub op: Op,
+    pub draft: Mutex<Option<Arc<Draft>>>,
+    /// Whether its blocks are in the RAM share already.
+    pub in_ram: bool,
+    /// Whether the unit has buffers of its own.
+    pub ram: bool,
+    left: Mutex<Left>,
+}
+
+#[derive(Debug)]
+struct Left {
+    copies: usize,
+    pieces: usize,
+}
+
+/// Some blocks of an operation.
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub running: Arc<Running>,
+    pub first: u32,
+    pub count: u32,
+    /// Of the unit's own.
+    pub buffers: Option<Vec<Buffer>>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct UnitQueue {
+    waiting: VecDeque<Op>,
+    busy: bool,
+    /// One buffer a block; taken while a piece uses it. Empty: the unit is not in the RAM share.
+    pub ram: Vec<Option<Buffer>>,
+    /// The buffers hold the unit's bytes.
+    filled: bool,
+    /// And the store does not.
+    dirty: bool,
+}
+
+#[derive(Debug)]
+struct Commit {
+    epoch: u64,
+    meta: Vec<u8>,
+    ticket: Arc<Ticket>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Queues {
+    units: Vec<UnitQueue>,
+    pub reads: VecDeque<Piece>,
+    pub writes: VecDeque<Piece>,
+    commits: VecDeque<Commit>,
+    epoch: u64,
+    /// Stores that are not over, by epoch.
+    unfinished: BTreeMap<u64, usize>,
+    /// Written, but to be named by a later commit than the one that is made.
+    held: Vec<Arc<Running>>,
+    failed: Option<(ErrorKind, String)>,
+    pub stopped: bool,
+    pub moved: Moved,
+}
+
+impl Queues {
+    pub fn grow(&mut self, units: &[u64]) {
+        self.units.resize_with(units.len(), UnitQueue::default);
+    }
+
+    pub fn unit(&mut self, unit: u32) -> &mut UnitQueue {
+        &mut self.units[unit as usize]
+    }
+
+    pub fn submit(&mut self, shared: &Shared, mut op: Op) {
+        op.epoch = self.epoch;
+        if op.writes() {
+            *self.unfinished.entry(op.epoch).or_default() += 1;
+        }
+        let unit = op.unit;
+        self.unit(unit).waiting.push_back(op);
+        self.next(shared, unit);
+    }
+
+    pub fn commit(&mut self, shared: &Shared, meta: Vec<u8>, ticket: Arc<Ticket>) {
+        for unit in 0..self.units.len() as u32 {
+            // What the caller has stored by now, also where it is not carried out yet.
+            let queue = self.unit(unit);
+            let will_be = queue.waiting.iter().any(|op| op.kind == Kind::Store { write: false });
+            if queue.dirty || queue.busy && !queue.ram.is_empty() || will_be {
+                let op = Op {
+                    unit,
+                    len: shared.store.units()[unit as usize],
+                    kind: Kind::Flush,
+                    target: None,
+                    epoch: 0,
+                    ticket: Arc::default(),
+                };
+                self.submit(shared, op);
+            }
+        }
+        self.commits.push_back(Commit { epoch: self.epoch, meta, ticket });
+        self.epoch += 1;
+    }
+
+    /// Begins what the unit has to do next.
+    fn next(&mut self, shared: &Shared, unit: u32) {
+        loop {
+            let failed = self.failed.clone();
+            let queue = self.unit(unit);
+            if queue.busy {
+                return;
+            }
+            let Some(op) = queue.waiting.pop_front() else { return };
+            if let Some(error) = failed {
+                self.over(&op);
+                op.ticket.set(|progress| (progress.done, progress.error) = (true, Some(error)));
+                continue;
+            }
+            let (ram, in_ram) = (!queue.ram.is_empty(), queue.filled);
+            if op.kind == Kind::Flush && !queue.dirty {
+                self.over(&op);
+                continue;
+            }
+            queue.busy = true;
+            if matches!(op.kind, Kind::Store { .. }) {
+                queue.filled = false;
+            }
+            let blocks = op.len.div_ceil(u64::from(shared.store.block_bytes())) as u32;
+            let pieces = blocks.div_ceil(shared.options.batch as u32) as usize;
+            let left = Mutex::new(Left { copies: pieces, pieces });
+            let running = Arc::new(Running { op, draft: Mutex::default(), in_ram, ram, left });
+            let mut first = 0;
+            while first < blocks {
+                let count = (blocks - first).min(shared.options.batch as u32);
+                let buffers = ram.then(|| {
+                    let own = &mut self.unit(unit).ram[first as usize..(first + count) as usize];
+                    own.iter_mut().filter_map(Option::take).collect()
+                });
+                let piece = Piece { running: running.clone(), first, count, buffers };
+                match running.op.kind {
+                    Kind::Fetch => self.reads.push_back(piece),
+                    _ => self.writes.push_back(piece),
+                }
+                first += count;
+            }
+            return;
+        }
+    }
+
+    /// The tensor's part of a piece is over.
+    pub fn copied(&mut self, running: &Running) {
+        let mut left = running.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.copies -= 1;
+        if left.copies == 0 {
+            running.op.ticket.set(|progress| progress.copied = true);
+        }
+    }
+
+    /// A piece is over; its buffers come back where they are the unit's.
+    pub fn done(&mut self, shared: &Shared, running: &Arc<Running>, first: u32, buffers: Vec<Buffer>) {
+        if running.ram {
+            let own = &mut self.unit(running.op.unit).ram[first as usize..];
+            own.iter_mut().zip(buffers).for_each(|(place, buffer)| *place = Some(buffer));
+        }
+        let last = {
+            let mut left = running.left.lock().unwrap_or_else(PoisonError::into_inner);
+            left.pieces -= 1;
+            left.pieces == 0
+        };
+        if !last {
+            return;
+        }
+        let waits = self.commits.front().is_some_and(|commit| running.op.epoch > commit.epoch);
+        match running.op.writes() && waits {
+            true => self.held.push(running.clone()),
+            false => self.finish(shared, running),
+        }
+    }
+
+    /// All pieces are over, and no commit is in the way.
+    fn finish(&mut self, shared: &Shared, running: &Arc<Running>) {
+        let op = &running.op;
+        let draft = running.draft.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if self.failed.is_none()
+            && let Some(draft) = draft
+            && let Err(error) = shared.store.publish(&draft)
+        {
+            self.fail(&error.into());
+        }
+        let failed = self.failed.clone();
+        let queue = self.unit(op.unit);
+        queue.busy = false;
+        queue.filled = running.ram && failed.is_none();
+        match op.kind {
+            Kind::Store { write } => {
+                queue.dirty = running.ram && !write;
+                self.moved.stored_bytes += op.len;
+            }
+            Kind::Flush => queue.dirty = false,
+            Kind::Fetch => {
+                self.moved.fetched_bytes += op.len;
+                self.moved.ram_bytes += if running.in_ram { op.len } else { 0 };
+            }
+        }
+        self.over(op);
+        op.ticket.set(|progress| (progress.copied, progress.done, progress.error) = (true, true, failed));
+        self.next(shared, op.unit);
+    }
+
+    fn over(&mut self, op: &Op) {
+        if op.writes()
+            && let Some(count) = self.unfinished.get_mut(&op.epoch)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.unfinished.remove(&op.epoch);
+            }
+        }
+    }
+
+    /// From here on nothing succeeds.
+    pub fn fail(&mut self, error: &Error) {
+        let why = (error.kind(), error.to_string());
+        self.failed.get_or_insert(why);
+    }
+
+    pub fn has_failed(&self) -> bool {
+        self.failed.is_some()
+    }
+
+    pub fn stop(&mut self) {
+        self.stopped = true;
+        let closed = Error::new(ErrorKind::Cancelled, "the state was closed before this was done");
+        self.fail(&closed);
+        let error = self.failed.clone();
+        let mut tickets: Vec<Arc<Ticket>> = self.commits.iter().map(|commit| commit.ticket.clone()).collect();
+        tickets.extend(self.units.iter().flat_map(|unit| unit.waiting.iter().map(|op| op.ticket.clone())));
+        let pieces = self.reads.iter().chain(&self.writes).map(|piece| piece.running.op.ticket.clone());
+        tickets.extend(pieces.chain(self.held.iter().map(|running| running.op.ticket.clone())));
+        for ticket in tickets {
+            ticket.set(|progress| (progress.done, progress.error) = (true, error.clone()));
+        }
+    }
+}
+
+/// The thread that commits.
+pub(super) fn commits(shared: &Shared) {
+    let mut queues = shared.queues();
+    loop {
+        if queues.stopped {
+            return;
+        }
+        let ready = queues.commits.front().is_some_and(|commit| {
+            let first = queues.unfinished.keys().next();
+            first.is_none_or(|first| *first > commit.epoch)
+        });
+        if !ready {
+            queues = shared.changed.wait(queues).unwrap_or_else(PoisonError::into_inner);
+            continue;
+        }
+        let meta =
+            queues.commits.front_mut().map(|commit| std::mem::take(&mut commit.meta)).unwrap_or_default();
+        let failed = queues.has_failed();
+        drop(queues);
+        let done = if failed { Ok(()) } else { shared.store.commit(&meta) };
+        queues = shared.queues();
+        if let Err(error) = done {
+            queues.fail(&error.into());
+        }
+        let error = queues.failed.clone();
+        if let Some(commit) = queues.commits.pop_front() {
+            commit.ticket.set(|progress| (progress.done, progress.error) = (true, error));
+        }
+        let until = queues.commits.front().map_or(u64::MAX, |commit| commit.epoch);
+        let held = std::mem::take(&mut queues.held);
+        for running in held {
+            match running.op.epoch <= until {
+                true => queues.finish(shared, &running),
+                false => queues.held.push(running),
+            }
+        }
+        shared.changed.notify_all();
+    }
+}
