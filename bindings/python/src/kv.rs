@@ -78,6 +78,7 @@ impl KvStore {
             write_bytes_per_day,
             second_offer,
             deadline_ms: (deadline.as_millis() as u64).max(1),
+            lasting: false,
         };
         // Fails here rather than at the first block.
         pool.get().session()?;

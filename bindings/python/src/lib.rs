@@ -14,6 +14,7 @@ mod memory;
 mod pool;
 mod process;
 mod region;
+mod state;
 mod tensor;
 mod tier;
 mod watch;
@@ -26,5 +27,6 @@ fn _nvtier(module: &Bound<'_, PyModule>) -> PyResult<()> {
     load::register(module)?;
     kv::register(module)?;
     tier::register(module)?;
+    state::register(module)?;
     file::register(module)
 }

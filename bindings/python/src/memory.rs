@@ -303,11 +303,12 @@ pub fn import(capsule: &Bound<'_, PyAny>) -> PyResult<Imported> {
     })
 }
 
-/// Host memory of others as a device: what a save from it reads.
+/// Host memory of others as a device: what a save from it reads, and what state is fetched into.
 #[derive(Debug)]
 pub struct Foreign {
-    /// First address and length of what may be read, sorted.
+    /// First address and length of what may be used, sorted.
     ranges: Arc<Vec<(u64, u64)>>,
+    writable: bool,
     host: gpudirect::driver::host::HostDriver,
 }
 
@@ -316,7 +317,13 @@ impl Foreign {
     /// `nvtier.save`, which alone call this module's `save`: each is memory of a tensor that they hold until it returns.
     pub fn new(mut ranges: Vec<(u64, u64)>) -> Foreign {
         ranges.sort_unstable();
-        Foreign { ranges: Arc::new(ranges), host: Default::default() }
+        Foreign { ranges: Arc::new(ranges), writable: false, host: Default::default() }
+    }
+
+    /// One range that may be written, too: memory of a tensor that `nvtier.train` keeps until what it is made for is over (`Target::keep`),
+    /// and that nobody else uses meanwhile.
+    pub fn writable(address: u64, len: u64) -> Foreign {
+        Foreign { writable: true, ..Foreign::new(vec![(address, len)]) }
     }
 }
 
@@ -337,7 +344,7 @@ impl Driver for Foreign {
         Err(Error::new(ErrorKind::Unsupported, "free memory of others"))
     }
     fn stream(&self) -> gpudirect::Result<Box<dyn Stream>> {
-        Ok(Box::new(Copies { ranges: self.ranges.clone(), done: VecDeque::new() }))
+        Ok(Box::new(Copies { ranges: self.ranges.clone(), writable: self.writable, done: VecDeque::new() }))
     }
     fn copy_within(&self, _: &[DeviceCopy]) -> gpudirect::Result<()> {
         Err(Error::new(ErrorKind::Unsupported, "write to memory that is only saved from"))
@@ -363,15 +370,17 @@ fn outside(ranges: &[(u64, u64)], address: u64, len: u64) -> gpudirect::Result<(
 /// Copies that are over when they were started.
 struct Copies {
     ranges: Arc<Vec<(u64, u64)>>,
+    writable: bool,
     done: VecDeque<Batch>,
 }
 
 impl Copies {
     fn carry_out(&self, batch: &mut Batch) -> gpudirect::Result<()> {
-        if batch.direction != Direction::ToHost {
+        if batch.direction != Direction::ToHost && !self.writable {
             return Err(Error::new(ErrorKind::Invalid, "write to memory that is only saved from"));
         }
         for part in &batch.parts {
+            // Both ways alike: a buffer of ours and its range.
             let room = batch.buffers.get_mut(part.buffer as usize).and_then(|buffer| {
                 let end = part.offset.checked_add(part.len)?;
                 buffer.get_mut(part.offset..end)
@@ -381,10 +390,16 @@ impl Copies {
                 return Err(Error::new(ErrorKind::Invalid, context));
             };
             outside(&self.ranges, part.device, part.len as u64)?;
-            // SAFETY: the source is inside one range, which is memory of a tensor that the caller holds (see `Foreign::new`); `room` has `part.len` bytes and
-            // is a buffer of ours, so the two do not overlap.
-            unsafe {
-                std::ptr::copy_nonoverlapping(part.device as *const u8, room.as_mut_ptr(), part.len);
+            match batch.direction {
+                // SAFETY: the source is inside one range, which is memory of a tensor that the caller holds (see `Foreign::new`); `room` has `part.len` bytes
+                // and is a buffer of ours, so the two do not overlap.
+                Direction::ToHost => unsafe {
+                    std::ptr::copy_nonoverlapping(part.device as *const u8, room.as_mut_ptr(), part.len);
+                },
+                // SAFETY: as above, the other way; nobody else uses the range meanwhile (see `Foreign::writable`).
+                Direction::ToDevice => unsafe {
+                    std::ptr::copy_nonoverlapping(room.as_ptr(), part.device as *mut u8, part.len);
+                },
             }
         }
         Ok(())

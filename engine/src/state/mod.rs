@@ -203,6 +203,15 @@ impl StateStore {
         Ok(head.filter(|head| head.sequence > 0).map(|head| (head.block_bytes, head.meta)))
     }
 
+    /// Removes a state that is not open, with all of its bytes. `false`: there is none.
+    pub fn remove(session: &Session, name: &str) -> Result<bool> {
+        match session.remove(&format!("{}/{name}", crate::kv::DIRECTORY), true) {
+            Ok(()) => session.sync().map(|()| true),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error.context(format!("remove the state {name:?}"))),
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }

@@ -12,6 +12,7 @@
 //!
 //! After a failure nothing more is done: every ticket gets it, and what counts is the last commit.
 
+use std::any::Any;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -55,7 +56,7 @@ impl ResidencyOptions {
 }
 
 /// Memory of a tensor.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Target {
     /// Whose memory it is.
     pub driver: Arc<dyn Driver>,
@@ -63,6 +64,14 @@ pub struct Target {
     pub address: u64,
     /// An event of the device after which it may be used ([`Driver::wait_event`]); 0: at once.
     pub after: u64,
+    /// What keeps the memory and the event; let go when the operation is over.
+    pub keep: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl std::fmt::Debug for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Target").field("driver", &self.driver).field("address", &self.address).finish_non_exhaustive()
+    }
 }
 
 /// What becomes of an operation.
@@ -251,12 +260,12 @@ impl Residency {
         Ok(ticket)
     }
 
-    /// Copies a unit to a tensor. The memory must stay until the ticket is done.
+    /// Copies a unit to a tensor, which nobody else may use until the ticket is done.
     pub fn fetch(&self, unit: u32, target: Target) -> Result<Arc<Ticket>> {
         self.submit(unit, Kind::Fetch, Some(target))
     }
 
-    /// Makes what a tensor holds the unit's bytes. Its memory must stay as it is until the ticket says `Copied`. `write`: to the drive at once;
+    /// Makes what a tensor holds the unit's bytes. It must stay as it is until the ticket says `Copied`. `write`: to the drive at once;
     /// otherwise, where the unit is in the RAM share, with the next commit.
     pub fn store_unit(&self, unit: u32, target: Target, write: bool) -> Result<Arc<Ticket>> {
         self.submit(unit, Kind::Store { write }, Some(target))

@@ -66,7 +66,7 @@ impl Rig {
     }
 
     fn target(&self, memory: &DeviceMemory) -> Target {
-        Target { driver: self.driver.clone(), address: memory.address(), after: 0 }
+        Target { driver: self.driver.clone(), address: memory.address(), after: 0, keep: None }
     }
 }
 

@@ -1,0 +1,476 @@
+"""Parameters that come and go with the modules that use them.
+
+Forward, a block: its weights (fetched ahead) are waited for; where a step is pending for it, its gradients and moments as well, the step is carried out, and
+what it changed is written back behind; the module runs; the weights go. Backward: the weights come again, gradients are gathered as they arrive, added to
+those of earlier micro-batches, and written back; the weights go.
+
+Nothing here moves a byte between a drive and memory: that is ``_nvtier.State``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import torch
+
+from .. import _nvtier
+from .._errors import Closed, InvalidArgument, OutOfDeviceMemory
+from ._blocks import Block, Param, gradient_plane, moment_planes, weight_plane
+from ._planes import FULL, SPLIT, join, low_parts, split
+
+#: Blocks that are fetched before they are needed.
+AHEAD = 1
+
+
+class Pending:
+    """A step whose gradients are there, and which blocks carry out when they are used next."""
+
+    def __init__(self, step: int, groups: Sequence[Dict[str, Any]], clip: Optional[torch.Tensor]) -> None:
+        self.step, self.groups, self.clip = step, [dict(group) for group in groups], clip
+
+
+class Manager:
+    def __init__(self, state: Any, blocks: List[Block], rest: Block, device: torch.device, vram: Optional[int]) -> None:
+        self.state, self.blocks, self.rest, self.device = state, blocks, rest, device
+        self.vram = vram
+        self.name = "cpu" if device.type == "cpu" else f"cuda:{device.index}"
+        self.pending: Optional[Pending] = None
+        #: Steps done.
+        self.step = 0
+        #: Micro-batches that the gathered gradients are of.
+        self.gathered = 0
+        self.order: List[Block] = []
+        self._seen: List[Block] = []
+        self._blanks: Dict[Any, torch.Tensor] = {}
+        #: ``[tensor, ticket, whether it is nobody else's]``
+        self._leaving: List[List[Any]] = []
+        self._in_backward = False
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device_bytes = 0
+        self.device_peak = 0
+        #: Called before a block is used in a forward pass, and with the bytes that were stored since the last commit.
+        self.on_use: Any = None
+        self.on_store: Any = None
+        self.stored_since_commit = 0
+
+    # Memory on the device
+
+    def _empty(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        self._make_room(count * dtype.itemsize)
+        tensor = torch.empty(count, dtype=dtype, device=self.device)
+        self._count(tensor, 1)
+        return tensor
+
+    def _count(self, tensor: torch.Tensor, sign: int) -> None:
+        self.device_bytes += sign * tensor.numel() * tensor.element_size()
+        self.device_peak = max(self.device_peak, self.device_bytes)
+
+    def _event(self) -> Any:
+        """After what was started on the device so far; None where there is nothing to wait for."""
+        if self._copying is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _fetch(self, block: Block, plane: str) -> None:
+        tensor = self._empty(*block.layout.planes()[plane])
+        event = self._event()
+        handle = event.cuda_event if event is not None else 0
+        ticket = self.state.fetch(block.units[plane], self.name, tensor.data_ptr(), handle, (tensor, event))
+        block.coming[plane] = (tensor, ticket)
+
+    def _store(self, block: Block, plane: str) -> None:
+        tensor = block.planes[plane]
+        event = self._event()
+        handle = event.cuda_event if event is not None else 0
+        ticket = self.state.store(block.units[plane], self.name, tensor.data_ptr(), handle, (tensor, event), True)
+        self._leaving.append([tensor, ticket, False])
+        self.stored_since_commit += tensor.numel() * tensor.element_size()
+
+    def _drop(self, block: Block, planes: Sequence[str]) -> None:
+        for plane in planes:
+            tensor = block.planes.pop(plane, None)
+            if tensor is None:
+                continue
+            for entry in self._leaving:
+                if entry[0] is tensor:
+                    # It is copied from still, and given back then.
+                    entry[2] = True
+                    break
+            else:
+                self._count(tensor, -1)
+
+    def _reap(self, wait: bool = False) -> None:
+        """Gives back what was copied; with ``wait`` at least one, where there is any."""
+        if wait and self._leaving:
+            self._leaving[0][1].wait(copied=True)
+        left = []
+        for entry in self._leaving:
+            if entry[1].is_done(copied=True):
+                if entry[2]:
+                    self._count(entry[0], -1)
+            else:
+                left.append(entry)
+        self._leaving = left
+
+    def settle(self, block: Block) -> None:
+        """Waits until nothing of a block that stays on the device is being copied from: it is about to be changed."""
+        for tensor, ticket, _ in self._leaving:
+            if any(tensor is mine for mine in block.planes.values()):
+                ticket.wait(copied=True)
+        self._reap()
+
+    def _make_room(self, more: int) -> None:
+        self._reap()
+        while self.vram is not None and self.device_bytes + more > self.vram and self._leaving:
+            self._reap(wait=True)
+        if self.vram is not None and self.device_bytes + more > self.vram:
+            raise OutOfDeviceMemory(
+                f"nvtier: {more} bytes more of training state than the budget of {self.vram} bytes on {self.name}: {self.device_bytes} are in use"
+            )
+
+    # Coming
+
+    def _planes_for(self, block: Block, backward: bool) -> List[str]:
+        planes = [] if backward and block.forward_only else block.weight_planes()
+        if self._owes(block) and not backward:
+            planes = block.weight_planes() + block.state_planes() + block.gradient_planes()
+        elif backward and self.gathered > 0 and block.trainable:
+            planes = planes + block.gradient_planes()
+        return planes
+
+    def _owes(self, block: Block) -> bool:
+        return self.pending is not None and bool(block.owed)
+
+    def prefetch(self, block: Block, backward: bool) -> None:
+        """Begins to fetch what a block will need, where the budget has room for it."""
+        for plane in self._planes_for(block, backward):
+            if plane in block.planes or plane in block.coming:
+                continue
+            if not self.state.has(block.units[plane]):
+                continue
+            dtype, count = block.layout.planes()[plane]
+            self._reap()
+            if self.vram is not None and self.device_bytes + count * dtype.itemsize > self.vram:
+                return
+            self._fetch(block, plane)
+
+    def _bring(self, block: Block, planes: Sequence[str]) -> None:
+        for plane in planes:
+            if plane in block.planes or plane in block.coming:
+                continue
+            dtype, count = block.layout.planes()[plane]
+            if self.state.has(block.units[plane]):
+                self._fetch(block, plane)
+            else:
+                # Moments before the first step.
+                block.planes[plane] = self._empty(dtype, count).zero_()
+        for plane in planes:
+            if plane in block.coming:
+                tensor, ticket = block.coming.pop(plane)
+                ticket.wait()
+                block.planes[plane] = tensor
+
+    def _bind(self, block: Block) -> None:
+        if block.bound:
+            return
+        for param in block.params:
+            plane = weight_plane(param)
+            if plane in block.planes:
+                # Also of another type: what a Linear is given under autocast.
+                param.param.data = block.view(param, plane).view(param.param.shape)
+        block.bound = True
+
+    def _blank(self, param: Param, dtype: torch.dtype) -> torch.Tensor:
+        """Shape and type of a parameter, without its memory."""
+        one = self._blanks.get(dtype)
+        if one is None:
+            one = self._blanks[dtype] = torch.zeros(1, dtype=dtype, device=self.device)
+        return one.expand(param.param.shape)
+
+    def _release(self, block: Block) -> None:
+        if block is self.rest:
+            return
+        if block.bound:
+            for param in block.params:
+                param.param.data = self._blank(param, param.param.dtype)
+            block.bound = False
+        self._drop(block, list(block.planes))
+
+    def drop_all(self) -> None:
+        """After an interrupted pass: everything goes but what stays."""
+        for block in self.blocks:
+            for tensor, ticket in block.coming.values():
+                ticket.wait()
+                self._count(tensor, -1)
+            block.coming.clear()
+            block.in_backward = False
+            self._release(block)
+        self._in_backward = False
+
+    # Hooks
+
+    def attach(self) -> None:
+        for block in self.blocks:
+            assert block.module is not None
+            block.handles.append(block.module.register_forward_pre_hook(self._before(block)))
+            block.handles.append(block.module.register_forward_hook(self._after(block), always_call=True))
+            for index, param in enumerate(block.params):
+                if param.trainable:
+                    hook = self._arrived(block, index)
+                    block.handles.append(param.param.register_post_accumulate_grad_hook(hook))
+
+    def detach(self, closed: bool) -> None:
+        def refuse(module: Any, args: Any) -> None:
+            raise Closed("the optimizer of this model is closed, and the model's parameters went with it: load the model again")
+
+        for block in self.blocks:
+            for handle in block.handles:
+                handle.remove()
+            block.handles.clear()
+            if closed:
+                assert block.module is not None
+                block.module.register_forward_pre_hook(refuse)
+
+    def _before(self, block: Block) -> Any:
+        mixed = SPLIT in block.layout.counts
+
+        def before(module: Any, args: Any) -> None:
+            if mixed and not torch.is_autocast_enabled(self.device.type):
+                raise InvalidArgument(
+                    f"precision='mixed' is training under torch.autocast({self.device.type!r}, dtype=torch.bfloat16), and the model is called without it"
+                )
+            if torch._C._current_graph_task_id() != -1:
+                # What checkpointing computes again.
+                self._enter_backward(block)
+                return
+            if self.on_use is not None:
+                self.on_use()
+            self._note(block)
+            self.use(block)
+            following = self._following(block, 1)
+            if following is not None:
+                self.prefetch(following, backward=False)
+
+        return before
+
+    def _after(self, block: Block) -> Any:
+        def after(module: Any, args: Any, output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return
+            tensor = _first_tensor(output)
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+                tensor.register_hook(lambda gradient: self._enter_backward(block))
+                if self.order and block is self.order[-1]:
+                    # Its backward comes at once.
+                    return
+            self._release(block)
+
+        return after
+
+    def _note(self, block: Block) -> None:
+        if block in self._seen:
+            self.order, self._seen = self._seen, []
+        self._seen.append(block)
+
+    def _following(self, block: Block, by: int) -> Optional[Block]:
+        order = self.order or self.blocks
+        if block not in order:
+            return None
+        index = order.index(block) + by
+        if by > 0 and index == len(order):
+            return None
+        return order[index] if 0 <= index < len(order) else None
+
+    def use(self, block: Block) -> None:
+        """Has a block's weights on the device, of the last step."""
+        self._bring(block, self._planes_for(block, backward=False))
+        if self._owes(block):
+            self._apply(block)
+        self._bind(block)
+
+    def _enter_backward(self, block: Block) -> None:
+        if not self._in_backward:
+            self._in_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        if block.in_backward:
+            return
+        if self._owes(block):
+            raise RuntimeError(f"nvtier: the block {block.name} is in a backward pass whose forward pass was before the last step")
+        block.in_backward = True
+        # Those that have nothing to gather are not told that they are through.
+        for other in self.blocks:
+            if other is not block and other.in_backward and not other.trainable:
+                other.in_backward = False
+                self._release(other)
+        self._bring(block, self._planes_for(block, backward=True))
+        self._bind(block)
+        before = self._following(block, -1)
+        if before is not None:
+            self.prefetch(before, backward=True)
+
+    def _arrived(self, block: Block, index: int) -> Any:
+        entry = block.params[index]
+
+        def arrived(parameter: torch.Tensor) -> None:
+            if not block.in_backward:
+                self._enter_backward(block)
+            gradient = parameter.grad
+            parameter.grad = None
+            if gradient is None:
+                return
+            plane = gradient_plane(entry)
+            if plane not in block.planes:
+                dtype, count = block.layout.planes()[plane]
+                # What has no gradient is not read.
+                block.planes[plane] = self._empty(dtype, count)
+            into = block.view(entry, plane)
+            with torch.no_grad():
+                if index in block.graded:
+                    if into.dtype != torch.float32 and entry.kind == SPLIT:
+                        raise RuntimeError(
+                            "nvtier: gradients of several micro-batches are added up, and accumulate=False was promised to offload()"
+                        )
+                    into.add_(gradient.view(-1))
+                else:
+                    into.copy_(gradient.view(-1))
+                block.graded.add(index)
+                # The last one that is noted is the one of all micro-batches.
+                block.norms[index] = torch._foreach_norm([_as_master(into, entry)])[0]
+            block.arrived.add(index)
+            if len(block.arrived) == len(block.trainable):
+                self._gather(block)
+
+        return arrived
+
+    def _gather(self, block: Block) -> None:
+        """The gradients of a block are there."""
+        block.arrived.clear()
+        block.in_backward = False
+        for plane in block.gradient_planes():
+            if plane in block.planes:
+                self._store(block, plane)
+        self._release(block)
+        self._stored()
+
+    def _end_backward(self) -> None:
+        self._in_backward = False
+        for block in self.blocks:
+            if block.in_backward:
+                self._gather(block)
+        self.gathered += 1
+        self._reap()
+
+    # Steps
+
+    def _apply(self, block: Block) -> None:
+        """Carries out the pending step on a block whose planes are all there."""
+        pending = self.pending
+        assert pending is not None
+        with torch.no_grad():
+            self.update(block, pending, {index: block.view(block.params[index], gradient_plane(block.params[index])) for index in block.owed})
+        block.owed = set()
+        for plane in block.weight_planes() + block.state_planes():
+            if not plane.startswith("frozen"):
+                self._store(block, plane)
+        self._drop(block, block.state_planes() + block.gradient_planes())
+        self._stored()
+
+    def _stored(self) -> None:
+        if self.on_store is not None:
+            self.on_store(self.stored_since_commit)
+
+    def update(self, block: Block, pending: Pending, gradients: Dict[int, torch.Tensor]) -> None:
+        for index in sorted(gradients):
+            entry = block.params[index]
+            gradient = _as_master(gradients[index], entry)
+            if pending.clip is not None:
+                torch._foreach_mul_([gradient], pending.clip)
+            entry.steps += 1
+            step = torch.tensor(float(entry.steps), dtype=torch.float32, device=self.device)
+            m, v = (block.view(entry, plane) for plane in moment_planes(entry))
+            weight = self._master(block, entry)
+            group = pending.groups[entry.group]
+            torch._fused_adamw_(
+                [weight],
+                [gradient],
+                [m],
+                [v],
+                [],
+                [step],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=group["maximize"],
+            )
+            if entry.kind == SPLIT:
+                low, ties = low_parts(block.planes["lo"], block.layout.counts[SPLIT], entry.place)
+                split(weight, block.view(entry, "hi"), low, ties)
+
+    def _master(self, block: Block, entry: Param) -> torch.Tensor:
+        if entry.kind == FULL:
+            return block.view(entry, "w")
+        low, ties = low_parts(block.planes["lo"], block.layout.counts[SPLIT], entry.place)
+        return join(block.view(entry, "hi"), low, ties)
+
+    def master(self, block: Block, entry: Param) -> torch.Tensor:
+        """A copy of a parameter's weights as they are trained, on the host. The block's planes are there."""
+        if entry.kind == SPLIT:
+            return self._master(block, entry).view(entry.param.shape).cpu()
+        return block.view(entry, weight_plane(entry)).view(entry.param.shape).detach().cpu().clone()
+
+    def moments(self, block: Block, entry: Param) -> List[torch.Tensor]:
+        """Copies of a parameter's moments on the host. The block's planes are there."""
+        return [block.view(entry, plane).view(entry.param.shape).cpu().clone() for plane in moment_planes(entry)]
+
+    @contextlib.contextmanager
+    def resident(self, block: Block, moments: bool) -> Iterator[None]:
+        """Has what :meth:`master`, or with ``moments`` :meth:`moments`, needs of a block on the device."""
+        if block is not self.rest:
+            wanted = block.state_planes() if moments else block.weight_planes() + [plane for plane in block.units if plane == "lo"]
+            self._bring(block, wanted)
+        try:
+            yield
+        finally:
+            self._release(block)
+
+    def catch_up(self) -> None:
+        """Carries out the pending step on all blocks."""
+        if self._in_backward or any(block.in_backward for block in self.blocks):
+            raise InvalidArgument("a backward pass is under way")
+        for block in self.order or self.blocks:
+            if self._owes(block):
+                self.use(block)
+                self._release(block)
+
+    def store_rest(self) -> None:
+        """Writes back what stays on the device."""
+        for plane in self.rest.units:
+            if plane not in self.rest.gradient_planes():
+                self._store(self.rest, plane)
+
+
+def _as_master(gradient: torch.Tensor, entry: Param) -> torch.Tensor:
+    """As plain PyTorch has it: the gradient of a float32 weight is float32."""
+    return gradient.float() if entry.kind == SPLIT and gradient.dtype != torch.float32 else gradient
+
+
+def _first_tensor(output: Any) -> Optional[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, dict):
+        output = output.values()
+    if hasattr(output, "__iter__"):
+        for value in output:
+            if isinstance(value, torch.Tensor):
+                return value
+    return None
+
+
+def open_state(pool: Any, name: str, budget: int, block_bytes: int, ram: int, deadline: float) -> Any:
+    return _nvtier.State(pool, name=name, budget=budget, block_bytes=block_bytes, ram=ram, deadline=deadline)

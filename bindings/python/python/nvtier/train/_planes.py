@@ -1,0 +1,129 @@
+"""How the bytes of parameters lie in planes: flat tensors of one type for all parameters of a block.
+
+==========  ==================================================================  ======================
+precision   planes of a trainable parameter, bytes an element                   what the module sees
+==========  ==================================================================  ======================
+``fp32``    ``w`` 4, ``m`` 4, ``v`` 4, ``g`` 4                                   ``w``, float32
+``bf16``    ``w`` 2, ``m`` 2, ``v`` 2, ``g`` 2                                   ``w``, bfloat16
+``mixed``   ``hi`` 2, ``lo`` 2 + 1/8, ``m`` 4, ``v`` 4, ``g`` 4 (or 2)           ``hi``, bfloat16
+==========  ==================================================================  ======================
+
+``mixed`` is float32 weights under ``torch.autocast(dtype=torch.bfloat16)``. A weight of an ``nn.Linear`` is used there as bfloat16 only, which is ``hi``: the
+float32 weight rounded to the nearest, ties to even. ``lo`` are the low 16 bits of the float32 weight, and a bit that says, at ties, which way it was
+rounded; together they are the float32 weight again, bit for bit. Other parameters (norms, biases, embeddings) are as in ``fp32``.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, List, NamedTuple, Tuple
+
+import torch
+
+#: Elements that a parameter's place in a plane is a multiple of: whole vectors of every type (kernels round otherwise in a tail than in a vector).
+ALIGN = 64
+
+#: Kinds of parameters.
+FULL, SPLIT, FROZEN = "full", "split", "frozen"
+
+
+class Place(NamedTuple):
+    """A parameter's elements in the planes of its kind."""
+
+    start: int
+    count: int
+
+
+def padded(count: int) -> int:
+    return -(-count // ALIGN) * ALIGN
+
+
+def split(master: torch.Tensor, hi: torch.Tensor, lo: torch.Tensor, ties: torch.Tensor) -> None:
+    """Takes float32 weights apart: into bfloat16 ``hi``, int16 ``lo``, and uint8 ``ties`` of an eighth as many elements, rounded up."""
+    bits = master.view(torch.int32)
+    hi.copy_(master)
+    low = bits & 0xFFFF
+    lo.copy_(low)  # wraps
+    upper = (bits >> 16) & 0xFFFF
+    rounded = hi.view(torch.int16).to(torch.int32) & 0xFFFF
+    up = (low == 0x8000) & (rounded != upper)
+    ties.copy_(_pack(up))
+
+
+def join(hi: torch.Tensor, lo: torch.Tensor, ties: torch.Tensor) -> torch.Tensor:
+    """The float32 weights that :func:`split` took apart."""
+    low = lo.to(torch.int32) & 0xFFFF
+    tie = low == 0x8000
+    up = torch.where(tie, _unpack(ties, low.numel()), low > 0x8000)
+    upper = (hi.view(torch.int16).to(torch.int32) - up.to(torch.int32)) & 0xFFFF
+    return ((upper << 16) | low).view(torch.float32)
+
+
+def _weights(device: torch.device) -> torch.Tensor:
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+
+
+def _pack(bits: torch.Tensor) -> torch.Tensor:
+    rest = -bits.numel() % 8
+    if rest:
+        bits = torch.cat([bits, bits.new_zeros(rest)])
+    # A sum of eight different powers of two stays within a byte.
+    return (bits.view(-1, 8).to(torch.uint8) * _weights(bits.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpack(packed: torch.Tensor, count: int) -> torch.Tensor:
+    return ((packed.unsqueeze(1) & _weights(packed.device)) != 0).view(-1)[:count]
+
+
+class Layout:
+    """The planes of a block: types, numbers of elements, and where each parameter lies."""
+
+    def __init__(self, precision: str, accumulate: bool, gradients: bool = True) -> None:
+        self.precision, self.gradients = precision, gradients
+        self.places: List[Tuple[str, Place]] = []
+        self.counts: Dict[str, int] = {}
+        self.frozen: Dict[torch.dtype, int] = {}
+        self.gradient = torch.float32 if precision != "bf16" else torch.bfloat16
+        #: Of weights whose gradient comes as bfloat16: kept so where nothing is added to it.
+        self.split_gradient = torch.float32 if accumulate else torch.bfloat16
+
+    def add(self, kind: str, tensor: torch.Tensor) -> Tuple[str, Place]:
+        """A place for a parameter."""
+        key = kind if kind != FROZEN else _frozen_key(tensor.dtype)
+        start = self.counts.get(key, 0)
+        place = Place(start, tensor.numel())
+        self.counts[key] = start + padded(tensor.numel())
+        if kind == FROZEN:
+            self.frozen[tensor.dtype] = self.counts[key]
+        self.places.append((key, place))
+        return key, place
+
+    def planes(self) -> Dict[str, Tuple[torch.dtype, int]]:
+        """Type and elements of every plane, by name."""
+        planes: Dict[str, Tuple[torch.dtype, int]] = {}
+        for dtype, count in self.frozen.items():
+            planes[_frozen_key(dtype)] = (dtype, count)
+        full = self.counts.get(FULL, 0)
+        if full:
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+            planes.update({name: (dtype, full) for name in ("w", "m", "v")})
+            if self.gradients:
+                planes["g"] = (self.gradient, full)
+        split_count = self.counts.get(SPLIT, 0)
+        if split_count:
+            planes["hi"] = (torch.bfloat16, split_count)
+            # Low halves, and an eighth as many bytes of ties, as int16.
+            planes["lo"] = (torch.int16, split_count + split_count // 16)
+            planes.update({name: (torch.float32, split_count) for name in ("sm", "sv")})
+            planes["sg"] = (self.split_gradient, split_count)
+        return planes
+
+
+def _frozen_key(dtype: torch.dtype) -> str:
+    return f"{FROZEN}:{dtype}"
+
+
+def low_parts(lo: torch.Tensor, count: int, place: Place) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Of a ``lo`` plane for ``count`` elements, what is of one parameter: its low halves and its ties."""
+    ties = lo[count:].view(torch.uint8)
+    first = place.start // 8
+    return lo[place.start : place.start + place.count], ties[first : first + -(-place.count // 8)]
