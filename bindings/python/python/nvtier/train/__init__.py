@@ -191,6 +191,8 @@ def _start(
         raise InvalidArgument("the run in the pool is of another model, precision or choice of blocks")
     for number, (block, plane) in enumerate(names, start=first):
         block.units[plane] = number
+        if state.has(number):
+            block.stored.add(plane)
     for block, plane in _ram_share(every, ram, block_bytes)[0]:
         state.keep_in_ram(block.units[plane])
     manager = Manager(state, listed, rest, device, vram)
@@ -219,7 +221,7 @@ def _take_in(manager: Manager, block: Block, fresh: bool) -> None:
     stays = block is manager.rest
     if fresh or stays:
         for plane, (dtype, count) in block.layout.planes().items():
-            if stays and not fresh and manager.state.has(block.units[plane]):
+            if stays and plane in block.stored:
                 manager._fetch(block, plane)
             elif stays or plane not in ("m", "v", "sm", "sv", "g", "sg"):
                 # What lies between parameters has a value as well.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 import torch
@@ -38,6 +39,8 @@ class Block:
         self.params: List[Param] = []
         #: Number of the state's unit of each plane.
         self.units: Dict[str, int] = {}
+        #: Planes that were stored: the state has them, or will have before it is asked.
+        self.stored: Set[str] = set()
         #: What is on the device.
         self.planes: Dict[str, torch.Tensor] = {}
         #: On their way there: the tensors and tickets.
@@ -51,6 +54,8 @@ class Block:
         #: Norms of the gradients, by place in ``params``; device scalars.
         self.norms: Dict[int, torch.Tensor] = {}
         self.in_backward = False
+        #: One for each input whose gradient is not there; they go with the graph.
+        self.waiting: "weakref.WeakSet[Any]" = weakref.WeakSet()
         self.bound = False
         self.handles: List[Any] = []
         #: Its backward needs no weights.

@@ -86,6 +86,7 @@ class Manager:
         event = self._event()
         handle = event.cuda_event if event is not None else 0
         ticket = self.state.store(block.units[plane], self.name, tensor.data_ptr(), handle, (tensor, event), True)
+        block.stored.add(plane)
         self._leaving.append([tensor, ticket, False])
         self.stored_since_commit += tensor.numel() * tensor.element_size()
 
@@ -149,7 +150,7 @@ class Manager:
         for plane in self._planes_for(block, backward):
             if plane in block.planes or plane in block.coming:
                 continue
-            if not self.state.has(block.units[plane]):
+            if plane not in block.stored:
                 continue
             dtype, count = block.layout.planes()[plane]
             self._reap()
@@ -162,7 +163,7 @@ class Manager:
             if plane in block.planes or plane in block.coming:
                 continue
             dtype, count = block.layout.planes()[plane]
-            if self.state.has(block.units[plane]):
+            if plane in block.stored:
                 self._fetch(block, plane)
             else:
                 # Moments before the first step.
@@ -215,7 +216,7 @@ class Manager:
     def attach(self) -> None:
         for block in self.blocks:
             assert block.module is not None
-            block.handles.append(block.module.register_forward_pre_hook(self._before(block)))
+            block.handles.append(block.module.register_forward_pre_hook(self._before(block), with_kwargs=True))
             block.handles.append(block.module.register_forward_hook(self._after(block), always_call=True))
             for index, param in enumerate(block.params):
                 if param.trainable:
@@ -237,7 +238,7 @@ class Manager:
     def _before(self, block: Block) -> Any:
         mixed = SPLIT in block.layout.counts
 
-        def before(module: Any, args: Any) -> None:
+        def before(module: Any, args: Any, kwargs: Any) -> None:
             if mixed and not torch.is_autocast_enabled(self.device.type):
                 raise InvalidArgument(
                     f"precision='mixed' is training under torch.autocast({self.device.type!r}, dtype=torch.bfloat16), and the model is called without it"
@@ -250,6 +251,10 @@ class Manager:
                 self.on_use()
             self._note(block)
             self.use(block)
+            if torch.is_grad_enabled():
+                for value in [*args, *kwargs.values()]:
+                    if isinstance(value, torch.Tensor) and value.requires_grad:
+                        self._await_gradient(block, value)
             following = self._following(block, 1)
             if following is not None:
                 self.prefetch(following, backward=False)
@@ -269,6 +274,21 @@ class Manager:
             self._release(block)
 
         return after
+
+    def _await_gradient(self, block: Block, tensor: torch.Tensor) -> None:
+        """A block's weights are needed until the gradients of its parameters *and* of its inputs are there: either may be first."""
+        token = _Token()
+        block.waiting.add(token)
+
+        def there(gradient: torch.Tensor) -> None:
+            block.waiting.discard(token)
+            self._perhaps_gather(block)
+
+        tensor.register_hook(there)
+
+    def _perhaps_gather(self, block: Block) -> None:
+        if block.in_backward and len(block.arrived) == len(block.trainable) and not block.waiting:
+            self._gather(block)
 
     def _note(self, block: Block) -> None:
         if block in self._seen:
@@ -300,11 +320,6 @@ class Manager:
         if self._owes(block):
             raise RuntimeError(f"nvtier: the block {block.name} is in a backward pass whose forward pass was before the last step")
         block.in_backward = True
-        # Those that have nothing to gather are not told that they are through.
-        for other in self.blocks:
-            if other is not block and other.in_backward and not other.trainable:
-                other.in_backward = False
-                self._release(other)
         self._bring(block, self._planes_for(block, backward=True))
         self._bind(block)
         before = self._following(block, -1)
@@ -340,8 +355,7 @@ class Manager:
                 # The last one that is noted is the one of all micro-batches.
                 block.norms[index] = torch._foreach_norm([_as_master(into, entry)])[0]
             block.arrived.add(index)
-            if len(block.arrived) == len(block.trainable):
-                self._gather(block)
+            self._perhaps_gather(block)
 
         return arrived
 
@@ -453,6 +467,10 @@ class Manager:
         for plane in self.rest.units:
             if plane not in self.rest.gradient_planes():
                 self._store(self.rest, plane)
+
+
+class _Token:
+    __slots__ = ("__weakref__",)
 
 
 def _as_master(gradient: torch.Tensor, entry: Param) -> torch.Tensor:

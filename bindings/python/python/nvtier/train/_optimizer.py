@@ -352,7 +352,7 @@ def describe(blocks: List[Block], manager: Manager) -> List[Any]:
     return [
         [
             block.name,
-            [[entry.name, list(entry.param.shape), entry.key, str(entry.param.dtype)] for entry in block.params],
+            [[entry.name, list(entry.param.shape), entry.key] for entry in block.params],
             {name: [str(dtype), count] for name, (dtype, count) in block.layout.planes().items()},
         ]
         for block in blocks
