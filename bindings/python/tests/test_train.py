@@ -561,3 +561,32 @@ def test_a_real_model_learns_as_in_plain_pytorch(pool, tmp_path):
     tuned = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
     after = says(tuned)
     assert after == says(reference) and after != before
+
+
+def test_commits_may_be_rare(pool):
+    """What is in host memory is written with a commit, and a run that ends without one goes back to the last."""
+    reference = llama()
+    models = [copy.deepcopy(reference) for _ in range(3)]
+    plain = torch.optim.AdamW(reference.parameters(), fused=True, **ADAMW)
+    torch.manual_seed(5)
+    wanted = train(reference, plain, 8)
+    options = dict(pool=pool, ram="100MiB", commit_every=5, **ADAMW)
+    model, optimizer = nvtier.train.offload(models[0], torch.optim.AdamW, **options)
+    torch.manual_seed(5)
+    begun = optimizer.stats()["drive_written_bytes"]
+    assert train(model, optimizer, 4, each=lambda step: optimizer.commit({"next": step + 1})) == wanted[:4]
+    assert optimizer.stats()["drive_written_bytes"] == begun, "steps in host memory were written to the drive"
+    assert train(model, optimizer, 7, first=4, each=lambda step: optimizer.commit({"next": step + 1})) == wanted[4:7]
+    assert optimizer.stats()["drive_written_bytes"] > begun
+    with pytest.raises(ZeroDivisionError):
+        with optimizer:
+            raise ZeroDivisionError
+    model, optimizer = nvtier.train.offload(models[1], torch.optim.AdamW, resume=True, **options)
+    assert optimizer.resumed == {"next": 5} and optimizer.steps == 5
+    assert train(model, optimizer, 8, first=5, each=lambda step: optimizer.commit({"next": step + 1})) == wanted[5:]
+    compare(reference, plain, optimizer)
+    optimizer.close()
+    model, optimizer = nvtier.train.offload(models[2], torch.optim.AdamW, resume=True, **options)
+    assert optimizer.resumed == {"next": 8} and optimizer.steps == 8
+    compare(reference, plain, optimizer)
+    optimizer.close()

@@ -58,6 +58,7 @@ def offload(
     blocks: Optional[Iterable[torch.nn.Module]] = None,
     param_groups: Optional[Sequence[Dict[str, Any]]] = None,
     accumulate: bool = True,
+    commit_every: int = 1,
     resume: Union[bool, str] = False,
     deadline: float = 60.0,
     **options: Any,
@@ -71,11 +72,15 @@ def offload(
     ``ram``: bytes of host memory, pinned, that keep a part of it; a number or ``"32GiB"``.
     ``blocks``: modules that stream; default: the layers of the model, and large embeddings and heads.
     ``accumulate``: whether gradients of several micro-batches are added up; False saves 2 bytes a weight in ``mixed``.
+    ``commit_every``: steps from one durable commit to the next. With more than 1 a crash costs up to so many steps, what is in the RAM share is written
+    with a commit only, and the rest takes up to twice its space in the pool.
     """
     if optimizer_class is not torch.optim.AdamW:
         raise NotSupported(f"nvtier.train: {getattr(optimizer_class, '__name__', optimizer_class)}; torch.optim.AdamW is supported")
     if precision not in ("fp32", "bf16", "mixed"):
         raise InvalidArgument(f"precision={precision!r}: fp32, bf16 or mixed")
+    if commit_every < 1:
+        raise InvalidArgument(f"commit_every={commit_every}: steps, 1 or more")
     if resume not in (True, False, "auto"):
         raise InvalidArgument(f"resume={resume!r}: True, False or 'auto'")
     if getattr(model, "_nvtier_optimizer", None) is not None:
@@ -110,9 +115,9 @@ def offload(
     lens = [_unit_bytes(block, plane) for block in every for plane in block.layout.planes()]
     block_bytes = found[0] if found is not None else _block_bytes(lens)
     largest = max(sum(_unit_bytes(block, plane) for plane in block.layout.planes()) for block in every)
-    slack = max(2 * largest, sum(lens) // 16)
+    slack = max(2 * largest, sum(lens) // 16) if commit_every == 1 else sum(lens)
     # Another commit is on its way while new versions are written.
-    budget = _nvtier.State.room_for(lens, 3 * slack, block_bytes)
+    budget = _nvtier.State.room_for(lens, (3 if commit_every == 1 else 2) * slack, block_bytes)
     free = int(opened.stat()["free_bytes"])
     if found is None and budget > free:
         raise NoSpace(
@@ -120,7 +125,7 @@ def offload(
         )
     state = _nvtier.State(opened, name=name, budget=budget, block_bytes=block_bytes, ram=_ram_share(every, ram_bytes, block_bytes)[1], deadline=deadline)
     try:
-        optimizer = _start(model, state, listed, rest, where, vram_bytes, ram_bytes, block_bytes, param_groups, defaults, slack, found)
+        optimizer = _start(model, state, listed, rest, where, vram_bytes, ram_bytes, block_bytes, param_groups, defaults, slack, commit_every, found)
     except BaseException:
         state.close()
         raise
@@ -179,6 +184,7 @@ def _start(
     param_groups: Optional[Sequence[Dict[str, Any]]],
     defaults: Dict[str, Any],
     slack: int,
+    commit_every: int,
     found: Optional[Tuple[int, bytes]],
 ) -> Optimizer:
     every = [rest, *listed]
@@ -195,9 +201,10 @@ def _start(
             block.stored.add(plane)
     for block, plane in _ram_share(every, ram, block_bytes)[0]:
         state.keep_in_ram(block.units[plane])
-    manager = Manager(state, listed, rest, device, vram)
+        block.in_ram.add(plane)
+    manager = Manager(state, listed, rest, device, vram, write_at_once=commit_every == 1)
     groups = list(param_groups) if param_groups is not None else [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    optimizer = Optimizer(model, manager, groups, defaults, slack)
+    optimizer = Optimizer(model, manager, groups, defaults, slack, commit_every)
     meta = None if found is None else json.loads(found[1])
     if meta is not None:
         optimizer.restore(meta)

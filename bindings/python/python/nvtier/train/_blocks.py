@@ -41,6 +41,8 @@ class Block:
         self.units: Dict[str, int] = {}
         #: Planes that were stored: the state has them, or will have before it is asked.
         self.stored: Set[str] = set()
+        #: Planes of the RAM share.
+        self.in_ram: Set[str] = set()
         #: What is on the device.
         self.planes: Dict[str, torch.Tensor] = {}
         #: On their way there: the tensors and tickets.

@@ -31,9 +31,11 @@ class Pending:
 
 
 class Manager:
-    def __init__(self, state: Any, blocks: List[Block], rest: Block, device: torch.device, vram: Optional[int]) -> None:
+    def __init__(self, state: Any, blocks: List[Block], rest: Block, device: torch.device, vram: Optional[int], write_at_once: bool) -> None:
         self.state, self.blocks, self.rest, self.device = state, blocks, rest, device
         self.vram = vram
+        #: Whether what is in the RAM share goes to the drive as it is stored, or with a commit.
+        self.write_at_once = write_at_once
         self.name = "cpu" if device.type == "cpu" else f"cuda:{device.index}"
         self.pending: Optional[Pending] = None
         #: Steps done.
@@ -85,10 +87,11 @@ class Manager:
         tensor = block.planes[plane]
         event = self._event()
         handle = event.cuda_event if event is not None else 0
-        ticket = self.state.store(block.units[plane], self.name, tensor.data_ptr(), handle, (tensor, event), True)
+        ticket = self.state.store(block.units[plane], self.name, tensor.data_ptr(), handle, (tensor, event), self.write_at_once)
         block.stored.add(plane)
         self._leaving.append([tensor, ticket, False])
-        self.stored_since_commit += tensor.numel() * tensor.element_size()
+        if self.write_at_once or plane not in block.in_ram:
+            self.stored_since_commit += tensor.numel() * tensor.element_size()
 
     def _drop(self, block: Block, planes: Sequence[str]) -> None:
         for plane in planes:

@@ -22,15 +22,17 @@ class Optimizer(torch.optim.Optimizer):
     """What ``nvtier.train.offload`` returns beside the model. An ordinary optimizer for loops and schedulers; gradients are kept by nvtier, and
     ``parameter.grad`` is None for parameters that stream. For what touches gradients use :meth:`clip_grad_norm_`."""
 
-    def __init__(self, model: torch.nn.Module, manager: Manager, groups: List[Dict[str, Any]], defaults: Dict[str, Any], slack: int) -> None:
+    def __init__(self, model: torch.nn.Module, manager: Manager, groups: List[Dict[str, Any]], defaults: Dict[str, Any], slack: int, commit_every: int) -> None:
         super().__init__(groups, defaults)
         self._model, self._manager = model, manager
-        self._slack = slack
+        self._slack, self._commit_every = slack, commit_every
+        self._committed_step = -1
         self._clip: Optional[torch.Tensor] = None
         #: What the next commit says besides where each block is.
         self._base: Optional[Dict[str, Any]] = None
         self._uncommitted = False
         self._must_clear = False
+        self._rest_changed = False
         self._last_commit: Any = None
         self._commits: List[Any] = []
         self._resumed: Optional[Dict[str, Any]] = None
@@ -89,8 +91,7 @@ class Optimizer(torch.optim.Optimizer):
         self._must_clear = True
         self._uncommitted = True
         self._base = None
-        if gradients:
-            manager.store_rest()
+        self._rest_changed |= bool(gradients)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> torch.Tensor:
         """``torch.nn.utils.clip_grad_norm_`` over all parameters of the model: the same total norm, and the same factor for every gradient, with which
@@ -118,16 +119,18 @@ class Optimizer(torch.optim.Optimizer):
     def commit(self, extra: Optional[Dict[str, Any]] = None, wait: bool = False) -> None:
         """Makes the last step the one that a crash goes back to, with the states of all random number generators and with ``extra`` (of what JSON has:
         position in the data, state of a scheduler). Call it after ``step()``, before anything of the next step; otherwise it is done at the next
-        use of the model, without extra. It is written behind; with ``wait`` it is durable on return."""
+        use of the model, without extra. It is written behind, every ``commit_every`` steps; with ``wait`` it is durable on return."""
         self._open()
         manager = self._manager
         if manager.gathered > 0 or manager._in_backward:
             raise InvalidArgument("commit() between backward() and step(): a commit is of whole steps")
         self._base = {"extra": extra, "rng": _random_states(manager.device)}
         self._uncommitted = False
-        ticket = self._commit()
-        if wait:
-            ticket.wait()
+        since = manager.step - self._committed_step
+        if wait or since == 0 or since >= self._commit_every:
+            ticket = self._commit()
+            if wait:
+                ticket.wait()
 
     @property
     def resumed(self) -> Optional[Dict[str, Any]]:
@@ -196,11 +199,13 @@ class Optimizer(torch.optim.Optimizer):
         if self._closed:
             return
         try:
-            if self._uncommitted or self._manager.pending is not None:
-                self._manager.drop_all()
+            self._manager.drop_all()
+            if self._uncommitted or self._committed_step != self._manager.step:
+                self._forget_gradients()
                 if self._uncommitted:
-                    self._forget_gradients()
                     self.commit()
+                if self._committed_step != self._manager.step:
+                    self._commit()
             if self._last_commit is not None:
                 self._last_commit.wait()
         finally:
@@ -278,6 +283,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _commit(self) -> Any:
         manager = self._manager
+        if self._rest_changed:
+            manager.store_rest()
+            self._rest_changed = False
         for ticket in self._commits:
             ticket.is_done()  # raises what it failed with
         self._commits = [ticket for ticket in self._commits if not ticket.is_done()]
@@ -305,6 +313,7 @@ class Optimizer(torch.optim.Optimizer):
             raise InvalidArgument(f"commit(extra): {error}: what JSON has can be committed") from None
         self._last_commit = manager.state.commit(text.encode())
         self._commits.append(self._last_commit)
+        self._committed_step = manager.step
         manager.stored_since_commit = 0
         return self._last_commit
 
@@ -333,6 +342,7 @@ class Optimizer(torch.optim.Optimizer):
             manager.pending = Pending(pending["step"], pending["groups"], tensor)
         _set_random_states(meta.get("rng") or {}, manager.device)
         self._base = {"extra": meta.get("extra"), "rng": meta.get("rng")}
+        self._committed_step = manager.step
         self._resumed = meta.get("extra") or {}
 
 

@@ -1,0 +1,256 @@
+"""nvtier.train on a GPU: bit for bit plain PyTorch, and how long a step takes beside what the drive, the bus and the model allow.
+
+    train_gpu_check.py --dir DIR --out FILE [--layers 16] [--hidden 2048] [--ffn 8192] [--batch 4] [--seq 2048] [--steps 4] [--nvtier NVTIER]
+
+The pool and the files of the drive's ceilings are made in DIR and removed. Needs torch, transformers and a CUDA device.
+"""
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+import nvtier  # noqa: E402
+import nvtier.train  # noqa: E402
+
+GIB = 1 << 30
+ADAMW = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def exact(folder):
+    """Twenty steps of a small model, every precision, the budget of one block: losses, weights and moments are compared bit for bit."""
+    torch.use_deterministic_algorithms(True)
+    found = []
+    for precision, micro, clip, tie in [("fp32", 4, 1.0, True), ("mixed", 4, 1.0, False), ("mixed", 1, None, True), ("bf16", 1, 0.5, False)]:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=1031,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            tie_word_embeddings=tie,
+            attention_dropout=0.1,
+            attn_implementation="eager",
+        )
+        reference = LlamaForCausalLM(config).cuda().train()
+        reference.config.use_cache = False
+        reference.gradient_checkpointing_enable({"use_reentrant": False})
+        if precision == "bf16":
+            reference = reference.bfloat16()
+        model = copy.deepcopy(reference)
+        plain = torch.optim.AdamW(reference.parameters(), fused=True, **ADAMW)
+        needs = nvtier.train.plan(model, precision=precision, accumulate=micro > 1)
+        pool = os.path.join(folder, "exact")
+        nvtier.format(pool)
+        model, optimizer = nvtier.train.offload(
+            model, torch.optim.AdamW, pool=pool, precision=precision, vram=needs["least_vram"], ram="2MiB", accumulate=micro > 1, **ADAMW
+        )
+
+        def run(model, optimizer, clip_by):
+            torch.manual_seed(1)
+            seen = []
+            for step in range(20):
+                for part in range(micro):
+                    ids = torch.randint(0, 1031, (2, 64), generator=torch.Generator().manual_seed(100 * step + part)).cuda()
+                    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=precision == "mixed"):
+                        loss = model(input_ids=ids, labels=ids).loss / micro
+                    loss.backward()
+                    seen.append(loss.item())
+                if clip is not None:
+                    seen.append(clip_by(clip).item())
+                optimizer.step()
+                optimizer.zero_grad()
+            return seen
+
+        wanted = run(reference, plain, lambda most: torch.nn.utils.clip_grad_norm_(reference.parameters(), most))
+        seen = run(model, optimizer, optimizer.clip_grad_norm_)
+        parameters = dict(reference.named_parameters())
+        weights = sum(int((weight.cuda() != parameters[name]).sum()) for name, weight in optimizer.weights())
+        moments = 0
+        for name, steps, m, v in optimizer.moments():
+            state = plain.state[parameters[name]]
+            moments += int((m.cuda() != state["exp_avg"]).sum()) + int((v.cuda() != state["exp_avg_sq"]).sum())
+            moments += steps != int(state["step"])
+        peak = optimizer.stats()["device_peak_bytes"]
+        optimizer.close()
+        shutil.rmtree(pool)
+        one = {
+            "precision": precision,
+            "micro": micro,
+            "clip": clip,
+            "losses_equal": seen == wanted,
+            "weights_different": weights,
+            "moments_different": moments,
+            "peak_within_budget": peak <= needs["least_vram"],
+        }
+        print(json.dumps(one), flush=True)
+        found.append(one)
+    torch.use_deterministic_algorithms(False)
+    return found
+
+
+def drive(nvtier_bin, folder):
+    """GB/s that the drive reads and writes now, by nvtier bench."""
+    if nvtier_bin is None:
+        return None
+    speeds = {}
+    for way in ("write", "read"):
+        command = [nvtier_bin, "bench", "--name", way, f"--rw={way}", "--bs=4m", "--iodepth=16", "--direct=1", "--ioengine=io_uring"]
+        command += [f"--filename={folder}/ceiling", "--size=6g", "--runtime=5", "--time_based", "--output-format=json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            print("bench:", done.stderr[-500:])
+            return None
+        speeds[way] = json.loads(done.stdout)["jobs"][0][way]["bw_bytes"] / 1e9
+    os.remove(os.path.join(folder, "ceiling"))
+    return speeds
+
+
+def bus():
+    """GB/s of pinned copies."""
+    host = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+    speeds = {}
+    for name, to, source in (("htod", device, host), ("dtoh", host, device)):
+        to.copy_(source)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(3):
+            to.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        speeds[name] = 3 * GIB / (time.perf_counter() - start) / 1e9
+    return speeds
+
+
+def steps_of(model, optimizer, ids, count):
+    times = []
+    for _ in range(count):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.clip_grad_norm_(1.0) if hasattr(optimizer, "clip_grad_norm_") else torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def speed(options, folder):
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=options.hidden,
+        intermediate_size=options.ffn,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
+    found = {"model": vars(options), "ceilings": [], "runs": []}
+
+    def ceilings():
+        one = {"drive": drive(options.nvtier, folder), "bus": bus()}
+        print(json.dumps(one), flush=True)
+        found["ceilings"].append(one)
+
+    def fresh():
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config)
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.train()
+
+    ids = torch.randint(0, 32000, (options.batch, options.seq), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    model = fresh()
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    times = steps_of(model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW), ids, 4)
+    found["plain_seconds"] = times
+    found["plain_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    print("plain", times, found["plain_peak_gb"], flush=True)
+    del model
+    torch.cuda.empty_cache()
+    for name, ram, every in (("drive", 0, 1), ("ram", "64GiB", 1000)):
+        ceilings()
+        pool = os.path.join(folder, "pool")
+        nvtier.format(pool)
+        model = fresh()
+        needs = nvtier.train.plan(model, precision="mixed", accumulate=False)
+        start = time.perf_counter()
+        model, optimizer = nvtier.train.offload(
+            model,
+            torch.optim.AdamW,
+            pool=pool,
+            precision="mixed",
+            ram=ram,
+            vram=max(3 * GIB, needs["least_vram"]),
+            accumulate=False,
+            commit_every=every,
+            **ADAMW,
+        )
+        begun = time.perf_counter() - start
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = optimizer.stats()
+        times = steps_of(model, optimizer, ids, options.steps)
+        after = optimizer.stats()
+        one = {
+            "name": name,
+            "begin_seconds": begun,
+            "seconds": times,
+            "median_seconds": statistics.median(times[1:]),
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "state_peak_gb": after["device_peak_bytes"] / 1e9,
+            "needs": needs,
+            "per_step": {key: (after[key] - before[key]) / options.steps for key in after if key.endswith("bytes") and "device" not in key},
+        }
+        if name == "drive":
+            optimizer.close()
+        else:
+            optimizer.__exit__(KeyboardInterrupt, None, None)
+        del model, optimizer
+        torch.cuda.empty_cache()
+        shutil.rmtree(pool)
+        print(json.dumps(one), flush=True)
+        found["runs"].append(one)
+    ceilings()
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--nvtier", help="the command, for the drive's ceilings")
+    for name, default in (("layers", 16), ("hidden", 2048), ("ffn", 8192), ("batch", 4), ("seq", 2048), ("steps", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("train_gpu_check: torch sees no CUDA device here")
+    folder = tempfile.mkdtemp(dir=options.dir)
+    found = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    try:
+        found["exact"] = exact(folder)
+        found["speed"] = speed(options, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with open(options.out, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
