@@ -104,7 +104,10 @@ impl State {
             let slot = (block_bytes as usize).next_multiple_of(4096);
             let bytes = moves.ring_bytes(slot) + ram;
             let arena = Arena::new(bytes, ArenaOptions::default()).map_err(|error| {
-                to_py(engine::Error::from(error).context(format!("take {bytes} bytes of memory for training state")))
+                to_py(
+                    engine::Error::from(error)
+                        .context(format!("take {bytes} bytes of memory for training state")),
+                )
             })?;
             let store = StateStore::open(&session, &options, Some(&arena)).map_err(to_py)?;
             Residency::new(store, arena, moves).py()

@@ -170,6 +170,39 @@ fn space_is_given_back_and_its_end_is_an_error() {
     assert_eq!(read(&store, 3).unwrap(), bytes(3, 399, LENS[3]));
 }
 
+#[test]
+fn heads_of_other_bytes_are_refused_and_nothing_more() {
+    let head = Head {
+        sequence: 9,
+        block_bytes: BLOCK,
+        units: vec![(1, None), (70, Some(2))],
+        meta: b"what".to_vec(),
+    };
+    let bytes = head.encode();
+    assert_eq!(Head::decode(&bytes).unwrap(), head);
+    for at in 0..bytes.len() {
+        for bit in 0..8 {
+            let mut other = bytes.clone();
+            other[at] ^= 1 << bit;
+            assert_eq!(Head::decode(&other).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+        assert!(Head::decode(&bytes[..at]).is_err());
+    }
+    // Of a right sum, and yet impossible.
+    let mut rng = SimRng::new(11);
+    for _ in 0..20_000 {
+        let mut other = bytes.clone();
+        let at = rng.in_range(8..40) as usize;
+        other[at] = rng.next_u64() as u8;
+        other[40..44].fill(0);
+        let sum = crc32fast::hash(&other);
+        other[40..44].copy_from_slice(&sum.to_le_bytes());
+        if let Ok(found) = Head::decode(&other) {
+            assert_eq!(found.encode(), other);
+        }
+    }
+}
+
 /// Seven steps of what a training run does, until the power goes. The number of the last commit that returned, and of the one after it.
 fn steps(rig: &Rig) -> (u64, u64) {
     let mut returned = 0;

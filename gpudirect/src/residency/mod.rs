@@ -70,7 +70,10 @@ pub struct Target {
 
 impl std::fmt::Debug for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Target").field("driver", &self.driver).field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("Target")
+            .field("driver", &self.driver)
+            .field("address", &self.address)
+            .finish_non_exhaustive()
     }
 }
 
