@@ -179,7 +179,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def save_pretrained(self, folder: Union[str, os.PathLike], max_shard_bytes: int = 5 << 30) -> None:
         """Writes the model as safetensors files of Hugging Face's layout, with its configuration, a block at a time: the model need not fit into memory."""
-        from ._save import save_pretrained
+        from ._export import save_pretrained
 
         save_pretrained(self._model, self.weights(), folder, max_shard_bytes)
 
