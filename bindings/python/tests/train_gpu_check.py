@@ -107,7 +107,7 @@ def drive(nvtier_bin, folder):
         return None
     speeds = {}
     for way in ("write", "read"):
-        command = [nvtier_bin, "bench", "--name", way, f"--rw={way}", "--bs=4m", "--iodepth=16", "--direct=1", "--ioengine=io_uring"]
+        command = [nvtier_bin, "bench", f"--name={way}", f"--rw={way}", "--bs=4m", "--iodepth=16", "--direct=1", "--ioengine=io_uring"]
         command += [f"--filename={folder}/ceiling", "--size=6g", "--runtime=5", "--time_based", "--output-format=json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
