@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use serde::Deserialize;
 
 use crate::cli::{Global, ProgressMode, Train};
-use crate::failure::{Failure, Outcome, code};
+use crate::failure::{Failure, Outcome};
 use crate::interrupt;
 
 /// Looks for packages without importing them, which takes seconds for torch. Old enough syntax for any Python 3.
@@ -147,6 +147,7 @@ fn arguments(global: &Global, args: &Train) -> Vec<OsString> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::failure::code;
 
     #[test]
     fn what_is_missing_is_named_with_how_to_get_it() {
