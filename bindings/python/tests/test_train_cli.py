@@ -308,11 +308,15 @@ def test_again_anew_and_what_cannot_go_on(place):
     place.write(exp=exp.replace("3.0e-3", "1.0e-3"))
     code, _, err = place.train()
     assert code == 2 and "lr_scheduler was {'learning_rate': 0.003" in err and "--fresh" in err
+    code, _, err = place.train("--run", "other")
+    assert code == 2 and "output/epoch_0_step_1_#model is not of the run other" in err
+    elsewhere = ENV.replace("output_dir: output", "output_dir: elsewhere")
+    place.write(exp=exp.replace("3.0e-3", "1.0e-3"), env=elsewhere)
     place.fine("--run", "other")
     (place.path / "data.json").write_text(json.dumps(ROWS[:4]))
     code, _, err = place.train("--run", "other")
     assert code == 2 and "data was" in err
-    place.fine("--fresh")
+    place.fine("--run", "other", "--fresh")
     assert place.events("start")[-1]["resumed"] is False
 
 
@@ -373,8 +377,9 @@ def test_the_last_models_are_kept_and_others_left_alone(place):
     # A folder of somebody else's is never replaced.
     shutil.rmtree("other/epoch_0_step_1_#model")
     os.mkdir("other/epoch_0_step_1_#model")
-    code, _, err = place.train("--fresh")
-    assert code == 2 and "it is there already, and not of this run" in err and os.listdir("other/epoch_0_step_1_#model") == []
+    code, out, err = place.train("--fresh")
+    assert code == 2 and "other/epoch_0_step_1_#model is not of the run epoch_1_step_4_-model, which would save a model there" in err
+    assert os.listdir("other/epoch_0_step_1_#model") == [] and "PHISON START" not in out
 
 
 def test_early_stops_and_validation(place):
@@ -394,7 +399,7 @@ def test_weights_at_random_and_of_other_files(place):
     place.write(exp=short + "  from_config: true\n")
     place.fine()
     at_random = list(place.losses().values())[-1]
-    place.write(exp=short)
+    place.write(exp=short, env=ENV.replace("output_dir: output", "output_dir: ''"))
     place.fine("--run", "pretrained")
     pretrained = list(place.losses().values())[-1]
     assert at_random != pretrained
@@ -406,11 +411,12 @@ def test_weights_at_random_and_of_other_files(place):
         place.write(exp=short + f"  weight_file_format: {form}\n", env=ENV.replace("path: model", f"path: {form}", 1))
         place.fine()
         assert list(place.losses().values())[-1] == pretrained, form
-    code, _, err = place.train("--run", "x", "--fresh") if place.write(exp=short + "  weight_file_format: pth\n") else place.train("--run", "x")
+    place.write(exp=short + "  weight_file_format: pth\n", env=ENV.replace("output_dir: output", "output_dir: ''"))
+    code, _, err = place.train("--run", "x")
     assert code == 3 and "there is no file in model that ends with .pth" in err
     os.remove(place.path / "pt/weights.pt")
     torch.save({key: value for key, value in state.items() if "layers.1" not in key}, place.path / "pt/weights.pt")
-    place.write(exp=short + "  weight_file_format: pt\n", env=ENV.replace("path: model", "path: pt", 1))
+    place.write(exp=short + "  weight_file_format: pt\n", env=ENV.replace("path: model", "path: pt", 1).replace("output_dir: output", "output_dir: ''"))
     code, _, err = place.train("--run", "y")
     assert code == 1 and "its files lack ['model.layers.1" in err
 
@@ -496,6 +502,31 @@ def test_a_full_drive_is_noticed_before_the_training(place, monkeypatch):
     assert code == 6 and "output has 0.0 GB free and a saved model needs about" in err and not place.events("iteration")
 
 
+FULL = """\
+mount -t tmpfs -o size=22m none nvme || exit 99
+train() { "$PYTHON" -m nvtier.train.cli --env_config env.yaml --exp_config exp.yaml --plain --quiet --commit-every 1; echo "$? $(ls nvme/nvtier-train)"; }
+train
+rm -r nvme/output
+train
+"""
+
+
+def test_a_drive_that_fills_up_and_is_given_room(place):
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a small file system of its own needs `unshare -m`, which is not allowed here")
+    # State of 9.5 MB, twice while it is replaced, and a saved model of 5 MB.
+    place.write(env=ENV.replace("output_dir: output", "output_dir: nvme/output"))
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", FULL], cwd=place.path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S,
+        check=False, env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["6", "model.lock", "model.pt"] + ["0", "model.lock", "model.pt"], (done.stdout, done.stderr)
+    assert "model.pt.part: No space left on device; the state of the commit before is still there" in done.stderr
+    assert [event["resumed"] for event in place.events("start")] == [False, True]
+    assert sorted(place.losses()) == [(epoch, iteration) for epoch in range(2) for iteration in range(5)]
+
+
 def test_json_quiet_and_check(place):
     place.write(exp=EXP + "  max_iter: 1\n")
     events = [json.loads(line)["event"] for line in place.fine("--json").splitlines()]
@@ -539,7 +570,7 @@ def test_the_offload_is_called_as_agreed(place, monkeypatch):
     }  # fmt: skip
     # The drive's mount point has become a pool's; one that is named is taken as it is.
     nvtier.Pool("nvme/nvtier-pool").close()
-    place.fine("--fresh", "--pool", "nvme/nvtier-pool", plain=False)
+    place.fine("--fresh", "--run", "r", "--pool", "nvme/nvtier-pool", plain=False)
     assert asked["pool"] == "nvme/nvtier-pool" and asked["resume"] is False and asked["vram"] is None
 
 
@@ -566,6 +597,7 @@ def test_the_command_becomes_the_training(place, program):
         out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0 and "training complete!" in out, err
     place.write(exp=EXP)
+    shutil.rmtree("logs")
     with ended(place.spawn("--fresh", program=(program, "train"), NVTIER_PYTHON=sys.executable)) as process:
         place.wait_for_updates(process, 2)
         process.send_signal(signal.SIGTERM)
@@ -604,20 +636,19 @@ def test_the_command_says_what_python_lacks(place, program, tmp_path):
 def test_the_real_model_for_two_updates(place):
     (place.path / "model").unlink()
     (place.path / "model").symlink_to(Path(os.environ["NVTIER_MODEL"]) / "snapshot")
-    place.write(
-        exp="run_settings:\n  per_device_train_batch_size: 2\n  per_update_total_batch_size: 2\n  max_iter: 3\n  max_seq_len: 48\n"
-        "  lr_scheduler: {learning_rate: 1.0e-4, mode: -1}\n"
-    )
+    (place.path / "data.json").write_text(json.dumps([{"text": "The capital of France is Paris, where the otters live."}]))
+    exp = "run_settings:\n  per_update_total_batch_size: 1\n  num_train_epochs: 2\n  lr_scheduler: {learning_rate: 1.0e-4, mode: -1}\n"
+    saver = "  model_saver: {max_num_of_saved_model_on_epoch_end: 1}\n"
+    place.write(exp=exp + saver, data="text:\n  data_path: data.json\n  strategy: pretrain\n  text: text\n")
     place.fine()
     losses = list(place.losses().values())
-    # It knows arithmetic, but not this way to put it; and it learns.
-    assert len(losses) == 3 and losses[0] < 5 and losses[-1] < losses[0]
-    last = place.path / "output/epoch_0_step_2_#model"
+    # It speaks English, has never heard of these otters, and learns.
+    assert len(losses) == 2 and 2 < losses[0] < 6 and losses[-1] < losses[0] - 0.2, losses
+    last, before = place.path / "output/epoch_1_step_0_#model", weights("model")
     model, tokenizer = hf.AutoModelForCausalLM.from_pretrained(last, dtype="auto"), hf.AutoTokenizer.from_pretrained(last)
-    before = weights("model")
     assert model.dtype == torch.bfloat16 and not equal(model.state_dict(), before) and model.state_dict().keys() == before.keys()
     ids = tokenizer("The capital of France is", return_tensors="pt")
-    assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=6, do_sample=False)[0])
+    assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=3, do_sample=False)[0])
 
 
 def test_help_names_every_option():

@@ -45,6 +45,11 @@ class Log:
         if self._terminal == "json":
             self._print(text)
 
+    def error(self, kind: str, text: str) -> None:
+        """What ended the training, for the files; the terminal has it on standard error."""
+        self._text.write(f"[ERROR] {text}\n")
+        self._events.write(json.dumps({"event": "error", "time": round(time.time(), 3), "kind": kind, "message": text}) + "\n")
+
     def _print(self, text: str) -> None:
         try:
             print(text, flush=True)

@@ -9,6 +9,7 @@ import base64
 import math
 import os
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -76,6 +77,7 @@ class _Training:
         self.data = self._data(config.train)
         self.validation = self._data(config.validation) if config.validation else None
         self.order = Order(len(self.data), run.per_device_train_batch_size, options.seed, run.max_iter)
+        self.saver.check_names(self._is_saved)
         self._say("[INITIALIZE Model]")
         torch.manual_seed(options.seed)
         self.model, self.optimizer = self._model()
@@ -197,6 +199,7 @@ class _Training:
                 f"go on with the run {self.name}: " + "; ".join(changed) + ". Set it back, begin another run with --run NAME, "
                 "or train anew with --fresh, which forgets this one"
             )
+        self.saver.life = extra["life"]
         self.order.restore(extra["position"])
         self.updates, self.losses, self.best = extra["updates"], list(extra["losses"]), tuple(extra["best"])
         _schedule.restore(extra["schedule"], self.schedule, self.optimizer)
@@ -206,6 +209,7 @@ class _Training:
 
     def _begin(self) -> None:
         paths, optimizer = self.config.paths, self.optimizer
+        self.saver.life = uuid.uuid4().hex
         key, section = ("lora_optimizer", paths.lora) if self.config.run.lora.enable_lora else ("optimizer_path", paths)
         if section[key]:
             if not hasattr(optimizer, "load_state"):
@@ -280,6 +284,11 @@ class _Training:
         if not self.saver.is_there(order.epoch, order.iteration - 1):
             self._save("epoch")
         return stop
+
+    def _is_saved(self, epoch: int, iteration: int) -> bool:
+        """Whether the model after an iteration is one that is saved."""
+        iterations = iteration + 1
+        return epoch < self.config.run.num_train_epochs and (iterations == self.order.iterations or self._saves_now(iterations) and iterations < self.order.iterations)
 
     def _saves_now(self, iterations: int) -> bool:
         saver = self.config.run.model_saver
@@ -361,6 +370,7 @@ class _Training:
         """All that a resume needs besides what the optimizer holds."""
         return {
             "settings": self._settings(),
+            "life": self.saver.life,
             "position": self.order.state(),
             "updates": self.updates,
             "losses": self.losses,

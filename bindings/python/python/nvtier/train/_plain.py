@@ -12,6 +12,7 @@ The loop knows either only by these: ``step``, ``zero_grad`` and ``param_groups`
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from .._errors import Corrupt, InvalidArgument, NotFound, PoolBusy
+from .._errors import Corrupt, Error, InvalidArgument, NoSpace, NotFound, PoolBusy
 
 _FOLDER = "nvtier-train"
 _FORMAT = 1
@@ -106,10 +107,22 @@ class PlainAdamW(torch.optim.AdamW):
             "optimizer": self.state_dict(),
         }
         part = self._path + ".part"
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException as error:
+            if os.path.exists(part):
+                os.remove(part)
+            # torch covers the error of a write by its own of an archive that was not closed.
+            cause: Optional[BaseException] = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if isinstance(error, Exception) and cause is not None:
+                kind = NoSpace if cause.errno in (errno.ENOSPC, errno.EDQUOT) else Error
+                raise kind(f"write {part}: {cause.strerror}; the state of the commit before is still there") from error
+            raise
         os.replace(part, self._path)
         _sync_folder(os.path.dirname(self._path))
 

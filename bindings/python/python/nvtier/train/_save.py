@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from typing import Any, Callable, Dict, List, Optional
 
@@ -12,6 +13,7 @@ from ._model import copy_beside
 
 #: Says in a saved folder which run it is of; folders without it are never removed.
 _MARK = "nvtier_train.json"
+_OTHER = "move it away, or choose another output_dir"
 
 
 class Saver:
@@ -19,6 +21,8 @@ class Saver:
 
     def __init__(self, folder: Optional[str], source: str, run: str, epochs_kept: int, iterations_kept: int, where: str) -> None:
         self.folder, self._source, self._run, self._where = folder, source, run, where
+        #: Tells a run from one of the same name that was forgotten.
+        self.life = ""
         self._kept = {"epoch": epochs_kept, "iteration": iterations_kept}
         self._name = os.path.basename(os.path.abspath(source)).split("#")[-1]
         if folder is None:
@@ -41,7 +45,19 @@ class Saver:
     def is_there(self, epoch: int, iteration: int) -> bool:
         """Whether this run saved that model already."""
         path = self.path(epoch, iteration)
-        return path is not None and self._mark(path) is not None
+        mark = None if path is None else self._mark(path)
+        return mark is not None and mark.get("life") == self.life
+
+    def check_names(self, will_be_saved: Callable[[int, int], bool]) -> None:
+        """Refuses before anything is trained where a model that ``will_be_saved`` (of epoch and iteration) has the name of another's."""
+        if self.folder is None:
+            return
+        for name in sorted(os.listdir(self.folder)):
+            found = re.fullmatch(r"epoch_(\d+)_step_(\d+)_#(.*)", name)
+            if not found or found[3] != self._name or self._mark(os.path.join(self.folder, name)) is not None:
+                continue
+            if will_be_saved(int(found[1]), int(found[2])):
+                raise InvalidArgument(f"{self._where}: {os.path.join(self.folder, name)} is not of the run {self._run}, which would save a model there; {_OTHER}")
 
     def check(self, needed: int) -> None:
         """Refuses what would not fit, before anything is trained."""
@@ -56,13 +72,13 @@ class Saver:
         path = self.path(epoch, iteration)
         part = os.path.join(self.folder, self._part(f"epoch_{epoch}_step_{iteration}"))
         if os.path.exists(path) and self._mark(path) is None:
-            raise InvalidArgument(f"save {path}: it is there already, and not of this run; move it away, or choose another output_dir")
+            raise InvalidArgument(f"save {path}: it is there already, and not of the run {self._run}; {_OTHER}")
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
         try:
             write(part)
             copy_beside(self._source, part)
-            mark = {"run": self._run, "kind": kind, "epoch": epoch, "iteration": iteration, "updates": updates}
+            mark = {"run": self._run, "life": self.life, "kind": kind, "epoch": epoch, "iteration": iteration, "updates": updates}
             with open(os.path.join(part, _MARK), "w") as file:
                 json.dump(mark, file)
             _sync(part)
@@ -82,8 +98,9 @@ class Saver:
         for name in os.listdir(self.folder):
             mark = self._mark(os.path.join(self.folder, name))
             if mark is not None and mark["kind"] == kind:
-                mine.append((mark["updates"], os.path.join(self.folder, name)))
-        for _, old in sorted(mine)[: -self._kept[kind]]:
+                # Those of a life before are the oldest, however long it was.
+                mine.append((mark.get("life") == self.life, mark["updates"], os.path.join(self.folder, name)))
+        for _, _, old in sorted(mine)[: -self._kept[kind]]:
             shutil.rmtree(old)
 
     def _part(self, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -138,9 +139,7 @@ def _run(args: argparse.Namespace, signals: Any) -> None:
         try:
             _loop.train(config, options, log, signals)
         except Exception as error:
-            # The terminal has it by `_report`.
-            log._text.write(f"[ERROR] {_text(error)}\n")
-            log.event("error", kind=type(error).__name__, message=_text(error))
+            log.error(type(error).__name__, _text(error))
             raise
     finally:
         log.close()
@@ -177,9 +176,10 @@ def _code(error: Exception) -> int:
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code
-    if isinstance(error, OSError) and error.errno in (28, 122):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NO_SPACE
-    return FAILED
+    # safetensors has an exception of its own for all.
+    return NO_SPACE if f"(os error {errno.ENOSPC})" in str(error) else FAILED
 
 
 def _text(error: Exception) -> str:
