@@ -499,14 +499,14 @@ def test_a_full_drive_is_noticed_before_the_training(place, monkeypatch):
 
     monkeypatch.setattr(_save.os, "statvfs", lambda path: Full if "output" in str(path) else real(path))
     code, _, err = place.train()
-    assert code == 6 and "output has 0.0 GB free and a saved model needs about" in err and not place.events("iteration")
+    assert code == 6 and "output has 0.0 MB free and a saved model needs about" in err and not place.events("iteration")
 
 
 FULL = """\
 mount -t tmpfs -o size=22m none nvme || exit 99
 train() { "$PYTHON" -m nvtier.train.cli --env_config env.yaml --exp_config exp.yaml --plain --quiet --commit-every 1; echo "$? $(ls nvme/nvtier-train)"; }
 train
-rm -r nvme/output
+mount -o remount,size=64m nvme
 train
 """
 

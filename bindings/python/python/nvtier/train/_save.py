@@ -63,9 +63,9 @@ class Saver:
         """Refuses what would not fit, before anything is trained."""
         if self.folder is None:
             return
-        free = _free(self.folder)
+        free = free_bytes(self.folder)
         if free < needed:
-            raise NoSpace(f"{self._where}: {self.folder} has {free / 1e9:.1f} GB free and a saved model needs about {needed / 1e9:.1f} GB")
+            raise NoSpace(f"{self._where}: {self.folder} has {human(free)} free and a saved model needs about {human(needed)}")
 
     def save(self, kind: str, epoch: int, iteration: int, updates: int, write: Callable[[str], Any]) -> str:
         """Writes a model by ``write(folder)``, gives it its name when it is whole, and removes what is too old of that kind."""
@@ -115,7 +115,13 @@ class Saver:
             return None
 
 
-def _free(folder: str) -> int:
+def human(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def free_bytes(folder: str) -> int:
+    """What a file system still takes."""
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize
 

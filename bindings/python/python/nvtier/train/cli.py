@@ -127,17 +127,18 @@ def _run(args: argparse.Namespace, signals: Any) -> None:
         _check(args, config)
         return
     _packages(["torch", "transformers"])
-    from . import _loop
     from ._log import Log
+    from ._loop import train
+    from ._setup import Options
 
     log = Log(config.paths.log_name, "none" if args.quiet else "json" if args.json else "text")
     try:
         for text in config.warnings:
             log.line(f"[WARNING] {text}")
         names = ("pool", "run", "vram", "ram", "plain", "resume", "fresh", "seed", "clip_grad_norm", "commit_every")
-        options = _loop.Options(**{name: getattr(args, name) for name in names})
+        options = Options(**{name: getattr(args, name) for name in names})
         try:
-            _loop.train(config, options, log, signals)
+            train(config, options, log, signals)
         except Exception as error:
             log.error(type(error).__name__, _text(error))
             raise
