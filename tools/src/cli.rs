@@ -736,10 +736,10 @@ pub struct Train {
     /// Name of the run in the pool [default: the model's]
     #[arg(long, value_name = "NAME")]
     pub run: Option<String>,
-    /// Memory of the GPU that may be used [default: what is free]
+    /// Memory of the GPU for weights, gradients and states [default: half of what is free]
     #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
     pub vram: Option<u64>,
-    /// Memory of the host that may be used [default: what is free]
+    /// Memory of the host that may be used [default: half of what is free]
     #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
     pub ram: Option<u64>,
     /// Without tiers, by torch's own AdamW: for models that fit

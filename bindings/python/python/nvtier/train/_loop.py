@@ -8,23 +8,26 @@ from __future__ import annotations
 import base64
 import math
 import os
+import sys
 import time
 import uuid
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from .._errors import Error, InvalidArgument, NotFound, NotSupported
+from .._errors import Error, InvalidArgument, NotSupported
 from . import _schedule
 from ._config import Config
 from ._data import IGNORED, Data
 from ._log import Log
-from ._save import human
+from ._saver import human
 from ._setup import Options, Prepared
 from ._signals import Interrupted, Signals
 
 #: Seconds between two commits where none are asked for by number.
 _COMMIT_SECONDS = 600
+#: Of statistics that are of one tier each.
+_TIERS = ("vram", "ram", "nvme")
 
 
 class Diverged(Error):
@@ -43,7 +46,8 @@ class _Training(Prepared):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.schedule = _schedule.make(run.lr_scheduler.mode, self.optimizer)
         every = options.commit_every
-        self.commit_every = every if every is not None else (0 if options.plain else 1)
+        #: Of --plain; 0: by time.
+        self.commit_every = every or 0
         self.updates = 0
         #: Of this epoch: losses summed, and how many.
         self.losses = [0.0, 0]
@@ -66,10 +70,9 @@ class _Training(Prepared):
         return settings
 
     def _resume(self) -> None:
-        extra, options = self.optimizer.resumed, self.options
-        if extra is None:
-            if options.resume:
-                raise NotFound(f"--resume: there is no run {self.name} in {self.pool}")
+        extra = self.optimizer.resumed
+        if not extra:
+            # Nothing, or a run of which no update was made.
             self._begin()
             return
         before, now = extra["settings"], self._settings()
@@ -103,8 +106,13 @@ class _Training(Prepared):
     def go(self) -> None:
         try:
             self._go()
-        finally:
             self.optimizer.close()
+        except Interrupted:
+            self._stop()
+            raise
+        except BaseException:
+            self.optimizer.__exit__(*sys.exc_info())
+            raise
 
     def _go(self) -> None:
         run, log = self.config.run, self.log
@@ -117,7 +125,7 @@ class _Training(Prepared):
         log.line(f"[INFO] The current training schedule consists of {run.num_train_epochs} epochs with {order.iterations} iterations each.")
         log.line(f"[INFO] The accumulated time is set to {accumulation} so the training will be updated {updates} times during each epoch.")
         log.event(
-            "start", run=self.name, resumed=self.optimizer.resumed is not None, epochs=run.num_train_epochs, iterations=order.iterations,
+            "start", run=self.name, resumed=bool(self.optimizer.resumed), epochs=run.num_train_epochs, iterations=order.iterations,
             accumulation=accumulation, examples=len(self.data), updates=self.updates,
         )  # fmt: skip
         self.started, self.done = time.monotonic(), 0
@@ -129,9 +137,6 @@ class _Training(Prepared):
                     break
                 order.next_epoch()
                 self.losses = [0.0, 0]
-        except Interrupted:
-            self._stop()
-            raise
         finally:
             self.signals.soft = False
         log.line("training complete!")
@@ -142,6 +147,7 @@ class _Training(Prepared):
         if self.pending is not None:
             self.optimizer.zero_grad()
             self._commit()
+        self.optimizer.close()
         if self.updates:
             self.log.line(f"[INFO] stopped; the run {self.name} can be gone on with after update {self.updates}")
         else:
@@ -177,7 +183,8 @@ class _Training(Prepared):
         tokens = int(batch["attention_mask"].sum())
         log.stamped(f"[PHISON START] Epoch: {epoch}, Iteration: {iteration}")
         log.stamped("[Forward][start]")
-        loss = self.model(**batch, use_cache=False).loss
+        with self._autocast():
+            loss = self.model(**batch, use_cache=False).loss
         value = loss.item()
         forward = time.monotonic() - began
         log.stamped(f"[Forward][time spent]:{forward}")
@@ -204,7 +211,7 @@ class _Training(Prepared):
         log.stamped(f"[PHISON END] Iteration: {iteration}")
         log.stamped(f"[INFO] Training efficiency: {tokens / seconds} (tokens/s)")
         stats = self.optimizer.stats()
-        held = ", ".join(f"{tier} {human(int(size))}" for tier, size in stats.items() if isinstance(size, (int, float)) and not isinstance(size, bool))
+        held = ", ".join(f"{_plainly(key)} {human(size)}" for key, size in stats.items() if key in _TIERS or key.endswith("_bytes"))
         log.stamped(f"[INFO] update {self.updates}, {_duration(left)} left, {held}")
         log.event(
             "iteration", epoch=epoch, iteration=iteration, update=self.updates, loss=value, tokens=tokens, tokens_per_s=tokens / seconds,
@@ -230,11 +237,14 @@ class _Training(Prepared):
         spent["update_s"] = time.monotonic() - at
         log.stamped(f"[Update][time spent]:{spent['update_s']}")
         self.pending = self._extra()
-        last = self.order.iteration == self.order.iterations
-        waited = time.monotonic() - self.committed_at
-        by_number = self.commit_every > 0 and self.updates % self.commit_every == 0
-        if by_number or last or self._saves_now(self.order.iteration) or (self.commit_every == 0 and waited > _COMMIT_SECONDS):
-            spent["commit_s"] = self._commit()
+        # What is saved, is to be gone on from.
+        now = self.order.iteration == self.order.iterations or self._saves_now(self.order.iteration)
+        if self.options.plain:
+            waited = time.monotonic() - self.committed_at
+            now |= self.updates % self.commit_every == 0 if self.commit_every else waited > _COMMIT_SECONDS
+        # The offload counts itself, and has to be told of each.
+        if now or not self.options.plain:
+            spent["commit_s"] = self._commit(wait=now)
         return spent
 
     def _extra(self) -> Dict[str, Any]:
@@ -250,12 +260,13 @@ class _Training(Prepared):
             "rng": _rng(),
         }
 
-    def _commit(self) -> float:
+    def _commit(self, wait: bool = True) -> float:
         at = time.monotonic()
-        self.optimizer.commit(self.pending)
+        self.optimizer.commit(self.pending, wait=wait)
         self.pending, self.committed_at = None, time.monotonic()
         spent = self.committed_at - at
-        self.log.stamped(f"[Commit][time spent]:{spent}")
+        if wait:
+            self.log.stamped(f"[Commit][time spent]:{spent}")
         return spent
 
     def _save(self, kind: str) -> None:
@@ -266,7 +277,11 @@ class _Training(Prepared):
         at = time.monotonic()
 
         def write(folder: str) -> None:
-            self.optimizer.save_pretrained(folder)
+            if run.lora.enable_lora:
+                trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+                self.model.save_pretrained(folder, state_dict={name: tensor for name, tensor in self.optimizer.weights() if name in trained})
+            else:
+                self.optimizer.save_pretrained(folder)
             if run.enable_save_optimizer_state and hasattr(self.optimizer, "save_state"):
                 self.optimizer.save_state(os.path.join(folder, "optimizer.pt"))
 
@@ -311,10 +326,14 @@ class _Training(Prepared):
                 indexes: List[int] = list(range(start, min(start + size, len(data))))
                 batch = {key: tensor.to(self.device) for key, tensor in data.batch(indexes).items()}
                 learned = int((batch["labels"][:, 1:] != IGNORED).sum())
-                total += self.model(**batch, use_cache=False).loss.item() * learned
+                with self._autocast():
+                    total += self.model(**batch, use_cache=False).loss.item() * learned
                 count += learned
         self.model.train()
         return total / max(count, 1)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed)
 
     def _left(self) -> float:
         order = self.order
@@ -330,6 +349,10 @@ class _Training(Prepared):
         # Times would be those of asking, not of doing.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _plainly(key: str) -> str:
+    return (key[: -len("_bytes")] if key.endswith("_bytes") else key).replace("_", " ")
 
 
 def _rng() -> Dict[str, Any]:

@@ -43,19 +43,19 @@ def tokenizer(folder: str) -> Any:
 
 
 def load(folder: str, run: Section) -> torch.nn.Module:
-    """The model on the host, in the type of its files; or of its configuration, with weights at random."""
+    """The model on the host, in the type that is trained; or of its configuration, with weights at random. Below adapters all is BF16."""
+    dtype = torch.bfloat16 if run.precision_mode == 0 or run.lora.enable_lora else torch.float32
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if run.from_config:
-            # Masters of full precision: nothing was rounded yet.
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         elif run.weight_file_format in ("pt", "pth"):
-            model = _of_states(folder, config, "." + run.weight_file_format, run.where("weight_file_format"))
+            model = _of_states(folder, config, dtype, "." + run.weight_file_format, run.where("weight_file_format"))
         else:
             form = {"safetensors": True, "bin": False}.get(run.weight_file_format)
             options = {} if form is None else {"use_safetensors": form}
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", local_files_only=True, output_loading_info=True, **options
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
             )
             _complete(folder, report)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -74,7 +74,7 @@ def _complete(folder: str, report: Any) -> None:
         raise Malformed(f"load the model {folder}: its files lack {len(missing)} weights, {', '.join(missing[:3])} first")
 
 
-def _of_states(folder: str, config: Any, extension: str, where: str) -> torch.nn.Module:
+def _of_states(folder: str, config: Any, dtype: torch.dtype, extension: str, where: str) -> torch.nn.Module:
     files = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(extension))
     if not files:
         raise NotFound(f"{where}: there is no file in {folder} that ends with {extension}")
@@ -84,8 +84,7 @@ def _of_states(folder: str, config: Any, extension: str, where: str) -> torch.nn
             weights.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
         except Exception as error:
             raise Malformed(f"load {file}: {str(error).splitlines()[0]}") from error
-    floats = [tensor.dtype for tensor in weights.values() if torch.is_tensor(tensor) and tensor.is_floating_point()]
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=floats[0] if floats else torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     model.tie_weights()
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
@@ -105,19 +104,23 @@ def adapters(model: torch.nn.Module, paths: Section, run: Section) -> torch.nn.M
     if weight:
         if not os.path.exists(os.path.join(weight, "adapter_config.json")):
             raise NotFound(f"{paths.lora.where('lora_weight')}: there is no adapter_config.json in {weight}")
-        return peft.PeftModel.from_pretrained(model, weight, is_trainable=True)
-    alpha = settings.lora_alpha
-    config = peft.LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=settings.lora_target_modules,
-        task_type=settings.lora_task_type,
-    )
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
-        key = settings.where("lora_target_modules")
-        raise InvalidArgument(f"{key}: {error}") from error
+        adapted = peft.PeftModel.from_pretrained(model, weight, is_trainable=True)
+    else:
+        alpha = settings.lora_alpha
+        config = peft.LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+            target_modules=settings.lora_target_modules,
+            task_type=settings.lora_task_type,
+        )
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise InvalidArgument(f"{settings.where('lora_target_modules')}: {error}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16 if run.precision_mode == 0 else torch.float32)
+    return adapted
 
 
 def fits(model: torch.nn.Module, highest: int, longest: int, warn: Any) -> None:

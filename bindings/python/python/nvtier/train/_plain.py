@@ -3,11 +3,12 @@
 The loop knows either only by these: ``step``, ``zero_grad`` and ``param_groups`` of any optimizer, and
 
 - ``clip_grad_norm_(max_norm)``: the norm, as a tensor;
-- ``commit(extra)``: makes the step that was made durable together with ``extra``, which JSON can hold;
-- ``resumed``: None, or the ``extra`` of the commit that is gone on from;
-- ``stats()``: bytes by tier;
-- ``save_pretrained(folder)``: what ``model.save_pretrained(folder)`` writes;
-- ``close()``.
+- ``commit(extra, wait)``: makes the step that was made durable, sooner or later, together with ``extra``, which JSON can hold;
+- ``resumed``: the ``extra`` of the commit that is gone on from; None, or an empty dict, where there was none;
+- ``stats()``: bytes, by tier;
+- ``weights()``: names and weights, on the host where they stream;
+- ``save_pretrained(folder)``: the model in Hugging Face's layout;
+- ``close()``; or ``__exit__`` with an error, after which the last commit counts.
 """
 
 from __future__ import annotations
@@ -17,92 +18,73 @@ import fcntl
 import json
 import os
 import pickle
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import torch
 
-from .._errors import Corrupt, Error, InvalidArgument, NoSpace, NotFound, PoolBusy
+from .._errors import Corrupt, Error, Exists, InvalidArgument, NoSpace, NotFound, PoolBusy
 
 _FOLDER = "nvtier-train"
 _FORMAT = 1
 
 
 def plain(
-    model: torch.nn.Module,
-    *,
-    pool: str,
-    run: str,
-    precision: str = "mixed",
-    resume: bool = True,
-    lr: float,
-    betas: Tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    model: torch.nn.Module, *, pool: str, run: str, precision: str, resume: Union[bool, str] = "auto", **options: Any
 ) -> Tuple[torch.nn.Module, "PlainAdamW"]:
     """Model and optimizer as ``nvtier.train.offload`` gives them, all of it in the memory of the device; state goes to a file below ``pool``."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if precision not in ("mixed", "bf16", "fp32"):
-        raise InvalidArgument(f"precision must be mixed, bf16 or fp32, not {precision}")
-    working = torch.float32 if precision == "fp32" else torch.bfloat16
-    masters: List[torch.Tensor] = []
-    for parameter in model.parameters():
-        if precision == "mixed" and parameter.requires_grad:
-            # Of the checkpoint's own precision, before it is rounded.
-            masters.append(parameter.detach().to(device, torch.float32, copy=True))
-        # Not model.to(): buffers, such as frequencies of rotary embeddings, keep their type.
-        parameter.data = parameter.data.to(working)
-    model.to(device)
+    wanted = torch.bfloat16 if precision == "bf16" else torch.float32
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != wanted:
+            raise InvalidArgument(f"precision {precision} trains {wanted}, and {name} is {parameter.dtype}")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, PlainAdamW(model, os.path.join(pool, _FOLDER, run), resume, **options)
+
+
+def remove(pool: str, run: str) -> bool:
+    """Forgets a run. False: there is none."""
     state = os.path.join(pool, _FOLDER, run)
-    return model, PlainAdamW(model, masters, state, resume, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if not os.path.exists(state + ".pt"):
+        return False
+    with _lock(state + ".lock"):
+        os.remove(state + ".pt")
+    return True
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """Fused AdamW on parameters, or on fp32 masters that bf16 parameters follow. Gradients of several backward passes are summed in the masters' type."""
+    """Fused AdamW, and a file with its state."""
 
-    def __init__(self, model: torch.nn.Module, masters: List[torch.Tensor], state_path: str, resume: bool, **options: Any) -> None:
+    def __init__(self, model: torch.nn.Module, state_path: str, resume: Union[bool, str], **options: Any) -> None:
         self._model = model
         self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not self._named:
             raise InvalidArgument("the model has no parameter that is trained")
         self._parameters = [parameter for _, parameter in self._named]
-        self._masters = masters
-        super().__init__(masters or self._parameters, fused=True, **options)
-        for parameter, master in zip(self._parameters, masters):
-            parameter.register_post_accumulate_grad_hook(_into(master))
+        super().__init__(self._parameters, fused=True, **options)
         self._path = state_path + ".pt"
         self._lock = _lock(state_path + ".lock")
         #: The ``extra`` of the commit that is gone on from.
         self.resumed: Optional[Dict[str, Any]] = None
-        for left in (self._path + ".part", *([] if resume else [self._path])):
-            if os.path.exists(left):
-                os.remove(left)
-        if os.path.exists(self._path):
+        if os.path.exists(self._path + ".part"):
+            os.remove(self._path + ".part")
+        there = os.path.exists(self._path)
+        if resume is True and not there:
+            raise NotFound(f"resume the run {os.path.basename(state_path)!r}: there is no {self._path}")
+        if resume is False and there:
+            raise Exists(f"begin a run: there is a {self._path} already")
+        if there:
             self.resumed = self._load()
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        with torch.no_grad():
-            for parameter, master in zip(self._parameters, self._masters):
-                parameter.copy_(master)
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        if self._masters:
-            for parameter in self._parameters:
-                parameter.grad = None
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scales gradients to a global norm of at most ``max_norm``."""
-        return torch.nn.utils.clip_grad_norm_(self._masters or self._parameters, max_norm)
+        return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
 
-    def commit(self, extra: Dict[str, Any]) -> None:
-        """Writes all state, whole or not at all: another file takes the old one's name once it is on the drive."""
+    def commit(self, extra: Dict[str, Any], wait: bool = True) -> None:
+        """Writes all state, whole or not at all: another file takes the old one's name once it is on the drive. It always waits."""
         state = {
             "format": _FORMAT,
             "extra": json.dumps(extra),
             "names": [name for name, _ in self._named],
-            "weights": [tensor.detach() for tensor in self._masters or self._parameters],
+            "weights": [tensor.detach() for tensor in self._parameters],
             "buffers": self._buffers(),
             "optimizer": self.state_dict(),
         }
@@ -129,8 +111,8 @@ class PlainAdamW(torch.optim.AdamW):
     def stats(self) -> Dict[str, int]:
         """Bytes by tier."""
         device = self._parameters[0].device
-        # Weights, masters and states; what is computed with is not to be seen from here on a host.
-        held = sum(tensor.numel() * tensor.element_size() for tensor in (*self._model.parameters(), *self._model.buffers(), *self._masters))
+        # Weights and states; what is computed with is not to be seen from here on a host.
+        held = sum(tensor.numel() * tensor.element_size() for tensor in (*self._model.parameters(), *self._model.buffers()))
         for state in self.state.values():
             held += sum(tensor.numel() * tensor.element_size() for tensor in state.values() if torch.is_tensor(tensor))
         on_gpu = device.type == "cuda"
@@ -142,8 +124,12 @@ class PlainAdamW(torch.optim.AdamW):
 
     def state_bytes(self) -> int:
         """About how many bytes a commit writes."""
-        weights = self._masters or self._parameters
-        return sum(3 * tensor.numel() * tensor.element_size() for tensor in weights)
+        return sum(3 * tensor.numel() * tensor.element_size() for tensor in self._parameters)
+
+    def weights(self) -> Iterator[Tuple[str, torch.Tensor]]:
+        """All parameters by name."""
+        for name, parameter in self._model.named_parameters():
+            yield name, parameter.detach()
 
     def save_pretrained(self, folder: str) -> None:
         """As the model's own."""
@@ -166,6 +152,9 @@ class PlainAdamW(torch.optim.AdamW):
         """Lets another process have the run."""
         self._lock.close()
 
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
     def _buffers(self) -> Dict[str, torch.Tensor]:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         return {name: tensor for name, tensor in self._model.state_dict().items() if name not in parameters}
@@ -174,10 +163,8 @@ class PlainAdamW(torch.optim.AdamW):
         state = _read(self._path)
         self._same_names(self._path, state)
         with torch.no_grad():
-            for tensor, saved in zip(self._masters or self._parameters, state["weights"]):
+            for tensor, saved in zip(self._parameters, state["weights"]):
                 tensor.copy_(saved)
-            for parameter, master in zip(self._parameters, self._masters):
-                parameter.copy_(master)
         self._model.load_state_dict(state["buffers"], strict=False)
         self.load_state_dict(state["optimizer"])
         return json.loads(state["extra"])
@@ -200,18 +187,6 @@ def _read(path: str) -> Dict[str, Any]:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Corrupt(f"read {path}: it is damaged or no state of a training ({text}); --fresh starts without it") from error
     return state
-
-
-def _into(master: torch.Tensor) -> Any:
-    def hook(parameter: torch.Tensor) -> None:
-        gradient = parameter.grad
-        parameter.grad = None
-        if master.grad is None:
-            master.grad = gradient.to(master.dtype)
-        else:
-            master.grad += gradient
-
-    return hook
 
 
 def _lock(path: str) -> Any:

@@ -14,7 +14,8 @@ from ._config import Config, find
 from ._data import Data, Order
 from ._log import Log
 from ._plain import plain
-from ._save import Saver, free_bytes, human
+from ._plain import remove as remove_plain
+from ._saver import Saver, free_bytes, human
 from ._signals import Signals
 
 #: The pool below a drive's mount point.
@@ -118,32 +119,56 @@ class Prepared:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         total = sum(parameter.numel() for parameter in model.parameters())
         self.log.line(f"[INFO] {trained} of {total} parameters are trained on {'the GPU' if torch.cuda.is_available() else 'the CPU: there is no GPU'}")
-        # Saved in 16 bits.
-        self.saver.check(2 * (trained if run.lora.enable_lora else total))
+        self.mixed = run.precision_mode == 1
+        self.saver.check((4 if self.mixed else 2) * (trained if run.lora.enable_lora else total))
         self.log.line(f"[INFO] create current swap data path: {self.pool}, run {self.name}")
         settings = run.optimizer
         common: Dict[str, Any] = {
             "pool": self.pool,
             "run": self.name,
-            "precision": "mixed" if run.precision_mode == 1 else "bf16",
-            "resume": not options.fresh,
+            "precision": "mixed" if self.mixed else "bf16",
+            "resume": True if options.resume else False if options.fresh else "auto",
             "lr": run.lr_scheduler.learning_rate,
             "betas": (settings.beta1, settings.beta2),
             "eps": settings.eps,
             "weight_decay": settings.weight_decay,
         }
-        if options.plain:
-            model, optimizer = plain(model, **common)
-            # Old and new for a moment; what is there already is old.
-            free, needed = free_bytes(self.pool), 2 * optimizer.state_bytes() - optimizer.stats()["nvme"]
-            if free < needed:
-                raise NoSpace(f"{self.pool} has {human(free)} free and the state of the run needs {human(needed)} there, old and new")
-            return model, optimizer
+        return self._plain(model, common) if options.plain else self._offload(model, common)
+
+    def _plain(self, model: torch.nn.Module, common: Dict[str, Any]) -> Tuple[torch.nn.Module, Any]:
+        if self.options.fresh:
+            remove_plain(self.pool, self.name)
+        model, optimizer = plain(model, **common)
+        # Old and new for a moment; what is there already is old.
+        free, needed = free_bytes(self.pool), 2 * optimizer.state_bytes() - optimizer.stats()["nvme"]
+        if free < needed:
+            raise NoSpace(f"{self.pool} has {human(free)} free and the state of the run needs {human(needed)} there, old and new")
+        return model, optimizer
+
+    def _offload(self, model: torch.nn.Module, common: Dict[str, Any]) -> Tuple[torch.nn.Module, Any]:
+        options, accumulate = self.options, self.config.accumulation > 1
         try:
-            from nvtier.train import offload
+            from nvtier.train import offload, plan, remove
         except ImportError as error:
             raise NotSupported(f"this build of nvtier has no nvtier.train.offload ({error}); models that fit into memory train with --plain") from error
-        return offload(model, torch.optim.AdamW, vram=options.vram, ram=options.ram, **common)
+        if options.fresh:
+            import nvtier
+
+            with nvtier.Pool(self.pool) as opened:
+                remove(opened, self.name)
+        needs = plan(model, precision=common["precision"], accumulate=accumulate)
+        vram, ram = options.vram, options.ram
+        if vram is None and torch.cuda.is_available():
+            # The other half is for activations, of which nobody knows before.
+            free = torch.cuda.mem_get_info()[0]
+            vram = str(max(free // 2, min(needs["least_vram"], free)))
+        if ram is None:
+            ram = str(_available() // 2)
+        self.log.line(f"[INFO] state of {human(needs['state'])}, at least {human(needs['least_vram'])} of it on the device while it is used")
+        self.log.line(f"[INFO] an update reads up to {human(needs['read'])} and writes up to {human(needs['written'])}, less what the host's memory keeps")
+        return offload(
+            model, torch.optim.AdamW, vram=vram, ram=ram, accumulate=accumulate, commit_every=options.commit_every or 1, **common
+        )
 
     def _is_saved(self, epoch: int, iteration: int) -> bool:
         """Whether the model after an iteration is one that is saved."""
@@ -157,7 +182,13 @@ class Prepared:
 
 def _run_name(source: str) -> str:
     name = os.path.basename(os.path.abspath(source))
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).lstrip(".") or "run"
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).lstrip("._-") or "run"
+
+
+def _available() -> int:
+    """Bytes of memory that may be taken."""
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
 
 
 def _is_fuse(path: str) -> bool:

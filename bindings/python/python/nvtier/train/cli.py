@@ -23,6 +23,7 @@ _CODES = (
     (_errors.PoolBusy, BUSY),
     (_errors.Corrupt, CORRUPT),
     (_errors.NoSpace, NO_SPACE),
+    (_errors.OutOfMemory, NO_SPACE),
     (_errors.NotSupported, UNSUPPORTED),
     (_errors.NoDevice, UNSUPPORTED),
 )
@@ -39,7 +40,7 @@ def _size(text: str) -> str:
 
 
 def _name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", text):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
         raise argparse.ArgumentTypeError(f"`{text}` is no name: letters, digits, `.`, `_` and `-`")
     return text
 
@@ -70,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--exp_config", "--exp-config", required=True, metavar="FILE", help="batch, epochs, learning rate, ...")
     made.add_argument("--pool", metavar="POOL", help="pool, or where it is mounted [default: nvme_path of the file]")
     made.add_argument("--run", type=_name, metavar="NAME", help="name of the run in the pool [default: the model's]")
-    made.add_argument("--vram", type=_size, metavar="SIZE", help="memory of the GPU that may be used [default: what is free]")
-    made.add_argument("--ram", type=_size, metavar="SIZE", help="memory of the host that may be used [default: what is free]")
+    made.add_argument("--vram", type=_size, metavar="SIZE", help="memory of the GPU for weights, gradients and states [default: half of what is free]")
+    made.add_argument("--ram", type=_size, metavar="SIZE", help="memory of the host that may be used [default: half of what is free]")
     made.add_argument("--plain", action="store_true", help="without tiers, by torch's own AdamW: for models that fit")
     again = made.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="fail where there is no run to go on with [default: go on where there is one]")
