@@ -121,6 +121,8 @@ pub enum Command {
     Doctor(Doctor),
     /// Say what a model needs of a machine, where each part will live, how fast it can be, and what would help
     Plan(Plan),
+    /// Fine-tune a model as aiDAPTIV's YAML files say, on VRAM, RAM and NVMe (by the Python package)
+    Train(Train),
     /// Show what the owner of a pool does: throughput, queues, times, hit rates, what it holds
     Top(Top),
     /// Print version and what this build and kernel can do
@@ -710,6 +712,62 @@ pub struct Top {
     pub interval: u64,
 }
 
+/// `nvtier train`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The files are aiDAPTIV's env_config.yaml and exp_config.yaml, unchanged; docs/guides/train.md has every key. A run that was
+stopped or killed goes on from its last update when the same command is given again.
+
+  nvtier train --env_config env_config.yaml --exp_config exp_config.yaml --check
+  nvtier train --env_config env_config.yaml --exp_config exp_config.yaml --vram 20GiB --ram 64GiB
+
+It runs `python -m nvtier.train.cli`: the Python needs the nvtier package with its extra `train`, torch and transformers. Exit
+code 1 also where the loss is no number any more; 130 and 143 after SIGINT and SIGTERM.")]
+pub struct Train {
+    /// Paths: model, data, pool, output
+    #[arg(long = "env_config", alias = "env-config", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub env_config: PathBuf,
+    /// Batch, epochs, learning rate, precision, what to save
+    #[arg(long = "exp_config", alias = "exp-config", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub exp_config: PathBuf,
+    /// The pool, or where it is mounted [default: nvme_path of the file]
+    #[arg(long, value_name = "POOL", value_hint = ValueHint::AnyPath)]
+    pub pool: Option<PathBuf>,
+    /// Name of the run in the pool [default: the model's]
+    #[arg(long, value_name = "NAME")]
+    pub run: Option<String>,
+    /// Memory of the GPU for weights, gradients and states [default: half of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub vram: Option<u64>,
+    /// Memory of the host that may be used [default: half of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub ram: Option<u64>,
+    /// Without tiers, by torch's own AdamW: for models that fit
+    #[arg(long, conflicts_with_all = ["vram", "ram"])]
+    pub plain: bool,
+    /// Fail where there is no run to go on with [default: go on where there is one]
+    #[arg(long, conflicts_with = "fresh")]
+    pub resume: bool,
+    /// Forget a run of that name and begin anew
+    #[arg(long)]
+    pub fresh: bool,
+    /// Seed of the order of examples, of dropout and of new weights [default: 42]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    pub seed: Option<u64>,
+    /// Scale gradients to this global norm at most
+    #[arg(long, value_name = "NORM", value_parser = parse_positive)]
+    pub clip_grad_norm: Option<f64>,
+    /// Make every Nth update durable [default: 1; with --plain: one in ten minutes]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub commit_every: Option<u64>,
+    /// Read the files, say what is wrong with them, and do nothing
+    #[arg(long)]
+    pub check: bool,
+    /// The Python to run [default: python3]
+    #[arg(long, env = "NVTIER_PYTHON", value_name = "PROGRAM", value_hint = ValueHint::ExecutablePath)]
+    pub python: Option<PathBuf>,
+}
+
 /// `nvtier umount`
 #[derive(Debug, Args)]
 pub struct Umount {
@@ -807,6 +865,9 @@ mod tests {
             "plan Llama-3.1-8B --gpu none --ram 64GB --drive gen4:2TB --drive gen4:2TB --json",
             "plan m --task finetune --micro-batches 8 --hours-per-day 8 --generations 1 --tbw 1200TB",
             "plan --list",
+            "train --env_config E --exp_config X",
+            "train --env-config E --exp-config X --pool P --run r --vram 20GiB --ram 64GiB --fresh --python python3",
+            "train --env_config E --exp_config X --plain --resume --seed 1 --clip-grad-norm 1.0 --commit-every 5 --check --json",
             "version",
             "bench --rw=read --bs=1m job.fio",
             "completions bash",

@@ -68,6 +68,7 @@ fn run(cli: Cli) -> Outcome<ExitCode> {
         Command::Format(args) => cmd::format::run(global, args)?,
         Command::Demo(args) => demo::run(global, args)?,
         Command::Load(args) => cmd::load::run(global, args)?,
+        Command::Train(args) => cmd::train::run(global, args)?,
         Command::Mount(args) => cmd::mount::run(global, &Config::load()?, args)?,
         Command::Info(args) => cmd::info::run(global, &Config::load()?, args)?,
         Command::Import(args) => cmd::import::run(global, &Config::load()?, args)?,

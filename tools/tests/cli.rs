@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use nvtier_tests::{Ran, nvtier, nvtier_path, run, scratch};
 
-const COMMANDS: [&str; 15] = [
+const COMMANDS: [&str; 16] = [
     "demo",
     "format",
     "info",
@@ -18,6 +18,7 @@ const COMMANDS: [&str; 15] = [
     "rm",
     "mount",
     "umount",
+    "train",
     "bench",
     "version",
     "completions",

@@ -17,6 +17,7 @@ pub mod plan;
 pub mod rm;
 pub mod stat;
 pub mod top;
+pub mod train;
 pub mod umount;
 pub mod verify;
 pub mod version;
