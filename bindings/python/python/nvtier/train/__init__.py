@@ -35,9 +35,10 @@ from .._nvtier import Pool
 from ._blocks import Block, find_blocks, gradient_plane, take_apart, weight_plane
 from ._manager import Manager
 from ._optimizer import Optimizer
-from ._planes import FULL, SPLIT, low_parts, split
+from ._planes import SPLIT, low_parts, split
+from ._trainer import adapt
 
-__all__ = ["Optimizer", "offload", "plan", "remove"]
+__all__ = ["Optimizer", "adapt", "offload", "plan", "remove"]
 
 #: Blocks that a plane is cut into are of up to this many bytes.
 _BLOCK_MOST = 4 << 20
@@ -129,6 +130,7 @@ def offload(
     except BaseException:
         state.close()
         raise
+    optimizer.run = run
     if opened is not pool:
         optimizer.closes = opened
     model._nvtier_optimizer = optimizer  # type: ignore[assignment]

@@ -37,6 +37,8 @@ class Optimizer(torch.optim.Optimizer):
         self._commits: List[Any] = []
         self._resumed: Optional[Dict[str, Any]] = None
         self._closed = False
+        #: The run's name.
+        self.run = ""
         #: A pool that is closed with it.
         self.closes: Any = None
         self._versions: Dict[torch.Tensor, Tuple[torch.Tensor, int]] = {}
@@ -184,10 +186,18 @@ class Optimizer(torch.optim.Optimizer):
         save_pretrained(self._model, self.weights(), folder, max_shard_bytes)
 
     def state_dict(self) -> Dict[str, Any]:
-        raise NotSupported("nvtier.train: the optimizer's state is in the pool; commit() makes it durable, offload(resume=True) goes on with it")
+        """Groups as any optimizer's, and where the rest is: the state itself stays in the pool, where :meth:`commit` makes it durable."""
+        groups = [{**_plain(group), "params": []} for group in self.param_groups]
+        return {"state": {}, "param_groups": groups, "nvtier": {"run": self.run, "steps": self.steps}}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        raise NotSupported("nvtier.train: offload(resume=True) goes on with a run that is in the pool")
+        """Takes what :meth:`state_dict` gave at this very step, which changes nothing; anything else is in no file but in the pool."""
+        if state_dict.get("nvtier") != {"run": self.run, "steps": self.steps}:
+            raise NotSupported(
+                f"nvtier.train: the state of step {self.steps} of the run {self.run!r} is in the pool, and this is none of it: offload(resume=True) goes on with a run"
+            )
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key != "params"})
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         if hasattr(self, "_manager"):
