@@ -144,7 +144,7 @@ pub struct Moved {
     pub drive: StateStat,
 }
 
-pub(self) struct Shared {
+struct Shared {
     store: StateStore,
     options: ResidencyOptions,
     queues: Mutex<Queues>,
@@ -185,7 +185,7 @@ impl Residency {
                 residency.start(move |shared| work::run(shared, kind, ring))?;
             }
         }
-        residency.start(|shared| queue::commits(shared))?;
+        residency.start(queue::commits)?;
         Ok(residency)
     }
 
