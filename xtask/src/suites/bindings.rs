@@ -13,7 +13,7 @@ use crate::paths;
 use crate::pyenv::PyEnv;
 use crate::tally::Outcome;
 
-const LIMIT: Duration = Duration::from_secs(20 * 60);
+const LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Runs the suite, or says why it cannot.
 pub fn run(shared: &Shared, python: Option<&Result<PyEnv, String>>) -> Result<Outcome> {
