@@ -11,6 +11,7 @@ mod interrupt;
 mod metrics;
 mod mountpoint;
 mod names;
+mod notify;
 mod output;
 mod progress;
 mod runtime;
@@ -66,6 +67,7 @@ fn run(cli: Cli) -> Outcome<ExitCode> {
         Command::Man(args) => cmd::man::run(args)?,
         Command::Umount(args) => cmd::umount::run(global, args)?,
         Command::Format(args) => cmd::format::run(global, args)?,
+        Command::Disk(args) => cmd::disk::run(global, args)?,
         Command::Demo(args) => demo::run(global, args)?,
         Command::Load(args) => cmd::load::run(global, args)?,
         Command::Mount(args) => cmd::mount::run(global, &Config::load()?, args)?,
@@ -77,6 +79,7 @@ fn run(cli: Cli) -> Outcome<ExitCode> {
         Command::Verify(args) => cmd::verify::run(global, &Config::load()?, args)?,
         Command::Top(args) => cmd::top::run(global, &Config::load()?, args)?,
         Command::Kv(args) => cmd::kv::run(global, &Config::load()?, args)?,
+        Command::Report(args) => cmd::report::run(global, args)?,
         Command::Rm(args) => cmd::rm::run(global, &Config::load()?, args)?,
     }
     Ok(ExitCode::SUCCESS)
