@@ -103,7 +103,8 @@ fn judge(disk: Disk, claim: bool) -> Judged {
     match foreign::in_device(&path) {
         Ok(found) => judged.holds = found,
         Err(error) => {
-            judged.verdict = Verdict::Unknown;
+            // Whatever is on it, a reason that is known already is enough.
+            judged.verdict = if judged.reasons.is_empty() { Verdict::Unknown } else { Verdict::Refused };
             let what = format!("what it holds cannot be seen: {}", error.chain());
             judged.reasons.push(what);
         }

@@ -1,8 +1,10 @@
 //! `nvtier disk undo`: takes back what `apply` did, and nothing else.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use doctor::System;
+use doctor::disks::disks;
 use engine::format::{erase_device, foreign, read_device, uuid_text};
 use engine::{ErrorKind, Pool};
 use nvme::{Device, DeviceOptions};
@@ -133,25 +135,35 @@ fn stop(record: &Record) -> Outcome {
 
 /// Looks at every drive and claims what is ours: nobody can mount or change it until it is wiped.
 fn look(record: &Record) -> Outcome<Vec<Now>> {
-    if let Some(pid) = Pool::probe(&record.pool)
-        .ok()
-        .filter(|info| info.id == record.pool_id)
-        .and_then(|info| info.owner_pid)
-    {
+    let pool = Pool::probe(&record.pool).ok().filter(|info| info.id == record.pool_id);
+    if let Some(pid) = pool.as_ref().and_then(|info| info.owner_pid) {
         let message = format!("undo `{}`: the pool is in use by process {pid}", record.name);
         return Err(Failure::new(code::BUSY, "Busy", message)
             .hint(format!("unmount it first: `nvtier umount {}`", record.mountpoint.display())));
     }
-    record.drives.iter().map(|drive| look_at(record, drive)).collect()
+    // The kernel numbers NVMe drives anew at each boot: a pool that is whole says where its members are now.
+    let found: Vec<PathBuf> =
+        pool.into_iter().flat_map(|info| info.members).map(|member| member.path).collect();
+    let nodes =
+        record.drives.iter().enumerate().map(|(index, drive)| found.get(index).unwrap_or(&drive.node));
+    record.drives.iter().zip(nodes).map(|(drive, node)| look_at(record, drive, node)).collect()
 }
 
-fn look_at(record: &Record, drive: &record::Drive) -> Outcome<Now> {
-    let node = &drive.node;
+fn look_at(record: &Record, drive: &record::Drive, node: &Path) -> Outcome<Now> {
     let tried = || format!("undo `{}`: look at {}", record.name, node.display());
     let changed = |what: String| {
         Failure::new(code::FAILED, "Changed", format!("undo `{}`: {} is no longer what `apply` left: {what}", record.name, node.display()))
             .hint("nothing was wiped; if that is right, put the drive back under its name, or wipe it yourself and remove the record")
     };
+    let known = disks(&System::here());
+    if let Some(now) = known.iter().find(|now| Path::new(&now.node) == node)
+        && now.serial != drive.serial
+    {
+        return Err(changed(format!(
+            "it is another drive: serial number `{}`, not `{}`",
+            now.serial, drive.serial
+        )));
+    }
     let device = nvme::open(node, &DeviceOptions::default())
         .map_err(|error| Failure::from(error).while_doing(tried()))?;
     if device.len() != drive.bytes {
