@@ -26,6 +26,7 @@ Sizes are whole numbers with a unit: 8GiB, 512M (powers of 1024), 10GB (powers o
 
 Environment and files:
   NVTIER_POOL        the pool, where --pool is not given
+  NVTIER_LOG         what is logged: a level, or directives as in fuse_fs=trace,info (RUST_LOG is heeded, too)
   $XDG_CONFIG_HOME/nvtier/config.toml
                      defaults (NVTIER_CONFIG names another file)
   AWS_*, GOOGLE_*    credentials and endpoints of s3:// and gs:// sources";
