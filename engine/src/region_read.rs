@@ -135,6 +135,8 @@ impl RegionReader {
 
     /// Fills `buf` from `offset`, as far as the region goes. Returns the bytes read.
     pub fn read_at(&self, source: Source<'_>, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        let _span =
+            tracing::trace_span!("region_read", node = source.node, offset, len = buf.len()).entered();
         let end = source.layout.size().min(offset.saturating_add(buf.len() as u64));
         let mut at = offset;
         while at < end {
@@ -161,6 +163,7 @@ impl RegionReader {
         len: usize,
         f: &mut dyn FnMut(&[&[u8]]),
     ) -> Result<usize> {
+        let _span = tracing::trace_span!("region_read", node = source.node, offset, len).entered();
         let end = source.layout.size().min(offset.saturating_add(len as u64));
         if offset >= end {
             f(&[]);

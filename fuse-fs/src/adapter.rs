@@ -313,6 +313,7 @@ impl fuser::Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _span = tracing::trace_span!("fuse_read", fh = fh.0, offset, size).entered();
         let _running = self.fs.counters().time(Timed::Read);
         let mut reply = Some(reply);
         let result = self.fs.read(fh.0, offset, size as usize, &mut |slices| {
@@ -354,6 +355,7 @@ impl fuser::Filesystem for Adapter {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         // It has ended before the answer, so that who gets it finds it counted.
         let running = self.fs.counters().time(Timed::Write);
+        let _span = tracing::trace_span!("fuse_write", fh = fh.0, offset, size = data.len()).entered();
         let result = self.counted(Operation::Write, self.fs.write(fh.0, offset, data, kill));
         drop(running);
         match result {
@@ -388,6 +390,7 @@ impl fuser::Filesystem for Adapter {
 
     fn fsync(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         let running = self.fs.counters().time(Timed::FSync);
+        let _span = tracing::trace_span!("fuse_fsync", fh = fh.0).entered();
         let result = self.counted(Operation::FSync, self.fs.fsync(fh.0));
         drop(running);
         reply_empty(reply, result);

@@ -26,6 +26,7 @@ Sizes are whole numbers with a unit: 8GiB, 512M (powers of 1024), 10GB (powers o
 
 Environment and files:
   NVTIER_POOL        the pool, where --pool is not given
+  NVTIER_LOG         what is logged: a level, or directives as in fuse_fs=trace,info (RUST_LOG is heeded, too)
   $XDG_CONFIG_HOME/nvtier/config.toml
                      defaults (NVTIER_CONFIG names another file)
   AWS_*, GOOGLE_*    credentials and endpoints of s3:// and gs:// sources";
@@ -92,6 +93,8 @@ pub enum Command {
     Demo(Demo),
     /// Make a pool
     Format(Format),
+    /// Find free drives, make a pool of them with a mount unit for systemd, or take that back
+    Disk(Disk),
     /// Say what a pool is and how full, or what an NVMe drive is and how healthy
     Info(Info),
     /// Bring a file, a directory or objects from a store into a pool
@@ -125,6 +128,8 @@ pub enum Command {
     Train(Train),
     /// Show what the owner of a pool does: throughput, queues, times, hit rates, what it holds
     Top(Top),
+    /// Bundle what somebody who is to help has to know: doctor, pools, configuration, logs; no secrets
+    Report(Report),
     /// Print version and what this build and kernel can do
     Version,
     /// Print a completion script for a shell
@@ -305,6 +310,110 @@ pub struct Format {
     /// Destroy what is there
     #[arg(long)]
     pub force: bool,
+}
+
+/// `nvtier disk`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+`plan` changes nothing: alone it lists the drives of this machine, with drives it shows what `apply` would do with them. `apply`
+formats them as one pool, striped, and writes a systemd unit that mounts it; what it does is recorded first, so that a second
+run goes on where one was killed, and `undo` takes back what was done, and only that. Drives that are mounted, swapped to,
+partitioned, in /etc/fstab, or part of md or LVM are never taken; one that holds something else is, with --force.
+
+  nvtier disk plan
+  nvtier disk plan /dev/nvme1n1 /dev/nvme2n1 --owner alice
+  nvtier disk apply /dev/nvme1n1 /dev/nvme2n1 --owner alice
+  nvtier disk undo")]
+pub struct Disk {
+    #[command(subcommand)]
+    pub command: DiskCommand,
+}
+
+/// What to do with drives.
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// List drives and whether they are free; with drives, show what `apply` would do
+    Plan(DiskPlan),
+    /// Format drives as a pool and write its mount unit
+    Apply(DiskApply),
+    /// Take back what `apply` did: stop and remove the unit, wipe the pool from the drives
+    Undo(DiskUndo),
+}
+
+/// `nvtier disk plan`
+#[derive(Debug, Args)]
+pub struct DiskPlan {
+    #[command(flatten)]
+    pub target: DiskTarget,
+    #[command(flatten)]
+    pub place: DiskPlace,
+}
+
+/// `nvtier disk apply`
+#[derive(Debug, Args)]
+pub struct DiskApply {
+    #[command(flatten)]
+    pub target: DiskTarget,
+    #[command(flatten)]
+    pub place: DiskPlace,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// `nvtier disk undo`
+#[derive(Debug, Args)]
+pub struct DiskUndo {
+    /// The name that was given to `apply`
+    #[arg(default_value = "nvtier", value_parser = parse_disk_name)]
+    pub name: String,
+    #[command(flatten)]
+    pub place: DiskPlace,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// What `apply` is to do.
+#[derive(Debug, Args)]
+pub struct DiskTarget {
+    /// Block devices: whole drives or partitions, by any of their names
+    #[arg(value_name = "DRIVE", value_hint = ValueHint::AnyPath)]
+    pub drives: Vec<PathBuf>,
+    /// A name for the pool's unit and record, of letters, digits, `-` and `_`
+    #[arg(long, value_name = "NAME", default_value = "nvtier", value_parser = parse_disk_name)]
+    pub name: String,
+    /// Where it is mounted [default: /mnt/NAME]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub mountpoint: Option<PathBuf>,
+    /// Whom the pool's root belongs to, and so who may write; other users are let in as modes and owners say [default: root alone]
+    #[arg(long, value_name = "USER", value_hint = ValueHint::Username)]
+    pub owner: Option<String>,
+    /// Where the unit is written; in other places than systemd's own nothing is started
+    #[arg(long, value_name = "DIR", default_value = "/etc/systemd/system", value_hint = ValueHint::DirPath)]
+    pub unit_dir: PathBuf,
+    /// Destroy what the drives hold
+    #[arg(long)]
+    pub force: bool,
+    /// Write the unit, but neither enable nor start it
+    #[arg(long)]
+    pub no_start: bool,
+}
+
+/// Where records are.
+#[derive(Debug, Args)]
+pub struct DiskPlace {
+    /// Where the record, and the directory that names the pool, are kept
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/nvtier", value_hint = ValueHint::DirPath)]
+    pub state_dir: PathBuf,
+}
+
+fn parse_disk_name(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    match (1..=64).contains(&text.len()) && text.chars().all(fits) && !text.starts_with('-') {
+        true => Ok(text.to_owned()),
+        false => Err("a name is 1 to 64 letters, digits, `-` and `_`".to_owned()),
+    }
 }
 
 /// `nvtier info`
@@ -768,6 +877,26 @@ pub struct Train {
     pub python: Option<PathBuf>,
 }
 
+/// `nvtier report`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+One JSON document: text that can be read before it is sent. Secrets (values of variables whose names speak of them, keys, tokens,
+passwords in URLs), the home directory and the names of user and machine are taken out, and names of files in pools unless
+--names is given. What cannot be had is said in its place. Nothing is sent anywhere.
+
+  nvtier report
+  nvtier report -o report.json --pool /mnt/nvme0/pool")]
+pub struct Report {
+    /// The file to make, or - for standard output [default: nvtier-report-TIME.json]
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub output: Option<PathBuf>,
+    #[command(flatten)]
+    pub pool: PoolArg,
+    /// With the names of files in the pools
+    #[arg(long)]
+    pub names: bool,
+}
+
 /// `nvtier umount`
 #[derive(Debug, Args)]
 pub struct Umount {
@@ -843,8 +972,14 @@ mod tests {
         for line in [
             "format P",
             "format P --size 8GiB --member A --member B --force",
+            "disk plan",
+            "disk plan /dev/a /dev/b --owner u --json",
+            "disk apply /dev/a --mountpoint /m --name n --unit-dir /u --state-dir /s --force --no-start --yes",
+            "disk undo n --yes --state-dir /s",
             "mount P M --foreground --ram 8GiB --read-only --allow-other --verify always --threads 4",
             "umount M",
+            "report",
+            "report -o F --pool P --names --json",
             "import s n --pool P",
             "export n d --pool P",
             "ls --pool P",

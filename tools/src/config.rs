@@ -62,14 +62,8 @@ fn optional_rate<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Op
 impl Config {
     /// Reads the file; one that is not there is an empty one, unless `NVTIER_CONFIG` named it.
     pub fn load() -> Outcome<Self> {
-        let named = std::env::var_os("NVTIER_CONFIG").filter(|value| !value.is_empty());
-        let path = match &named {
-            Some(path) => PathBuf::from(path),
-            None => match default_path() {
-                Some(path) => path,
-                None => return Ok(Self::default()),
-            },
-        };
+        let named = named();
+        let Some(path) = path() else { return Ok(Self::default()) };
         match std::fs::read_to_string(&path) {
             Ok(text) => Self::parse(&text, &path),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
@@ -105,6 +99,15 @@ impl Config {
             )
         })
     }
+}
+
+fn named() -> Option<PathBuf> {
+    std::env::var_os("NVTIER_CONFIG").filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// Where the file is, if there is one: `NVTIER_CONFIG`, or in the user's folder of configurations.
+pub fn path() -> Option<PathBuf> {
+    named().or_else(default_path)
 }
 
 fn default_path() -> Option<PathBuf> {

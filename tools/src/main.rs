@@ -11,6 +11,7 @@ mod interrupt;
 mod metrics;
 mod mountpoint;
 mod names;
+mod notify;
 mod output;
 mod progress;
 mod runtime;
@@ -56,7 +57,7 @@ fn run(cli: Cli) -> Outcome<ExitCode> {
     let global = &cli.global;
     // The one global choice that rustls asks for; it fails only where something chose before, which nothing does.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    init_log(global, &cli.command);
+    init_log(global, &cli.command)?;
     match &cli.command {
         Command::Bench(args) => return Ok(bench::run(args.args.clone())),
         Command::Doctor(args) => return cmd::doctor::run(global, args),
@@ -66,6 +67,7 @@ fn run(cli: Cli) -> Outcome<ExitCode> {
         Command::Man(args) => cmd::man::run(args)?,
         Command::Umount(args) => cmd::umount::run(global, args)?,
         Command::Format(args) => cmd::format::run(global, args)?,
+        Command::Disk(args) => cmd::disk::run(global, args)?,
         Command::Demo(args) => demo::run(global, args)?,
         Command::Load(args) => cmd::load::run(global, args)?,
         Command::Train(args) => cmd::train::run(global, args)?,
@@ -78,27 +80,46 @@ fn run(cli: Cli) -> Outcome<ExitCode> {
         Command::Verify(args) => cmd::verify::run(global, &Config::load()?, args)?,
         Command::Top(args) => cmd::top::run(global, &Config::load()?, args)?,
         Command::Kv(args) => cmd::kv::run(global, &Config::load()?, args)?,
+        Command::Report(args) => cmd::report::run(global, args)?,
         Command::Rm(args) => cmd::rm::run(global, &Config::load()?, args)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Logs go to standard error. `NVTIER_LOG` wins over `-v`; the mount daemon says a little more than other commands.
-fn init_log(global: &Global, command: &Command) {
+/// Logs go to standard error. `NVTIER_LOG` wins over `RUST_LOG`, and that over `-v`; both are a level or directives
+/// (`fuse_fs=trace,info`). The mount daemon says a little more than other commands. A span that is let through is logged when it ends,
+/// with how long it took.
+fn init_log(global: &Global, command: &Command) -> Outcome {
     use tracing::Level;
+    use tracing_subscriber::EnvFilter;
+    use tracing_subscriber::fmt::format::FmtSpan;
     let floor = if matches!(command, Command::Mount(_)) { Level::INFO } else { Level::WARN };
     let level = match global.verbose {
         0 => floor,
         1 => Level::INFO,
         _ => Level::DEBUG,
     };
-    let level = std::env::var("NVTIER_LOG").ok().and_then(|level| level.parse().ok()).unwrap_or(level);
+    let set = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
+    let filter = match (set("NVTIER_LOG"), set("RUST_LOG")) {
+        (Some(text), _) => EnvFilter::builder().parse(&text).map_err(|error| {
+            Failure::usage(format!("NVTIER_LOG is `{text}`: {error}"))
+                .hint("it is a level (error, warn, info, debug, trace) or directives: fuse_fs=trace,info")
+        })?,
+        // It is there for all Rust programs: one that we cannot read is no reason to end.
+        (None, Some(text)) => EnvFilter::builder().parse(&text).unwrap_or_else(|error| {
+            output::note(&format!("RUST_LOG is `{text}`, which is left out: {error}"));
+            EnvFilter::default().add_directive(level.into())
+        }),
+        (None, None) => EnvFilter::default().add_directive(level.into()),
+    };
     tracing_subscriber::fmt()
-        .with_max_level(level)
+        .with_env_filter(filter)
+        .with_span_events(FmtSpan::CLOSE)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .with_target(false)
         .init();
+    Ok(())
 }
 
 /// Prints what clap has to say: help on standard output (code 0), mistakes on standard error (code 2).

@@ -272,6 +272,7 @@ impl Lane {
     ///
     /// [`StoreOptions::window`]: super::StoreOptions::window
     pub fn put(&mut self, view: &View, puts: Vec<Put>) -> Result<Vec<PutDone>> {
+        let _span = tracing::debug_span!("kv_put", blocks = puts.len()).entered();
         self.check_view(view)?;
         for put in &puts {
             check_buffer(view, &put.buffer, put.start)?;
@@ -428,6 +429,7 @@ impl Lane {
 
     /// Loads blocks. Answers come in the order of `gets`. Nothing is handed out that is not what was stored.
     pub fn get(&mut self, view: &View, gets: Vec<Get>) -> Result<Vec<GetDone>> {
+        let _span = tracing::debug_span!("kv_get", blocks = gets.len()).entered();
         self.check_view(view)?;
         for get in &gets {
             check_buffer(view, &get.buffer, get.start)?;

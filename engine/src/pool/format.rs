@@ -291,7 +291,7 @@ fn format_members(path: &Path, options: &FormatOptions, made: &mut Made) -> Resu
     let directories = members.iter().filter(|(_, kind)| *kind == MemberKind::Directory).count() as u64;
     let quota = options.size.map_or(0, |size| size / directories.max(1));
     let now = Timestamp::now();
-    let pool = *uuid::Uuid::new_v4().as_bytes();
+    let pool = options.id.unwrap_or_else(|| *uuid::Uuid::new_v4().as_bytes());
     let mut geometries = Vec::new();
     let mut table = Vec::new();
     for (index, (member, kind)) in members.iter().enumerate() {
@@ -361,7 +361,7 @@ pub(super) fn format_devices(devices: &[Arc<dyn Device>], options: &FormatOption
         return Err(invalid(format!("{} devices; a pool has 1 to {MAX_MEMBERS} members", devices.len())));
     }
     let now = Timestamp::now();
-    let pool = *uuid::Uuid::new_v4().as_bytes();
+    let pool = options.id.unwrap_or_else(|| *uuid::Uuid::new_v4().as_bytes());
     let mut geometries = Vec::new();
     for (index, device) in devices.iter().enumerate() {
         let geometry = RawGeometry::plan(device.len(), options.chunk_size, index == 0)

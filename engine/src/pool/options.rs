@@ -37,6 +37,8 @@ pub struct FormatOptions {
     pub force: bool,
     /// Make an image file, not a directory, where nothing exists.
     pub raw: bool,
+    /// The pool's id, for who has to know it before the first byte is written. Default: a new one.
+    pub id: Option<[u8; 16]>,
 }
 
 impl Default for FormatOptions {
@@ -48,6 +50,7 @@ impl Default for FormatOptions {
             stripe_unit: DEFAULT_STRIPE_UNIT,
             force: false,
             raw: false,
+            id: None,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use nvme::{Buffer, Op, Queue, Verb};
+use tracing::field::Empty;
 
 use super::lend::{IN_FLIGHT, Loan, Pinned, Pinner};
 use super::pieces::{Piece, Pieces};
@@ -46,6 +47,18 @@ pub(crate) struct Transfer {
     pub backend: String,
     pub fixed_buffers: bool,
     pub note: Option<String>,
+}
+
+impl Transfer {
+    /// How it went, for who traces it.
+    pub(super) fn record(&self, span: &tracing::Span) {
+        span.record("reads", self.reads)
+            .record("copies", self.copies)
+            .record("backend", self.backend.as_str())
+            .record("io_wait_us", self.io_wait.as_micros() as u64)
+            .record("copy_wait_us", self.copy_wait.as_micros() as u64)
+            .record("verify_us", self.verify.as_micros() as u64);
+    }
 }
 
 /// A buffer with bytes for the device.
@@ -95,6 +108,17 @@ impl Lane {
     ) -> Result<Transfer> {
         let started = Instant::now();
         let total: u64 = runs.iter().map(|run| run.len).sum();
+        let span = tracing::debug_span!(
+            "lane_read",
+            bytes = total,
+            reads = Empty,
+            copies = Empty,
+            backend = Empty,
+            io_wait_us = Empty,
+            copy_wait_us = Empty,
+            verify_us = Empty
+        )
+        .entered();
         let sorted = self.sort(sources, runs)?;
         let pieces = pieces::plan(sources, &sorted.read, self.options.chunk, self.options.gap)?;
         control.check(0, total)?;
@@ -150,6 +174,7 @@ impl Lane {
             }
             None => out.backend = "none".into(),
         }
+        out.record(&span);
         Ok(out)
     }
 

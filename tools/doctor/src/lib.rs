@@ -11,6 +11,7 @@
 
 pub mod ceilings;
 mod checks;
+pub mod disks;
 mod system;
 mod tables;
 

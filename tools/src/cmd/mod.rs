@@ -1,6 +1,7 @@
 //! The commands, one file each. Each takes its parsed arguments and returns what `main` turns into an exit code.
 
 pub mod completions;
+pub mod disk;
 pub mod doctor;
 pub mod drive;
 pub mod export;
@@ -14,6 +15,7 @@ pub mod man;
 pub mod measure;
 pub mod mount;
 pub mod plan;
+pub mod report;
 pub mod rm;
 pub mod stat;
 pub mod top;

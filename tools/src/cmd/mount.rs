@@ -83,6 +83,7 @@ pub fn run(global: &Global, config: &Config, args: &Mount) -> Outcome {
                 settings.pool.display(),
                 settings.mountpoint.display()
             ));
+            crate::notify::ready();
             Ok(())
         };
         return serve(&settings, mounted);

@@ -6,8 +6,23 @@ use crate::cli::Global;
 use crate::failure::Outcome;
 use crate::output;
 
+/// For programs.
+pub fn facts() -> serde_json::Value {
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "arch": std::env::consts::ARCH,
+        "debug_build": cfg!(debug_assertions),
+        "kernel": rustix::system::uname().release().to_string_lossy(),
+        "io_uring": nvme::Queue::builder().depth(2).backend(nvme::Backend::IoUring).build().is_ok(),
+        "fuse": std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").is_ok(),
+    })
+}
+
 /// Prints it.
 pub fn run(global: &Global) -> Outcome {
+    if global.json {
+        return output::json(&facts());
+    }
     let uname = rustix::system::uname();
     let kernel = uname.release().to_string_lossy().into_owned();
     let io_uring = nvme::Queue::builder().depth(2).backend(nvme::Backend::IoUring).build();
@@ -19,16 +34,6 @@ pub fn run(global: &Global) -> Outcome {
         Ok(_) => "yes".to_owned(),
         Err(error) => format!("no (/dev/fuse: {error}): pools cannot be mounted"),
     };
-    if global.json {
-        return output::json(&json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "arch": std::env::consts::ARCH,
-            "debug_build": cfg!(debug_assertions),
-            "kernel": kernel,
-            "io_uring": io_uring == "yes",
-            "fuse": fuse == "yes",
-        }));
-    }
     let profile = if cfg!(debug_assertions) { " (debug build: slow)" } else { "" };
     output::line(&format!(
         "nvtier {}{profile}\nkernel    {kernel} {}\nio_uring  {io_uring}\nfuse      {fuse}",
