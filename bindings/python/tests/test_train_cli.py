@@ -490,6 +490,17 @@ def test_options_that_make_no_sense(place):
     assert code == 2 and "is the folder of a pool, and --plain keeps ordinary files" in err
 
 
+def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(place):
+    (place.path / "model").unlink()
+    shutil.copytree(Path(os.environ["NVTIER_MODEL"]) / "snapshot", place.path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((place.path / "model/config.json").read_text())
+    # 30 layers of 1.2 TB: the weights need not be there to know that.
+    config.update(hidden_size=576 * 200, intermediate_size=1536 * 1000)
+    (place.path / "model/config.json").write_text(json.dumps(config))
+    code, _, err = place.train()
+    assert code == 6 and re.search(r"load the model model: it takes \d{4,}\.\d GB of the host's memory while it is loaded, and \d", err), err
+
+
 def test_a_full_drive_is_noticed_before_the_training(place, monkeypatch):
     from nvtier.train import _save
 

@@ -8,7 +8,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from .._errors import InvalidArgument, NoSpace, NotADirectory, NotFound, NotSupported
+from .._errors import InvalidArgument, NoSpace, NotADirectory, NotFound, NotSupported, OutOfHostMemory
 from . import _model
 from ._config import Config, find
 from ._data import Data, Order
@@ -105,6 +105,8 @@ class Prepared:
 
     def _model(self) -> Tuple[torch.nn.Module, Any]:
         config, options, run = self.config, self.options, self.config.run
+        self.mixed = run.precision_mode == 1
+        self._check_room()
         self.log.line(f"[INFO] [create_hf_model] init from {'config' if run.from_config else 'pretrained'}")
         model = _model.load(self.source, run)
         name = type(model).__name__
@@ -119,8 +121,8 @@ class Prepared:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         total = sum(parameter.numel() for parameter in model.parameters())
         self.log.line(f"[INFO] {trained} of {total} parameters are trained on {'the GPU' if torch.cuda.is_available() else 'the CPU: there is no GPU'}")
-        self.mixed = run.precision_mode == 1
-        self.saver.check((4 if self.mixed else 2) * (trained if run.lora.enable_lora else total))
+        if run.lora.enable_lora:
+            self.saver.check((4 if self.mixed else 2) * trained)
         self.log.line(f"[INFO] create current swap data path: {self.pool}, run {self.name}")
         settings = run.optimizer
         common: Dict[str, Any] = {
@@ -134,6 +136,17 @@ class Prepared:
             "weight_decay": settings.weight_decay,
         }
         return self._plain(model, common) if options.plain else self._offload(model, common)
+
+    def _check_room(self) -> None:
+        """Refuses, before anything is loaded, what memory or the place of saved models has no room for. (The offload looks at the pool.)"""
+        run = self.config.run
+        outline = _model.outline(self.source, run)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in outline.parameters())
+        free = _available()
+        if free < size:
+            raise OutOfHostMemory(f"load the model {self.source}: it takes {human(size)} of the host's memory while it is loaded, and {human(free)} are free")
+        if not run.lora.enable_lora:
+            self.saver.check(size)
 
     def _plain(self, model: torch.nn.Module, common: Dict[str, Any]) -> Tuple[torch.nn.Module, Any]:
         if self.options.fresh:
