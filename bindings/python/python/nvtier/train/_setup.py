@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
 
@@ -85,7 +86,10 @@ class Prepared:
             if holds_pool:
                 raise InvalidArgument(f"{where}: {pool} is the folder of a pool, and --plain keeps ordinary files; name another with --pool")
             return pool
-        if os.path.isdir(pool) and not holds_pool and not _is_fuse(pool):
+        mounted = _pool_mounted_at(pool)
+        if mounted is not None:
+            return mounted
+        if os.path.isdir(pool) and not holds_pool:
             import nvtier
 
             pool = os.path.join(pool, _POOL)
@@ -204,14 +208,20 @@ def _available() -> int:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
 
 
-def _is_fuse(path: str) -> bool:
-    """Whether a path lies on a mounted pool, which the offload finds the owner of."""
-    best, kind = "", ""
+def _pool_mounted_at(path: str) -> Optional[str]:
+    """The pool whose mount a path lies on."""
+    best, found = "", None
     with open("/proc/self/mountinfo") as file:
         for line in file:
             fields = line.split()
-            place = fields[4].replace("\\040", " ")
-            inside = os.path.abspath(path) == place or os.path.abspath(path).startswith(place.rstrip("/") + "/")
+            place, kind, source = (_unescaped(fields[index]) for index in (4, fields.index("-") + 1, fields.index("-") + 2))
+            real = os.path.realpath(path)
+            inside = real == place or real.startswith(place.rstrip("/") + "/")
             if inside and len(place) >= len(best):
-                best, kind = place, fields[fields.index("-") + 1]
-    return kind.startswith("fuse")
+                best, found = place, source if kind == "fuse.nvtier" else None
+    return found
+
+
+def _unescaped(text: str) -> str:
+    """Of mountinfo, which writes blanks and the like as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
