@@ -490,6 +490,17 @@ def test_options_that_make_no_sense(place):
     assert code == 2 and "is the folder of a pool, and --plain keeps ordinary files" in err
 
 
+def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(place):
+    (place.path / "model").unlink()
+    shutil.copytree(Path(os.environ["NVTIER_MODEL"]) / "snapshot", place.path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((place.path / "model/config.json").read_text())
+    # 30 layers of 1.2 TB: the weights need not be there to know that.
+    config.update(hidden_size=576 * 200, intermediate_size=1536 * 1000)
+    (place.path / "model/config.json").write_text(json.dumps(config))
+    code, _, err = place.train()
+    assert code == 6 and re.search(r"load the model model: it takes \d{4,}\.\d GB of the host's memory while it is loaded, and \d", err), err
+
+
 def test_a_full_drive_is_noticed_before_the_training(place, monkeypatch):
     from nvtier.train import _save
 
@@ -590,6 +601,38 @@ def test_a_signal_with_the_offload(place, whole, offloaded, number, code):
     assert place.losses() == whole[0] and equal(weights("output/epoch_1_step_4_#model"), whole[1])
 
 
+@pytest.fixture
+def program():
+    found = os.environ.get("NVTIER_BIN") or shutil.which("nvtier")
+    if not found:
+        pytest.skip("no nvtier program: set NVTIER_BIN to run `nvtier train`")
+    return found
+
+
+def test_a_pool_that_is_mounted(place, program, offloaded):
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("no /dev/fuse here: no pool can be mounted")
+    nvtier.format("a pool")
+    (place.path / "mnt").mkdir()
+    done = subprocess.run([program, "mount", "a pool", "mnt"], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if done.returncode == 7:
+        pytest.skip("mounting is not possible here: " + done.stderr)
+    assert done.returncode == 0, done.stderr
+    try:
+        place.write(env=ENV.replace("nvme_path: nvme", "nvme_path: mnt"), exp=EXP + "  max_iter: 2\n")
+        out = place.fine(plain=False)
+        assert f"create current swap data path: {place.path / 'a pool'}, run model" in out
+        # Files of --plain are ordinary ones, also there.
+        place.write(env=ENV.replace("nvme_path: nvme", "nvme_path: mnt").replace("output_dir: output", "output_dir: mnt/output"), exp=EXP + "  max_iter: 2\n")
+        before = place.losses()
+        place.fine()
+        assert place.losses() == before and place.saved("mnt/output") == ["epoch_0_step_1_#model", "epoch_1_step_1_#model"]
+        assert (place.path / "mnt/nvtier-train/model.pt").exists()
+        assert "training complete!" in place.fine("--resume")
+    finally:
+        subprocess.run([program, "umount", "mnt"], timeout=LIMIT_S, check=True)
+
+
 def test_mistakes_with_the_offload(place, offloaded):
     code, _, err = place.train("--resume", plain=False)
     assert code == 3 and "has none of that name" in err
@@ -620,14 +663,6 @@ def test_a_build_without_the_offload_says_so(place, monkeypatch):
         pytest.skip("this build has the offload")
     code, _, err = place.train(plain=False)
     assert code == 7 and "no nvtier.train.offload" in err and "--plain" in err
-
-
-@pytest.fixture
-def program():
-    found = os.environ.get("NVTIER_BIN") or shutil.which("nvtier")
-    if not found:
-        pytest.skip("no nvtier program: set NVTIER_BIN to run `nvtier train`")
-    return found
 
 
 def test_the_command_becomes_the_training(place, program):

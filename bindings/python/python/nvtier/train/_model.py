@@ -42,9 +42,24 @@ def tokenizer(folder: str) -> Any:
         raise Malformed(f"load the tokenizer of {folder}: {error}") from error
 
 
+def _dtype(run: Section) -> torch.dtype:
+    """The type in which a model is loaded. Below adapters all is BF16."""
+    return torch.bfloat16 if run.precision_mode == 0 or run.lora.enable_lora else torch.float32
+
+
+def outline(folder: str, run: Section) -> torch.nn.Module:
+    """The model without any weights, to count by."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=_dtype(run))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise Malformed(f"load the model {folder}: {error}") from error
+
+
 def load(folder: str, run: Section) -> torch.nn.Module:
-    """The model on the host, in the type that is trained; or of its configuration, with weights at random. Below adapters all is BF16."""
-    dtype = torch.bfloat16 if run.precision_mode == 0 or run.lora.enable_lora else torch.float32
+    """The model on the host, in the type that is trained; or of its configuration, with weights at random."""
+    dtype = _dtype(run)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if run.from_config:

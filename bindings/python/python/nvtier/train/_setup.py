@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from .._errors import InvalidArgument, NoSpace, NotADirectory, NotFound, NotSupported
+from .._errors import InvalidArgument, NoSpace, NotADirectory, NotFound, NotSupported, OutOfHostMemory
 from . import _model
 from ._config import Config, find
 from ._data import Data, Order
@@ -85,7 +86,10 @@ class Prepared:
             if holds_pool:
                 raise InvalidArgument(f"{where}: {pool} is the folder of a pool, and --plain keeps ordinary files; name another with --pool")
             return pool
-        if os.path.isdir(pool) and not holds_pool and not _is_fuse(pool):
+        mounted = _pool_mounted_at(pool)
+        if mounted is not None:
+            return mounted
+        if os.path.isdir(pool) and not holds_pool:
             import nvtier
 
             pool = os.path.join(pool, _POOL)
@@ -105,6 +109,8 @@ class Prepared:
 
     def _model(self) -> Tuple[torch.nn.Module, Any]:
         config, options, run = self.config, self.options, self.config.run
+        self.mixed = run.precision_mode == 1
+        self._check_room()
         self.log.line(f"[INFO] [create_hf_model] init from {'config' if run.from_config else 'pretrained'}")
         model = _model.load(self.source, run)
         name = type(model).__name__
@@ -119,8 +125,8 @@ class Prepared:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         total = sum(parameter.numel() for parameter in model.parameters())
         self.log.line(f"[INFO] {trained} of {total} parameters are trained on {'the GPU' if torch.cuda.is_available() else 'the CPU: there is no GPU'}")
-        self.mixed = run.precision_mode == 1
-        self.saver.check((4 if self.mixed else 2) * (trained if run.lora.enable_lora else total))
+        if run.lora.enable_lora:
+            self.saver.check((4 if self.mixed else 2) * trained)
         self.log.line(f"[INFO] create current swap data path: {self.pool}, run {self.name}")
         settings = run.optimizer
         common: Dict[str, Any] = {
@@ -134,6 +140,17 @@ class Prepared:
             "weight_decay": settings.weight_decay,
         }
         return self._plain(model, common) if options.plain else self._offload(model, common)
+
+    def _check_room(self) -> None:
+        """Refuses, before anything is loaded, what memory or the place of saved models has no room for. (The offload looks at the pool.)"""
+        run = self.config.run
+        outline = _model.outline(self.source, run)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in outline.parameters())
+        free = _available()
+        if free < size:
+            raise OutOfHostMemory(f"load the model {self.source}: it takes {human(size)} of the host's memory while it is loaded, and {human(free)} are free")
+        if not run.lora.enable_lora:
+            self.saver.check(size)
 
     def _plain(self, model: torch.nn.Module, common: Dict[str, Any]) -> Tuple[torch.nn.Module, Any]:
         if self.options.fresh:
@@ -191,14 +208,20 @@ def _available() -> int:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
 
 
-def _is_fuse(path: str) -> bool:
-    """Whether a path lies on a mounted pool, which the offload finds the owner of."""
-    best, kind = "", ""
+def _pool_mounted_at(path: str) -> Optional[str]:
+    """The pool whose mount a path lies on."""
+    best, found = "", None
     with open("/proc/self/mountinfo") as file:
         for line in file:
             fields = line.split()
-            place = fields[4].replace("\\040", " ")
-            inside = os.path.abspath(path) == place or os.path.abspath(path).startswith(place.rstrip("/") + "/")
+            place, kind, source = (_unescaped(fields[index]) for index in (4, fields.index("-") + 1, fields.index("-") + 2))
+            real = os.path.realpath(path)
+            inside = real == place or real.startswith(place.rstrip("/") + "/")
             if inside and len(place) >= len(best):
-                best, kind = place, fields[fields.index("-") + 1]
-    return kind.startswith("fuse")
+                best, found = place, source if kind == "fuse.nvtier" else None
+    return found
+
+
+def _unescaped(text: str) -> str:
+    """Of mountinfo, which writes blanks and the like as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
