@@ -1,0 +1,326 @@
+"""``nvtier.train.offload``: takes a model apart and into a pool."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+
+import torch
+
+from .. import _nvtier
+from .._errors import Exists, InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDeviceMemory
+from .._nvtier import Pool
+from ._blocks import Block, find_blocks, gradient_plane, take_apart, weight_plane
+from ._manager import Manager
+from ._optimizer import Optimizer
+from ._planes import SPLIT, low_parts, split
+
+#: Blocks that a plane is cut into are of up to this many bytes.
+_BLOCK_MOST = 4 << 20
+_BLOCK_LEAST = 64 << 10
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+
+
+def offload(
+    model: torch.nn.Module,
+    optimizer_class: type = torch.optim.AdamW,
+    *,
+    pool: Union[str, "os.PathLike[str]", Pool],
+    run: str = "run",
+    precision: str = "fp32",
+    vram: Union[None, int, str] = None,
+    ram: Union[int, str] = 0,
+    device: Union[None, str, torch.device] = None,
+    blocks: Optional[Iterable[torch.nn.Module]] = None,
+    param_groups: Optional[Sequence[Dict[str, Any]]] = None,
+    accumulate: bool = True,
+    commit_every: int = 1,
+    resume: Union[bool, str] = False,
+    deadline: float = 60.0,
+    **options: Any,
+) -> Tuple[torch.nn.Module, Optimizer]:
+    """Takes the model's parameters into the pool, and returns the model and the optimizer that trains it there.
+
+    ``optimizer_class``: ``torch.optim.AdamW``, with its ``options`` (the kernels are those of ``fused=True``).
+    ``run``: a name; what the pool holds of it is the run's checkpoint. ``resume``: ``True`` goes on with it, ``"auto"`` where there is one.
+    ``precision``: ``fp32``; ``bf16`` (weights and state); ``mixed`` (float32 weights under ``torch.autocast``).
+    ``vram``: bytes on the device for weights, gradients and state (activations and what PyTorch needs come on top); None: no limit.
+    ``ram``: bytes of host memory, pinned, that keep a part of it; a number or ``"32GiB"``.
+    ``blocks``: modules that stream; default: the layers of the model, and large embeddings and heads.
+    ``accumulate``: whether gradients of several micro-batches are added up; False saves 2 bytes a weight in ``mixed``.
+    ``commit_every``: steps from one durable commit to the next. With more than 1 a crash costs up to so many steps, what is in the RAM share is written
+    with a commit only, and the rest takes up to twice its space in the pool.
+    """
+    if optimizer_class is not torch.optim.AdamW:
+        raise NotSupported(f"nvtier.train: {getattr(optimizer_class, '__name__', optimizer_class)}; torch.optim.AdamW is supported")
+    if precision not in ("fp32", "bf16", "mixed"):
+        raise InvalidArgument(f"precision={precision!r}: fp32, bf16 or mixed")
+    if commit_every < 1:
+        raise InvalidArgument(f"commit_every={commit_every}: steps, 1 or more")
+    if resume not in (True, False, "auto"):
+        raise InvalidArgument(f"resume={resume!r}: True, False or 'auto'")
+    if getattr(model, "_nvtier_optimizer", None) is not None:
+        raise InvalidArgument("this model is offloaded already")
+    defaults = _defaults(model, optimizer_class, options)
+    where = torch.device(device) if device is not None else _device_of(model)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    if where.type not in ("cpu", "cuda"):
+        raise NotSupported(f"nvtier.train on {where}: cpu and cuda are supported")
+    if any(param.is_meta for param in model.parameters()):
+        raise NotSupported("nvtier.train: a model on the meta device has no weights to begin with; load it on the host first")
+    ram_bytes, vram_bytes = _bytes("ram", ram) or 0, _bytes("vram", vram)
+
+    opened = pool if isinstance(pool, Pool) else Pool(pool)
+    name = _run_name(run)
+    found = _nvtier.State.look(opened, name)
+    if found is None and resume is True:
+        raise NotFound(f"resume the run {run!r}: the pool has none of that name")
+    if found is not None and resume is False:
+        raise Exists(f"the pool has a run {run!r} already: resume=True goes on with it, nvtier.train.remove(pool, {run!r}) removes it")
+    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate)
+    if not any(entry.trainable for block in [rest, *listed] for entry in block.params):
+        raise InvalidArgument("this model has no trainable parameters")
+    least = _least_device_bytes(listed, rest)
+    if vram_bytes is not None and vram_bytes < least:
+        raise OutOfDeviceMemory(
+            f"vram={vram_bytes} bytes: this model needs at least {least}, which is its largest block with all of its state, and what does not stream"
+        )
+
+    every = [rest, *listed]
+    lens = [_unit_bytes(block, plane) for block in every for plane in block.layout.planes()]
+    block_bytes = found[0] if found is not None else _block_bytes(lens)
+    largest = max(sum(_unit_bytes(block, plane) for plane in block.layout.planes()) for block in every)
+    slack = max(2 * largest, sum(lens) // 16) if commit_every == 1 else sum(lens)
+    # Another commit is on its way while new versions are written.
+    budget = _nvtier.State.room_for(lens, (3 if commit_every == 1 else 2) * slack, block_bytes)
+    free = int(opened.stat()["free_bytes"])
+    if found is None and budget > free:
+        raise NoSpace(
+            f"the run needs {budget} bytes of the pool ({sum(lens)} of weights, gradients and state), and {free} are free"
+        )
+    state = _nvtier.State(opened, name=name, budget=budget, block_bytes=block_bytes, ram=_ram_share(every, ram_bytes, block_bytes)[1], deadline=deadline)
+    try:
+        optimizer = _start(model, state, listed, rest, where, vram_bytes, ram_bytes, block_bytes, param_groups, defaults, slack, commit_every, found)
+    except BaseException:
+        state.close()
+        raise
+    optimizer.run = run
+    if opened is not pool:
+        optimizer.closes = opened
+    model._nvtier_optimizer = optimizer  # type: ignore[assignment]
+    return model, optimizer
+
+
+def remove(pool: Union[str, "os.PathLike[str]", Pool], run: str) -> bool:
+    """Removes a run from a pool, with everything of it. False: there is none."""
+    opened = pool if isinstance(pool, Pool) else Pool(pool)
+    return _nvtier.State.remove(opened, _run_name(run))
+
+
+def plan(
+    model: torch.nn.Module, *, precision: str = "fp32", blocks: Optional[Iterable[torch.nn.Module]] = None, accumulate: bool = True
+) -> Dict[str, int]:
+    """What a run will need, before anything is written; the model may be on the meta device. Bytes: ``state`` in the pool, ``least_vram``, ``written`` and
+    ``read`` by a step with one micro-batch and no RAM share, ``largest_block`` with all of its state."""
+    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate)
+    every = [rest, *listed]
+
+    def total(blocks: List[Block], planes: Any) -> int:
+        return sum(_unit_bytes(block, plane) for block in blocks for plane in planes(block))
+
+    def all_planes(block: Block) -> List[str]:
+        return list(block.layout.planes())
+
+    def kept(block: Block) -> List[str]:
+        return [plane for plane in block.layout.planes() if not plane.startswith("frozen")]
+
+    def seen(block: Block) -> List[str]:
+        return [plane for plane in block.layout.planes() if plane in ("w", "hi") or plane.startswith("frozen")]
+
+    again = [block for block in listed if not block.forward_only]
+    return {
+        "parameters": sum(entry.param.numel() for block in every for entry in block.params),
+        "state": total(every, all_planes),
+        "least_vram": _least_device_bytes(listed, rest),
+        "largest_block": max(total([block], all_planes) for block in every),
+        "written": total(every, kept),
+        "read": total(listed, all_planes) + total(again, seen),
+    }
+
+
+def _start(
+    model: torch.nn.Module,
+    state: Any,
+    listed: List[Block],
+    rest: Block,
+    device: torch.device,
+    vram: Optional[int],
+    ram: int,
+    block_bytes: int,
+    param_groups: Optional[Sequence[Dict[str, Any]]],
+    defaults: Dict[str, Any],
+    slack: int,
+    commit_every: int,
+    found: Optional[Tuple[int, bytes]],
+) -> Optimizer:
+    every = [rest, *listed]
+    names = [(block, plane) for block in every for plane in block.layout.planes()]
+    lens = [_unit_bytes(block, plane) for block, plane in names]
+    first = 0
+    if found is None:
+        first = state.add(lens) if lens else 0
+    elif state.units() != lens:
+        raise InvalidArgument("the run in the pool is of another model, precision or choice of blocks")
+    for number, (block, plane) in enumerate(names, start=first):
+        block.units[plane] = number
+        if state.has(number):
+            block.stored.add(plane)
+    for block, plane in _ram_share(every, ram, block_bytes)[0]:
+        state.keep_in_ram(block.units[plane])
+        block.in_ram.add(plane)
+    manager = Manager(state, listed, rest, device, vram, write_at_once=commit_every == 1)
+    groups = list(param_groups) if param_groups is not None else [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    optimizer = Optimizer(model, manager, groups, defaults, slack, commit_every)
+    meta = None if found is None else json.loads(found[1])
+    if meta is not None:
+        optimizer.restore(meta)
+    for block in every:
+        _take_in(manager, block, fresh=meta is None)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    manager.attach()
+    for block in listed:
+        assert block.module is not None
+        block.module._register_state_dict_hook(_filler(optimizer, block))
+    if meta is None:
+        optimizer.commit(wait=True)
+    return optimizer
+
+
+def _take_in(manager: Manager, block: Block, fresh: bool) -> None:
+    """Puts a block's weights into its units, or forgets what the model came with."""
+    stays = block is manager.rest
+    if fresh or stays:
+        for plane, (dtype, count) in block.layout.planes().items():
+            if stays and plane in block.stored:
+                manager._fetch(block, plane)
+            elif stays or plane not in ("m", "v", "sm", "sv", "g", "sg"):
+                # What lies between parameters has a value as well.
+                block.planes[plane] = manager._empty(dtype, count).zero_()
+    if fresh:
+        with torch.no_grad():
+            for entry in block.params:
+                data = entry.param.data.reshape(-1)
+                if entry.kind == SPLIT:
+                    low, ties = low_parts(block.planes["lo"], block.layout.counts[SPLIT], entry.place)
+                    split(data.to(manager.device), block.view(entry, "hi"), low, ties)
+                else:
+                    block.view(entry, weight_plane(entry)).copy_(data)
+        for plane in list(block.planes):
+            if plane not in ("m", "v", "sm", "sv"):
+                manager._store(block, plane)
+    if stays:
+        for plane, (tensor, ticket) in list(block.coming.items()):
+            ticket.wait()
+            block.planes[plane] = tensor
+        block.coming.clear()
+        manager._bind(block)
+    else:
+        for entry in block.params:
+            dtype = torch.bfloat16 if entry.kind == SPLIT else entry.param.dtype
+            entry.param.data = manager._blank(entry, dtype)
+        manager._drop(block, list(block.planes))
+
+
+def _filler(optimizer: Optimizer, block: Block) -> Any:
+    """``state_dict`` of a block: its weights, fetched to the host."""
+
+    def fill(module: torch.nn.Module, state_dict: Dict[str, Any], prefix: str, metadata: Any) -> None:
+        manager = optimizer._manager
+        manager.catch_up()
+        inside = {param: name for name, param in module.named_parameters()}
+        with optimizer._resident(block):
+            for entry in block.params:
+                name = prefix + inside[entry.param]
+                if name in state_dict:
+                    state_dict[name] = manager.master(block, entry)
+
+    return fill
+
+
+def _defaults(model: torch.nn.Module, optimizer_class: type, options: Dict[str, Any]) -> Dict[str, Any]:
+    """The optimizer's defaults, as its class makes them of the options; it also refuses wrong ones."""
+    one = torch.nn.Parameter(torch.zeros(1))
+    made = optimizer_class([one], **options)
+    defaults = dict(made.defaults)
+    for key, fine in (("amsgrad", (False, None)), ("capturable", (False,)), ("differentiable", (False,))):
+        if defaults.get(key) not in fine:
+            raise NotSupported(f"nvtier.train: {key}={defaults[key]!r}")
+    return defaults
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return next(model.parameters()).device
+
+
+def _bytes(what: str, value: Union[None, int, str]) -> Optional[int]:
+    if value is None or isinstance(value, int):
+        if value is not None and value < 0:
+            raise InvalidArgument(f"{what}={value}: bytes, 0 or more")
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", value.lower())
+    if match is None:
+        raise InvalidArgument(f"{what}={value!r}: a number of bytes, or text such as '20GiB'")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _run_name(run: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run):
+        raise InvalidArgument(f"run={run!r}: letters, digits, '.', '_' and '-', up to 100 of them")
+    return f"train-{run}"
+
+
+def _unit_bytes(block: Block, plane: str) -> int:
+    dtype, count = block.layout.planes()[plane]
+    return count * dtype.itemsize
+
+
+def _block_bytes(lens: List[int]) -> int:
+    """Of a size that the larger units have several of; small ones waste the rest of theirs."""
+    mean = sum(lens) // max(len(lens), 1)
+    return min(max(1 << max(mean // 8, 1).bit_length(), _BLOCK_LEAST), _BLOCK_MOST)
+
+
+def _least_device_bytes(listed: List[Block], rest: Block) -> int:
+    def size(block: Block, planes: Iterable[str]) -> int:
+        return sum(_unit_bytes(block, plane) for plane in planes)
+
+    def backward(block: Block) -> int:
+        return size(block, (plane for plane in block.layout.planes() if plane in ("w", "hi", "g", "sg") or plane.startswith("frozen")))
+
+    stays = size(rest, rest.layout.planes())
+    update = max((size(block, block.layout.planes()) for block in listed), default=0)
+    pairs = [backward(one) + backward(other) for one, other in zip(listed, listed[1:])]
+    return stays + max([update, *pairs])
+
+
+def _ram_share(every: List[Block], ram: int, block_bytes: int) -> Tuple[List[Tuple[Block, str]], int]:
+    """What is kept in host memory: weights first, which are read twice a step, then gradients, then moments. And its bytes."""
+    slot = -(-block_bytes // 4096) * 4096
+    share, used = [], 0
+    for names in (("w", "hi"), ("g", "sg"), ("m", "sm"), ("v", "sv"), ("lo",)):
+        for block in every[1:]:
+            for plane in block.layout.planes():
+                if plane in names or (plane.startswith("frozen") and "w" in names):
+                    bytes = -(-_unit_bytes(block, plane) // block_bytes) * slot
+                    if used + bytes <= ram:
+                        share.append((block, plane))
+                        used += bytes
+    return share, used
