@@ -18,6 +18,7 @@ pub fn run(report: &mut Report) {
     report.check("a_pool_striped_over_both_by_passthrough", || round_trip(&["a-ng", "b-ng"]));
     report.check("what_passthrough_wrote_opens_by_the_block_device_and_the_other_way_round", both_ways);
     report.check("a_namespace_in_use_by_one_node_is_busy_by_the_other", busy);
+    report.check("drives_are_planned_applied_and_undone_also_after_they_were_renumbered", disk);
     report.check("a_bad_block_of_the_drive_is_named_by_verify_and_fails_only_its_region", bad_block);
 }
 
@@ -118,6 +119,64 @@ fn busy() -> Checked {
         ensure(!format.status.success(), || format!("{second} was formatted beside {first}"))?;
     }
     nvtier(&["verify", "--pool", &text(&node("a")?)]).map(drop)
+}
+
+/// `nvtier disk` on drives that have serial numbers, and whose numbers are others after a boot.
+fn disk() -> Checked {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| text(&folder.path().join(name));
+    let drives = [text(&node("a")?), text(&node("b")?)];
+    let places = ["--state-dir".to_owned(), at("state")];
+    let disk = |word: &str, more: &[&str]| -> Checked<String> {
+        let mut args = vec!["disk", word];
+        if word != "undo" {
+            args.extend(drives.iter().map(String::as_str));
+        }
+        args.extend(places.iter().map(String::as_str));
+        args.extend(more);
+        nvtier(&args)
+    };
+    let (units, point) = (at("units"), at("mnt"));
+    std::fs::create_dir(&units)?;
+    let target = ["--unit-dir", &units, "--mountpoint", &point, "--force", "--json"];
+    // Pools of earlier checks may be on them.
+    let plan: Value = serde_json::from_str(&disk("plan", &target)?)?;
+    for drive in plan["drives"].as_array().ok_or("no drives in the plan")? {
+        ensure(drive["serial"].as_str().is_some_and(|serial| !serial.is_empty()), || {
+            format!("no serial: {drive}")
+        })?;
+        ensure(drive["model"].as_str().is_some_and(|model| !model.is_empty()), || {
+            format!("no model: {drive}")
+        })?;
+    }
+    equal("would apply", plan["would_apply"].as_bool(), Some(true))?;
+    disk("apply", &[&target[..], &["--yes"]].concat())?;
+    nvtier(&["verify", "--pool", &at("state/nvtier")])?;
+
+    // As after a boot that gave each the other's number.
+    let record = std::path::PathBuf::from(at("state/nvtier.json"));
+    let mut renumbered: Value = serde_json::from_slice(&std::fs::read(&record)?)?;
+    for (index, node) in drives.iter().rev().enumerate() {
+        renumbered["drives"][index]["node"] = node.as_str().into();
+    }
+    std::fs::write(&record, renumbered.to_string())?;
+    disk("undo", &["--yes"])?;
+    for drive in &drives {
+        let error = engine::Pool::probe(Path::new(drive)).err().ok_or("a superblock was left")?;
+        ensure(error.kind() == engine::ErrorKind::NotAPool, || format!("{drive}: {}", error.chain()))?;
+    }
+    ensure(!record.exists(), || "the record was left".to_owned())?;
+
+    // Another drive under the number, and no pool that says where the right one is: nothing is done.
+    let target = ["--unit-dir", &units, "--mountpoint", &point, "--yes"];
+    disk("apply", &target)?;
+    let mut other: Value = serde_json::from_slice(&std::fs::read(&record)?)?;
+    other["drives"][0]["serial"] = "another".into();
+    std::fs::write(&record, other.to_string())?;
+    let refused = Command::new("nvtier").args(["disk", "undo", "--yes"]).args(&places).output()?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure(!refused.status.success() && said.contains("another drive"), || said.clone())?;
+    nvtier(&["verify", "--pool", &at("state/nvtier")]).map(drop)
 }
 
 fn bad_block() -> Checked {

@@ -132,13 +132,22 @@ impl Redactor {
 }
 
 fn patterns() -> Vec<(Regex, &'static str)> {
-    let rows: [(&str, &'static str); 10] = [
+    let rows: [(&str, &'static str); 13] = [
         // Other users' homes; this one's is `~` by now.
         (r#"/home/[^/\s"'`:,;]+"#, "/home/<user>"),
         // Whole private keys.
         (r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\z)", GONE),
         // scheme://user:password@host; what is before the last @ of the authority.
         (r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s]*@", "${1}<redacted>@"),
+        // user:password@host without a scheme, as proxies are given.
+        (r#"[^\s:/@"'`=]+:[^\s:/@"'`]+@([A-Za-z0-9.-]+)"#, "<redacted>@${1}"),
+        // Passwords may be several words.
+        (r#"(?i)((?:password|passwd|passphrase)\s*[=:]\s*)[^\s"',;][^\n"',;]*"#, "${1}<redacted>"),
+        // --token VALUE
+        (
+            r"(?i)(--[a-z-]*(?:secret|token|passw|passphrase|credential|api-?key|access-?key)[a-z-]*\s+)[^\s-]*[A-Za-z]\S*",
+            "${1}<redacted>",
+        ),
         // Signed requests have everything in their query.
         (r#"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#"'`]*)\?[^\s"'`]*"#, "${1}?<redacted>"),
         (r"(?i)\b(bearer|basic|negotiate)\s+[A-Za-z0-9._~+/=-]{6,}", "${1} <redacted>"),
@@ -198,7 +207,7 @@ mod tests {
 
     #[test]
     fn every_pattern_is_one() {
-        assert_eq!(patterns().len(), 11);
+        assert_eq!(patterns().len(), 14);
     }
 
     #[test]
@@ -217,6 +226,9 @@ mod tests {
             ("hf_abcdefghijklmnopqrst", "<redacted>"),
             ("password = \"a b c\" # x", "password = <redacted> # x"),
             ("{\"api_key\": \"a\\\"b\", \"n\": 1}", "{\"api_key\": <redacted>, \"n\": 1}"),
+            ("proxy bob:hunter2@proxy.example:3128/", "proxy <redacted>@proxy.example:3128/"),
+            ("password: correct horse battery; next", "password: <redacted>; next"),
+            ("run --api-token abc --force", "run --api-token <redacted> --force"),
             ("my_token=abc; next", "my_token=<redacted>; next"),
             ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----\nx", "<redacted>\nx"),
         ] {
@@ -231,6 +243,8 @@ mod tests {
             "pool 3f2c9a54-8e0e-4b7e-9c51-0f4f4dbd2b1a at /mnt/nvme0/pool",
             "commit 0123456789abcdef0123456789abcdef01234567",
             "nvme nvme0: 8/0/0 default/read/poll queues",
+            "write to bob@example: 12:30:01 at nvtier@models.service",
+            "vllm serve --max-tokens 100",
             "generation 7, 12 GiB of 64GiB",
             "/run/nvtier/var-tmp-nvtier-test-0-run-27329-tests-t-gSwcjt-mnt-0123456789abcdef.log",
             "/mnt/Data1/Models/SomeLongDirectoryName2/AnotherOne/pool",

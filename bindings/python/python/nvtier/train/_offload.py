@@ -12,7 +12,7 @@ import torch
 from .. import _nvtier
 from .._errors import Exists, InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDeviceMemory
 from .._nvtier import Pool
-from ._blocks import Block, find_blocks, gradient_plane, take_apart, weight_plane
+from ._blocks import Block, find_blocks, take_apart, weight_plane
 from ._manager import Manager
 from ._optimizer import Optimizer
 from ._planes import SPLIT, low_parts, split
