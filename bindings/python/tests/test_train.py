@@ -435,6 +435,32 @@ def test_a_pool_that_another_process_owns(tmp_path):
         owner.wait(timeout=30)
 
 
+def test_a_pool_that_is_mounted(tmp_path):
+    """Its mount point names it; the daemon keeps the state."""
+    program = os.environ.get("NVTIER_BIN")
+    if not program or not os.path.exists("/dev/fuse"):
+        pytest.skip("NVTIER_BIN is not set, or there is no /dev/fuse here: no pool can be mounted")
+    nvtier.format(tmp_path / "pool")
+    (tmp_path / "a mount").mkdir()
+    done = subprocess.run([program, "mount", "pool", "a mount"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    if done.returncode == 7:
+        pytest.skip("mounting is not possible here: " + done.stderr)
+    assert done.returncode == 0, done.stderr
+    try:
+        reference = llama(layers=2)
+        plain = torch.optim.AdamW(reference.parameters(), fused=True, **ADAMW)
+        torch.manual_seed(5)
+        wanted = train(reference, plain, 3)
+        model, optimizer = nvtier.train.offload(llama(layers=2), torch.optim.AdamW, pool=tmp_path / "a mount", **ADAMW)
+        torch.manual_seed(5)
+        assert train(model, optimizer, 3) == wanted
+        compare(reference, plain, optimizer)
+        optimizer.close()
+        assert nvtier.train.remove(tmp_path / "a mount", "run")
+    finally:
+        subprocess.run([program, "umount", "a mount"], cwd=tmp_path, check=True)
+
+
 def test_what_makes_no_sense_is_refused(pool, tmp_path):
     def refused(error_kind, words, model=None, kind=torch.optim.AdamW, pool=pool, **options):
         with pytest.raises(error_kind) as error:

@@ -11,6 +11,7 @@ import torch
 
 from .. import _nvtier
 from .._errors import Exists, InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDeviceMemory
+from .._mounts import pool_mounted_at
 from .._nvtier import Pool
 from ._blocks import Block, find_blocks, take_apart, weight_plane
 from ._manager import Manager
@@ -44,7 +45,7 @@ def offload(
     """Takes the model's parameters into the pool, and returns the model and the optimizer that trains it there.
 
     ``optimizer_class``: ``torch.optim.AdamW``, with its ``options`` (the kernels are those of ``fused=True``).
-    ``run``: a name; what the pool holds of it is the run's checkpoint. ``resume``: ``True`` goes on with it, ``"auto"`` where there is one.
+    ``pool``: a pool, its path, or where it is mounted. ``run``: a name; what the pool holds of it is the run's checkpoint. ``resume``: ``True`` goes on with it, ``"auto"`` where there is one.
     ``precision``: ``fp32``; ``bf16`` (weights and state); ``mixed`` (float32 weights under ``torch.autocast``).
     ``vram``: bytes on the device for weights, gradients and state (activations and what PyTorch needs come on top); None: no limit.
     ``ram``: bytes of host memory, pinned, that keep a part of it; a number or ``"32GiB"``.
@@ -73,7 +74,7 @@ def offload(
         raise NotSupported("nvtier.train: a model on the meta device has no weights to begin with; load it on the host first")
     ram_bytes, vram_bytes = _bytes("ram", ram) or 0, _bytes("vram", vram)
 
-    opened = pool if isinstance(pool, Pool) else Pool(pool)
+    opened = _pool_of(pool)
     name = _run_name(run)
     found = _nvtier.State.look(opened, name)
     if found is None and resume is True:
@@ -114,9 +115,14 @@ def offload(
     return model, optimizer
 
 
+def _pool_of(pool: Union[str, "os.PathLike[str]", Pool]) -> Pool:
+    """A pool, by its path or by that of its mount."""
+    return pool if isinstance(pool, Pool) else Pool(pool_mounted_at(pool) or pool)
+
+
 def remove(pool: Union[str, "os.PathLike[str]", Pool], run: str) -> bool:
     """Removes a run from a pool, with everything of it. False: there is none."""
-    opened = pool if isinstance(pool, Pool) else Pool(pool)
+    opened = _pool_of(pool)
     return _nvtier.State.remove(opened, _run_name(run))
 
 

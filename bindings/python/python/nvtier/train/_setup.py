@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
 
 import torch
 
 from .._errors import InvalidArgument, NoSpace, NotADirectory, NotFound, NotSupported, OutOfHostMemory
+from .._mounts import pool_mounted_at
 from . import _model
 from ._config import Config, find
 from ._data import Data, Order
@@ -86,7 +86,7 @@ class Prepared:
             if holds_pool:
                 raise InvalidArgument(f"{where}: {pool} is the folder of a pool, and --plain keeps ordinary files; name another with --pool")
             return pool
-        mounted = _pool_mounted_at(pool)
+        mounted = pool_mounted_at(pool)
         if mounted is not None:
             return mounted
         if os.path.isdir(pool) and not holds_pool:
@@ -206,22 +206,3 @@ def _available() -> int:
     """Bytes of memory that may be taken."""
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
-
-
-def _pool_mounted_at(path: str) -> Optional[str]:
-    """The pool whose mount a path lies on."""
-    best, found = "", None
-    with open("/proc/self/mountinfo") as file:
-        for line in file:
-            fields = line.split()
-            place, kind, source = (_unescaped(fields[index]) for index in (4, fields.index("-") + 1, fields.index("-") + 2))
-            real = os.path.realpath(path)
-            inside = real == place or real.startswith(place.rstrip("/") + "/")
-            if inside and len(place) >= len(best):
-                best, found = place, source if kind == "fuse.nvtier" else None
-    return found
-
-
-def _unescaped(text: str) -> str:
-    """Of mountinfo, which writes blanks and the like as octal numbers."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
