@@ -59,6 +59,8 @@ class Block:
         #: One for each input whose gradient is not there; they go with the graph.
         self.waiting: "weakref.WeakSet[Any]" = weakref.WeakSet()
         self.bound = False
+        #: Stays on the device once it is there.
+        self.keep = False
         self.handles: List[Any] = []
         #: Its backward needs no weights.
         self.forward_only = isinstance(module, torch.nn.Embedding)
@@ -199,7 +201,7 @@ def _uses_outside_linear(model: torch.nn.Module) -> Set[torch.nn.Parameter]:
 def _check(name: str, param: torch.nn.Parameter, precision: str) -> None:
     if type(param) not in (torch.nn.Parameter,):
         raise NotSupported(f"the parameter {name} is a {type(param).__name__}: ordinary parameters are supported")
-    if param.is_sparse or not param.data.is_contiguous():
+    if param.is_sparse or (param.requires_grad and not param.data.is_contiguous()):
         raise NotSupported(f"the parameter {name} is sparse or has gaps: dense, contiguous parameters are supported")
     if param.numel() == 0:
         raise NotSupported(f"the parameter {name} is empty")

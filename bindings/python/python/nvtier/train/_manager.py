@@ -36,6 +36,10 @@ class Manager:
         self.vram = vram
         #: Whether what is in the RAM share goes to the drive as it is stored, or with a commit.
         self.write_at_once = write_at_once
+        #: Whether one pass follows the other, and the first block comes after the last.
+        self.cyclic = False
+        #: A pool that is closed with it.
+        self.closes: Any = None
         self.name = "cpu" if device.type == "cpu" else f"cuda:{device.index}"
         self.pending: Optional[Pending] = None
         #: Steps done.
@@ -195,7 +199,7 @@ class Manager:
         return one.expand(param.param.shape)
 
     def _release(self, block: Block) -> None:
-        if block is self.rest:
+        if block is self.rest or block.keep:
             return
         if block.bound:
             for param in block.params:
@@ -228,7 +232,7 @@ class Manager:
 
     def detach(self, closed: bool) -> None:
         def refuse(module: Any, args: Any) -> None:
-            raise Closed("the optimizer of this model is closed, and the model's parameters went with it: load the model again")
+            raise Closed("this model was closed, and its parameters went with it: load the model again")
 
         for block in self.blocks:
             for handle in block.handles:
@@ -303,8 +307,8 @@ class Manager:
         if block not in order:
             return None
         index = order.index(block) + by
-        if by > 0 and index == len(order):
-            return None
+        if self.cyclic:
+            return order[index % len(order)]
         return order[index] if 0 <= index < len(order) else None
 
     def use(self, block: Block) -> None:

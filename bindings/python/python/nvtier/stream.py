@@ -1,0 +1,231 @@
+"""Inference of models that are larger than the device's memory: weights lie in a pool, a part of them in pinned host memory, and are on the device when they are used.
+
+::
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = nvtier.stream.offload(model, pool="/mnt/nvme/pool", name="llama-3b", vram="2GiB", ram="4GiB")
+    model.generate(...)
+
+A block (layer) is fetched while the one before it computes. ``load`` takes a model whose weights are in the pool already, without having them in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any, Dict, Iterable, List, Optional, Union
+
+import torch
+
+from . import _nvtier
+from ._errors import InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDeviceMemory
+from ._nvtier import Pool
+from .kv import digest_tensors
+from .train._blocks import Block, find_blocks, take_apart
+from .train._manager import Manager
+from .train._offload import _block_bytes, _bytes, _device_of, _pool_of, _ram_share, _take_in, _unit_bytes
+from .train._optimizer import check_layout, describe
+
+__all__ = ["close", "load", "offload", "remove", "stats"]
+
+_FORMAT = 1
+_PoolLike = Union[str, "os.PathLike[str]", Pool]
+
+
+def offload(
+    model: torch.nn.Module,
+    *,
+    pool: _PoolLike,
+    name: str,
+    vram: Union[None, int, str] = None,
+    ram: Union[int, str] = 0,
+    device: Union[None, str, torch.device] = None,
+    blocks: Optional[Iterable[torch.nn.Module]] = None,
+    deadline: float = 60.0,
+) -> torch.nn.Module:
+    """Takes the model's weights into the pool, under ``name``, where it does not have these very weights already, and returns the model, whose weights come and go.
+
+    ``vram``: bytes of weights on the device at a time; None: no limit. ``ram``: bytes of pinned host memory that keep a part of them. Both are hard.
+    ``blocks``: the modules that stream; default: the layers, and what is about as large.
+    """
+    if any(param.is_meta for param in model.parameters()):
+        raise InvalidArgument("offload of a model on the meta device: it has no weights; load() takes those that the pool has")
+    digest = digest_tensors(dict(model.named_parameters())).hex()
+    return _stream(model, pool, name, vram, ram, device, blocks, deadline, digest)
+
+
+def load(
+    model: torch.nn.Module,
+    *,
+    pool: _PoolLike,
+    name: str,
+    vram: Union[None, int, str] = None,
+    ram: Union[int, str] = 0,
+    device: Union[None, str, torch.device] = None,
+    blocks: Optional[Iterable[torch.nn.Module]] = None,
+    deadline: float = 60.0,
+) -> torch.nn.Module:
+    """As :func:`offload`, of weights that were offloaded under that name before; those that the model has are not looked at, and may be on the meta device. (Buffers must
+    not: ``accelerate.init_empty_weights()`` makes such a model.)"""
+    for key, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise InvalidArgument(f"the buffer {key} is on the meta device, and buffers are not in the pool: make the model with accelerate.init_empty_weights()")
+    return _stream(model, pool, name, vram, ram, device, blocks, deadline, None)
+
+
+def remove(pool: _PoolLike, name: str) -> bool:
+    """Removes a model's weights from a pool. False: it has none of that name."""
+    return _nvtier.State.remove(_pool_of(pool), _state_name(name))
+
+
+def _manager(model: torch.nn.Module) -> Manager:
+    manager: Optional[Manager] = getattr(model, "_nvtier_stream", None)
+    if manager is None:
+        raise InvalidArgument("this model was not offloaded by nvtier.stream")
+    return manager
+
+
+def close(model: torch.nn.Module) -> None:
+    """Gives memory and pool back; the weights stay in the pool, and the model is of no use any more. Once more is fine."""
+    manager = _manager(model)
+    for block in manager.blocks:
+        block.keep = False
+    manager.drop_all()
+    manager.detach(closed=True)
+    manager.state.close()
+    if manager.closes is not None:
+        manager.closes.close()
+        manager.closes = None
+
+
+def stats(model: torch.nn.Module) -> Dict[str, Any]:
+    """Bytes moved since it was offloaded, by tier, and what is on the device now and was at most."""
+    manager = _manager(model)
+    return {**manager.state.moved(), "device_bytes": manager.device_bytes, "device_peak_bytes": manager.device_peak}
+
+
+def _stream(
+    model: torch.nn.Module,
+    pool: _PoolLike,
+    name: str,
+    vram: Union[None, int, str],
+    ram: Union[int, str],
+    device: Union[None, str, torch.device],
+    blocks: Optional[Iterable[torch.nn.Module]],
+    deadline: float,
+    digest: Optional[str],
+) -> torch.nn.Module:
+    if getattr(model, "_nvtier_stream", None) is not None or getattr(model, "_nvtier_optimizer", None) is not None:
+        raise InvalidArgument("this model is offloaded already")
+    where = torch.device(device) if device is not None else _device_of(model) if digest is not None else _default_device()
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    if where.type not in ("cpu", "cuda"):
+        raise NotSupported(f"nvtier.stream on {where}: cpu and cuda are supported")
+    vram_bytes, ram_bytes = _bytes("vram", vram), _bytes("ram", ram) or 0
+    found_blocks = find_blocks(model, blocks)
+    _leave_meta(model, where)
+    model.requires_grad_(False)
+    listed, rest = take_apart(model, found_blocks, "fp32", False)
+    every = [rest, *listed]
+    sizes = {block: _size(block) for block in every}
+    least = sizes[rest] + max((sizes[block] for block in listed), default=0)
+    if vram_bytes is not None and vram_bytes < least:
+        raise OutOfDeviceMemory(f"vram={vram_bytes} bytes: this model needs at least {least}, which is its largest block and what does not stream")
+
+    opened = _pool_of(pool)
+    state_name = _state_name(name)
+    found = _nvtier.State.look(opened, state_name)
+    meta = None if found is None else json.loads(found[1])
+    if digest is None and meta is None:
+        raise NotFound(f"load the weights {name!r}: the pool has none of that name")
+    if digest is not None and meta is not None and meta.get("digest") != digest:
+        # Others, or not whole: they are not the model's.
+        _nvtier.State.remove(opened, state_name)
+        found = meta = None
+    lens = [_unit_bytes(block, plane) for block in every for plane in block.layout.planes()]
+    block_bytes = found[0] if found is not None else _block_bytes(lens)
+    budget = _nvtier.State.room_for(lens, 0, block_bytes)
+    free = int(opened.stat()["free_bytes"])
+    if found is None and budget > free:
+        raise NoSpace(f"the weights need {budget} bytes of the pool, and {free} are free")
+    share, share_bytes = _ram_share(every, ram_bytes, block_bytes)
+    state = _nvtier.State(opened, name=state_name, budget=budget, block_bytes=block_bytes, ram=share_bytes, deadline=deadline)
+    try:
+        first = state.add(lens) if found is None else 0
+        if state.units() != lens:
+            raise InvalidArgument(f"the weights {name!r} in the pool are of another model")
+        names = [(block, plane) for block in every for plane in block.layout.planes()]
+        for number, (block, plane) in enumerate(names, start=first):
+            block.units[plane] = number
+            if state.has(number):
+                block.stored.add(plane)
+        manager = Manager(state, listed, rest, where, vram_bytes, write_at_once=True)
+        manager.cyclic = True
+        layout = describe(every, manager)
+        if meta is not None:
+            check_layout(meta["layout"], layout)
+        for block, plane in share:
+            state.keep_in_ram(block.units[plane])
+        for block in every:
+            _take_in(manager, block, fresh=meta is None)
+        if meta is None:
+            state.commit(json.dumps({"format": _FORMAT, "layout": layout, "digest": digest}).encode()).wait()
+    except BaseException:
+        state.close()
+        raise
+    _keep(listed, sizes, rest, vram_bytes)
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(where)
+    manager.attach()
+    for block in listed:
+        assert block.module is not None
+        block.module._register_state_dict_hook(_refuse_state_dict)
+    manager.closes = None if opened is pool else opened
+    model._nvtier_stream = manager  # type: ignore[assignment]
+    return model.eval()
+
+
+def _size(block: Block) -> int:
+    return sum(_unit_bytes(block, plane) for plane in block.layout.planes())
+
+
+def _keep(listed: List[Block], sizes: Dict[Block, int], rest: Block, vram: Optional[int]) -> None:
+    """Blocks that stay on the device: as many as leave room for the largest other one twice. What goes round in a circle gains nothing from keeping the latest."""
+    if vram is None:
+        left = sum(sizes.values())
+    else:
+        left = vram - sizes[rest] - 2 * max(sizes[block] for block in listed)
+    for block in listed:
+        if sizes[block] <= left:
+            block.keep = True
+            left -= sizes[block]
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _leave_meta(model: torch.nn.Module, device: torch.device) -> None:
+    """Parameters on the meta device become such with a shape and no memory on the device."""
+    made: Dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for key, param in module._parameters.items():
+            if param is not None and param.is_meta:
+                if id(param) not in made:
+                    blank = torch.zeros(1, dtype=param.dtype, device=device).expand(param.shape)
+                    made[id(param)] = torch.nn.Parameter(blank, requires_grad=False)
+                module._parameters[key] = made[id(param)]
+
+
+def _refuse_state_dict(module: torch.nn.Module, state_dict: Any, prefix: str, metadata: Any) -> None:
+    raise NotSupported("state_dict() of a model that nvtier.stream offloaded: its weights are in the pool")
+
+
+def _state_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InvalidArgument(f"name={name!r}: letters, digits, '.', '_' and '-', up to 100 of them")
+    return f"stream-{name}"

@@ -1,0 +1,177 @@
+"""nvtier.stream: models generate what they generate in memory, with one block of many on the device; whose weights are taken."""
+
+import os
+
+import pytest
+
+import nvtier
+
+torch = pytest.importorskip("torch")
+hf = pytest.importorskip("transformers")
+hf.utils.logging.set_verbosity_error()
+
+import nvtier.stream  # noqa: E402
+
+SMALL = dict(
+    vocab_size=311,
+    hidden_size=64,
+    intermediate_size=168,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+FAMILIES = {
+    "llama": (hf.LlamaConfig, {"tie_word_embeddings": False}),
+    "gemma2": (hf.Gemma2Config, {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}),
+    "qwen2-moe": (
+        hf.Qwen2MoeConfig,
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48},
+    ),
+}
+
+
+@pytest.fixture
+def pool(tmp_path):
+    nvtier.format(tmp_path / "pool")
+    with nvtier.Pool(tmp_path / "pool") as pool:
+        yield pool
+
+
+def tiny(family="llama", seed=0, dtype=torch.bfloat16):
+    kind, own = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(kind(**{**SMALL, **own}), dtype=dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.12) if parameter.dim() > 1 else None
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def says(model):
+    ids = torch.arange(40).view(2, 20) + 3
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    return logits, model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+
+
+def same(model, wanted):
+    return all(torch.equal(one, other) for one, other in zip(says(model), wanted))
+
+
+def bytes_of(model):
+    return sum(param.numel() * param.element_size() for param in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ram", [0, "200KiB"])
+def test_models_say_the_same(pool, family, ram):
+    model = tiny(family)
+    wanted, all_of_it = says(model), bytes_of(model)
+    layer = bytes_of(model.model.layers[0])
+    rest = all_of_it - sum(bytes_of(block) for block in model.model.layers)
+    vram = rest + 2 * layer
+    model = nvtier.stream.offload(model, pool=pool, name="m", vram=vram, ram=ram)
+    assert same(model, wanted)
+    stats = nvtier.stream.stats(model)
+    assert stats["device_peak_bytes"] <= vram < all_of_it, stats
+    assert (stats["ram_bytes"] > 0) == (ram != 0)
+    assert stats["drive_read_bytes"] > 5 * layer
+
+
+def test_a_part_may_stay_on_the_device(pool):
+    model = tiny()
+    wanted, all_of_it = says(model), bytes_of(model)
+    model = nvtier.stream.offload(model, pool=pool, name="m")
+    assert same(model, wanted)
+    first = nvtier.stream.stats(model)["fetched_bytes"]
+    assert same(model, wanted)
+    assert nvtier.stream.stats(model)["fetched_bytes"] == first <= all_of_it * 1.1, "all of it stays where nothing limits it"
+    layer = bytes_of(tiny().model.layers[0])
+    half = nvtier.stream.offload(tiny(), pool=pool, name="m2", vram=all_of_it - 2 * layer)
+    assert same(half, wanted)
+    before = nvtier.stream.stats(half)["fetched_bytes"]
+    with torch.no_grad():
+        half(input_ids=torch.arange(8).view(1, 8))
+    one_pass = nvtier.stream.stats(half)["fetched_bytes"] - before
+    assert 0 < one_pass < 5 * layer
+    assert nvtier.stream.stats(half)["device_peak_bytes"] <= all_of_it - 2 * layer
+
+
+def test_weights_in_the_pool_are_these_weights_or_are_written_anew(pool):
+    model = tiny()
+    wanted = says(model)
+    assert same(nvtier.stream.offload(model, pool=pool, name="m"), wanted)
+    # The same weights again: nothing is written.
+    nvtier.stream.close(model)
+    again = nvtier.stream.offload(tiny(), pool=pool, name="m")
+    assert nvtier.stream.stats(again)["stored_bytes"] == 0 and same(again, wanted)
+    nvtier.stream.close(again)
+    # Another model under that name is another one.
+    other = tiny(seed=1)
+    wanted_other = says(other)
+    other = nvtier.stream.offload(other, pool=pool, name="m")
+    assert nvtier.stream.stats(other)["stored_bytes"] > 0 and same(other, wanted_other) and not same(other, wanted)
+
+
+def test_a_model_without_weights_takes_those_of_the_pool(pool):
+    accelerate = pytest.importorskip("accelerate")
+    wanted = says(tiny())
+    first = nvtier.stream.offload(tiny(), pool=pool, name="m")
+    nvtier.stream.close(first)
+    with accelerate.init_empty_weights():
+        empty = hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**{**SMALL, **FAMILIES["llama"][1]}), dtype=torch.bfloat16)
+    assert all(param.is_meta for param in empty.parameters())
+    empty.generation_config.eos_token_id = None
+    model = nvtier.stream.load(empty, pool=pool, name="m", vram="300KiB", ram="100KiB", device="cpu")
+    assert same(model, wanted)
+    assert nvtier.stream.remove(pool, "other") is False
+
+
+def test_what_makes_no_sense_is_refused(pool):
+    with pytest.raises(nvtier.OutOfDeviceMemory, match="at least"):
+        nvtier.stream.offload(tiny(), pool=pool, name="m", vram=1000)
+    with pytest.raises(nvtier.NotFound, match="'m'"):
+        nvtier.stream.load(tiny(), pool=pool, name="m")
+    with pytest.raises(nvtier.InvalidArgument, match="name="):
+        nvtier.stream.offload(tiny(), pool=pool, name="../m")
+    with torch.device("meta"):
+        meta = tiny()
+    with pytest.raises(nvtier.InvalidArgument, match="load"):
+        nvtier.stream.offload(meta, pool=pool, name="m")
+    with pytest.raises(nvtier.InvalidArgument, match="buffer"):
+        nvtier.stream.load(meta, pool=pool, name="m")
+    model = nvtier.stream.offload(tiny(), pool=pool, name="m")
+    with pytest.raises(nvtier.InvalidArgument, match="already"):
+        nvtier.stream.offload(model, pool=pool, name="n")
+    with pytest.raises(nvtier.NotSupported, match="state_dict"):
+        model.state_dict()
+    with pytest.raises(nvtier.InvalidArgument, match="not offloaded"):
+        nvtier.stream.stats(tiny())
+    nvtier.stream.close(model)
+    nvtier.stream.close(model)
+    with pytest.raises(nvtier.Closed):
+        says(model)
+    with pytest.raises(nvtier.InvalidArgument, match="another model"):
+        nvtier.stream.load(tiny("gemma2"), pool=pool, name="m")
+
+
+def test_damage_is_an_error_and_never_other_words(pool, tmp_path):
+    model = tiny()
+    wanted = says(model)
+    model = nvtier.stream.offload(model, pool=pool, name="m", vram=bytes_of(tiny()) - 3 * bytes_of(tiny().model.layers[0]))
+    assert same(model, wanted)
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(tmp_path / "pool") for name in names]
+    largest = max(files, key=os.path.getsize)
+    with open(largest, "r+b") as file:
+        size = os.path.getsize(largest)
+        for at in range(0, min(size, 32 << 20), 4096):
+            file.seek(at + 100)
+            byte = file.read(1)
+            file.seek(at + 100)
+            file.write(bytes([byte[0] ^ 0x10]))
+    with pytest.raises(nvtier.Error):
+        says(model)
