@@ -175,3 +175,23 @@ def test_damage_is_an_error_and_never_other_words(pool, tmp_path):
             file.write(bytes([byte[0] ^ 0x10]))
     with pytest.raises(nvtier.Error):
         says(model)
+
+
+def test_a_weight_that_is_used_behind_its_modules_back_is_no_number(pool):
+    """Rather than zeros: the answer is visibly wrong."""
+
+    class Peeks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x @ self.blocks[0].weight
+
+    model = Peeks()
+    x = torch.ones(2, 8)
+    assert not model(x).isnan().any()
+    model = nvtier.stream.offload(model, pool=pool, name="m", vram=1100)
+    assert model(x).isnan().all()

@@ -23,7 +23,7 @@ from ._errors import InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDevi
 from ._nvtier import Pool
 from .kv import digest_tensors
 from .train._blocks import Block, find_blocks, take_apart
-from .train._manager import Manager
+from .train._manager import Manager, nothing
 from .train._offload import _block_bytes, _bytes, _device_of, _pool_of, _ram_share, _take_in, _unit_bytes
 from .train._optimizer import check_layout, describe
 
@@ -216,7 +216,7 @@ def _leave_meta(model: torch.nn.Module, device: torch.device) -> None:
         for key, param in module._parameters.items():
             if param is not None and param.is_meta:
                 if id(param) not in made:
-                    blank = torch.zeros(1, dtype=param.dtype, device=device).expand(param.shape)
+                    blank = nothing(param.dtype, device).expand(param.shape)
                     made[id(param)] = torch.nn.Parameter(blank, requires_grad=False)
                 module._parameters[key] = made[id(param)]
 

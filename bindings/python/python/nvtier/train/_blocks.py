@@ -10,9 +10,6 @@ import torch
 from .._errors import InvalidArgument, NotSupported
 from ._planes import FROZEN, FULL, SPLIT, Layout, Place
 
-#: Bytes that every unit starts at a multiple of in memory: torch's own alignment.
-_MOST_BLOCKS = 1 << 16
-
 
 class Param:
     """A parameter of a block."""
@@ -134,7 +131,7 @@ def find_blocks(model: torch.nn.Module, wanted: Optional[Iterable[torch.nn.Modul
             blocks.append(module)
     order = {module: index for index, module in enumerate(model.modules())}
     blocks.sort(key=lambda block: order[block])
-    return [(names[block], block) for block in blocks[:_MOST_BLOCKS]]
+    return [(names[block], block) for block in blocks]
 
 
 def _refuse_nested(blocks: Sequence[torch.nn.Module]) -> None:

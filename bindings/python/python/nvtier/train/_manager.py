@@ -14,13 +14,9 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import torch
 
-from .. import _nvtier
 from .._errors import Closed, InvalidArgument, OutOfDeviceMemory
 from ._blocks import Block, Param, gradient_plane, moment_planes, weight_plane
 from ._planes import FULL, SPLIT, join, low_parts, split
-
-#: Blocks that are fetched before they are needed.
-AHEAD = 1
 
 
 class Pending:
@@ -52,7 +48,6 @@ class Manager:
         #: ``[tensor, ticket, whether it is nobody else's]``
         self._leaving: List[List[Any]] = []
         self._in_backward = False
-        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.device_bytes = 0
         self.device_peak = 0
         #: Called before a block is used in a forward pass, and with the bytes that were stored since the last commit.
@@ -74,7 +69,7 @@ class Manager:
 
     def _event(self) -> Any:
         """After what was started on the device so far; None where there is nothing to wait for."""
-        if self._copying is None:
+        if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
@@ -195,7 +190,7 @@ class Manager:
         """Shape and type of a parameter, without its memory."""
         one = self._blanks.get(dtype)
         if one is None:
-            one = self._blanks[dtype] = torch.zeros(1, dtype=dtype, device=self.device)
+            one = self._blanks[dtype] = nothing(dtype, self.device)
         return one.expand(param.param.shape)
 
     def _release(self, block: Block) -> None:
@@ -476,6 +471,13 @@ class Manager:
                 self._store(self.rest, plane)
 
 
+def nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What a weight that is not there is made of: whoever uses it all the same gets no number, instead of a wrong one."""
+    if dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        return torch.full((1,), float("nan"), dtype=dtype, device=device)
+    return torch.zeros(1, dtype=dtype, device=device)
+
+
 class _Token:
     __slots__ = ("__weakref__",)
 
@@ -495,7 +497,3 @@ def _first_tensor(output: Any) -> Optional[torch.Tensor]:
             if isinstance(value, torch.Tensor):
                 return value
     return None
-
-
-def open_state(pool: Any, name: str, budget: int, block_bytes: int, ram: int, deadline: float) -> Any:
-    return _nvtier.State(pool, name=name, budget=budget, block_bytes=block_bytes, ram=ram, deadline=deadline)
