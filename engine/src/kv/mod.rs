@@ -65,6 +65,8 @@ use state::State;
 
 /// The directory of all stores, in the root of the pool.
 pub const DIRECTORY: &str = ".nvtier-kv";
+/// An empty region in a store that is no cache.
+const LASTING: &str = "lasting";
 /// Largest block.
 pub const BLOCK_MAX: u32 = 256 << 20;
 /// Entries that a checkpoint writes between two looks at what else is wanted.
@@ -260,11 +262,21 @@ impl Store {
         }
     }
 
-    fn open_inner(pool: &Pool, options: StoreOptions) -> Result<Store> {
+    fn open_inner(pool: &Pool, mut options: StoreOptions) -> Result<Store> {
         pool.inner.shared.check_writable()?;
         let claim = Claim::take(pool, &options.name)?;
         let dir = make_directory(pool, ROOT, DIRECTORY)?;
         let dir = make_directory(pool, dir, &options.name)?;
+        // Whoever opens it next as a cache, to look at it say, must not make it one.
+        match pool.lookup(dir, OsStr::new(LASTING)) {
+            Ok(_) => options.lasting = true,
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            // Durable with the first slab.
+            Err(_) if options.lasting => {
+                pool.create(dir, OsStr::new(LASTING), &log::private(NodeKind::Region))?;
+            }
+            Err(_) => {}
+        }
         let (mut log, found) = Log::open(pool, dir, options.log_pages)?;
         let mut state = State::default();
         state.table.now = options.clock.now();

@@ -140,6 +140,38 @@ fn what_is_committed_comes_back_and_nothing_else() {
 }
 
 #[test]
+fn whoever_opens_it_as_a_cache_gets_what_lasts() {
+    let rig = Rig::new();
+    {
+        let session = rig.session();
+        let store = StateStore::open(&session, &options(), None).unwrap();
+        store.add(&LENS).unwrap();
+        (0..4).for_each(|unit| write(&store, unit, 1).unwrap());
+        store.commit(b"one").unwrap();
+    }
+    {
+        // More than fits, by somebody who takes it for a cache.
+        let session = rig.session();
+        let settings = Settings { name: "run".into(), budget_bytes: Some(1 << 20), ..Settings::default() };
+        let blocks = session.blocks(&settings, b"another", 8192, "", None).unwrap();
+        let mut refused = 0;
+        for n in 0..3000 {
+            let buffer = Buffer::heap(blocks.slot_bytes()).unwrap();
+            let put = Put { key: key(n, 9, 9), buffer, start: 0 };
+            let done = blocks.put(vec![put], Instant::now() + Duration::from_secs(30)).pop().unwrap();
+            refused += u32::from(matches!(done.result, Stored::Refused(Refusal::Space)));
+        }
+        assert!(refused > 0, "all of it fitted");
+    }
+    let session = rig.session();
+    let store = StateStore::open(&session, &options(), None).unwrap();
+    assert_eq!(store.meta().unwrap().as_deref(), Some(&b"one"[..]));
+    for unit in 0..4 {
+        assert_eq!(read(&store, unit).unwrap(), bytes(unit, 1, LENS[unit as usize]));
+    }
+}
+
+#[test]
 fn space_is_given_back_and_its_end_is_an_error() {
     let rig = Rig::new();
     let session = rig.session();
