@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from typing import Any, Dict, Iterable, List, Optional, Union
 
 import torch
@@ -24,7 +23,7 @@ from ._nvtier import Pool
 from .kv import digest_tensors
 from .train._blocks import Block, find_blocks, take_apart
 from .train._manager import Manager, nothing
-from .train._offload import _block_bytes, _bytes, _device_of, _pool_of, _ram_share, _take_in, _unit_bytes
+from .train._offload import _block_bytes, _bytes, _device, _move_buffers, _number, _pool_of, _ram_share, _state_name, _take_in, _unit_bytes
 from .train._optimizer import check_layout, describe
 
 __all__ = ["close", "load", "offload", "remove", "stats"]
@@ -76,7 +75,7 @@ def load(
 
 def remove(pool: _PoolLike, name: str) -> bool:
     """Removes a model's weights from a pool. False: it has none of that name."""
-    return _nvtier.State.remove(_pool_of(pool), _state_name(name))
+    return _nvtier.State.remove(_pool_of(pool), _state_name("name", name, "stream"))
 
 
 def _manager(model: torch.nn.Module) -> Manager:
@@ -118,11 +117,9 @@ def _stream(
 ) -> torch.nn.Module:
     if getattr(model, "_nvtier_stream", None) is not None or getattr(model, "_nvtier_optimizer", None) is not None:
         raise InvalidArgument("this model is offloaded already")
-    where = torch.device(device) if device is not None else _device_of(model) if digest is not None else _default_device()
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
-    if where.type not in ("cpu", "cuda"):
-        raise NotSupported(f"nvtier.stream on {where}: cpu and cuda are supported")
+    # Weights that the pool has come from nowhere else.
+    otherwise = next((param.device for param in model.parameters() if digest is not None), torch.device("cpu"))
+    where = _device("nvtier.stream", device, otherwise)
     vram_bytes, ram_bytes = _bytes("vram", vram), _bytes("ram", ram) or 0
     found_blocks = find_blocks(model, blocks)
     _leave_meta(model, where)
@@ -135,7 +132,7 @@ def _stream(
         raise OutOfDeviceMemory(f"vram={vram_bytes} bytes: this model needs at least {least}, which is its largest block and what does not stream")
 
     opened = _pool_of(pool)
-    state_name = _state_name(name)
+    state_name = _state_name("name", name, "stream")
     found = _nvtier.State.look(opened, state_name)
     meta = None if found is None else json.loads(found[1])
     if digest is None and meta is None:
@@ -153,21 +150,13 @@ def _stream(
     share, share_bytes = _ram_share(every, ram_bytes, block_bytes)
     state = _nvtier.State(opened, name=state_name, budget=budget, block_bytes=block_bytes, ram=share_bytes, deadline=deadline)
     try:
-        first = state.add(lens) if found is None else 0
-        if state.units() != lens:
+        if not _number(state, every, share, fresh=found is None):
             raise InvalidArgument(f"the weights {name!r} in the pool are of another model")
-        names = [(block, plane) for block in every for plane in block.layout.planes()]
-        for number, (block, plane) in enumerate(names, start=first):
-            block.units[plane] = number
-            if state.has(number):
-                block.stored.add(plane)
         manager = Manager(state, listed, rest, where, vram_bytes, write_at_once=True)
         manager.cyclic = True
         layout = describe(every, manager)
         if meta is not None:
             check_layout(meta["layout"], layout)
-        for block, plane in share:
-            state.keep_in_ram(block.units[plane])
         for block in every:
             _take_in(manager, block, fresh=meta is None)
         if meta is None:
@@ -176,10 +165,7 @@ def _stream(
         state.close()
         raise
     _keep(listed, sizes, rest, vram_bytes)
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = buffer.to(where)
+    _move_buffers(model, where)
     manager.attach()
     for block in listed:
         assert block.module is not None
@@ -205,10 +191,6 @@ def _keep(listed: List[Block], sizes: Dict[Block, int], rest: Block, vram: Optio
             left -= sizes[block]
 
 
-def _default_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def _leave_meta(model: torch.nn.Module, device: torch.device) -> None:
     """Parameters on the meta device become such with a shape and no memory on the device."""
     made: Dict[int, torch.nn.Parameter] = {}
@@ -223,9 +205,3 @@ def _leave_meta(model: torch.nn.Module, device: torch.device) -> None:
 
 def _refuse_state_dict(module: torch.nn.Module, state_dict: Any, prefix: str, metadata: Any) -> None:
     raise NotSupported("state_dict() of a model that nvtier.stream offloaded: its weights are in the pool")
-
-
-def _state_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise InvalidArgument(f"name={name!r}: letters, digits, '.', '_' and '-', up to 100 of them")
-    return f"stream-{name}"

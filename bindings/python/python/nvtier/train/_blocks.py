@@ -14,14 +14,13 @@ from ._planes import FROZEN, FULL, SPLIT, Layout, Place
 class Param:
     """A parameter of a block."""
 
-    __slots__ = ("name", "param", "kind", "key", "place", "group", "steps", "hook")
+    __slots__ = ("name", "param", "kind", "key", "place", "group", "steps")
 
     def __init__(self, name: str, param: torch.nn.Parameter, kind: str, key: str, place: Place) -> None:
         self.name, self.param, self.kind, self.key, self.place = name, param, kind, key, place
         self.group = -1
         #: Times that it was updated: one without a gradient is not.
         self.steps = 0
-        self.hook: Any = None
 
     @property
     def trainable(self) -> bool:

@@ -405,7 +405,8 @@ class Manager:
             if pending.clip is not None:
                 torch._foreach_mul_([gradient], pending.clip)
             entry.steps += 1
-            step = torch.tensor(float(entry.steps), dtype=torch.float32, device=self.device)
+            # A fill, where a tensor made of a number would be a copy from the host that everything waits for.
+            step = torch.full((), float(entry.steps), dtype=torch.float32, device=self.device)
             m, v = (block.view(entry, plane) for plane in moment_planes(entry))
             weight = self._master(block, entry)
             group = pending.groups[entry.group]

@@ -65,11 +65,7 @@ def offload(
     if getattr(model, "_nvtier_optimizer", None) is not None:
         raise InvalidArgument("this model is offloaded already")
     defaults = _defaults(model, optimizer_class, options)
-    where = torch.device(device) if device is not None else _device_of(model)
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
-    if where.type not in ("cpu", "cuda"):
-        raise NotSupported(f"nvtier.train on {where}: cpu and cuda are supported")
+    where = _device("nvtier.train", device, next((param.device for param in model.parameters()), torch.device("cpu")))
     if any(param.is_meta for param in model.parameters()):
         raise NotSupported("nvtier.train: a model on the meta device has no weights to begin with; load it on the host first")
     ram_bytes, vram_bytes = _bytes("ram", ram) or 0, _bytes("vram", vram)
@@ -102,9 +98,10 @@ def offload(
         raise NoSpace(
             f"the run needs {budget} bytes of the pool ({sum(lens)} of weights, gradients and state), and {free} are free"
         )
-    state = _nvtier.State(opened, name=name, budget=budget, block_bytes=block_bytes, ram=_ram_share(every, ram_bytes, block_bytes)[1], deadline=deadline)
+    share, share_bytes = _ram_share(every, ram_bytes, block_bytes)
+    state = _nvtier.State(opened, name=name, budget=budget, block_bytes=block_bytes, ram=share_bytes, deadline=deadline)
     try:
-        optimizer = _start(model, state, listed, rest, where, vram_bytes, ram_bytes, block_bytes, param_groups, defaults, slack, commit_every, found)
+        optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, found)
     except BaseException:
         state.close()
         raise
@@ -164,8 +161,7 @@ def _start(
     rest: Block,
     device: torch.device,
     vram: Optional[int],
-    ram: int,
-    block_bytes: int,
+    share: List[Tuple[Block, str]],
     param_groups: Optional[Sequence[Dict[str, Any]]],
     defaults: Dict[str, Any],
     slack: int,
@@ -173,20 +169,8 @@ def _start(
     found: Optional[Tuple[int, bytes]],
 ) -> Optimizer:
     every = [rest, *listed]
-    names = [(block, plane) for block in every for plane in block.layout.planes()]
-    lens = [_unit_bytes(block, plane) for block, plane in names]
-    first = 0
-    if found is None:
-        first = state.add(lens) if lens else 0
-    elif state.units() != lens:
+    if not _number(state, every, share, fresh=found is None):
         raise InvalidArgument("the run in the pool is of another model, precision or choice of blocks")
-    for number, (block, plane) in enumerate(names, start=first):
-        block.units[plane] = number
-        if state.has(number):
-            block.stored.add(plane)
-    for block, plane in _ram_share(every, ram, block_bytes)[0]:
-        state.keep_in_ram(block.units[plane])
-        block.in_ram.add(plane)
     manager = Manager(state, listed, rest, device, vram, write_at_once=commit_every == 1)
     groups = list(param_groups) if param_groups is not None else [{"params": [p for p in model.parameters() if p.requires_grad]}]
     optimizer = Optimizer(model, manager, groups, defaults, slack, commit_every)
@@ -195,10 +179,7 @@ def _start(
         optimizer.restore(meta)
     for block in every:
         _take_in(manager, block, fresh=meta is None)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    _move_buffers(model, device)
     manager.attach()
     for block in listed:
         assert block.module is not None
@@ -206,6 +187,30 @@ def _start(
     if meta is None:
         optimizer.commit(wait=True)
     return optimizer
+
+
+def _number(state: Any, every: List[Block], share: List[Tuple[Block, str]], fresh: bool) -> bool:
+    """Gives every plane its unit, and those of the RAM share their memory. False: the state has other units."""
+    names = [(block, plane) for block in every for plane in block.layout.planes()]
+    lens = [_unit_bytes(block, plane) for block, plane in names]
+    first = state.add(lens) if fresh and lens else 0
+    if state.units() != lens:
+        return False
+    for number, (block, plane) in enumerate(names, start=first):
+        block.units[plane] = number
+        if state.has(number):
+            block.stored.add(plane)
+    for block, plane in share:
+        state.keep_in_ram(block.units[plane])
+        block.in_ram.add(plane)
+    return True
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def _take_in(manager: Manager, block: Block, fresh: bool) -> None:
@@ -270,10 +275,14 @@ def _defaults(model: torch.nn.Module, optimizer_class: type, options: Dict[str, 
     return defaults
 
 
-def _device_of(model: torch.nn.Module) -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return next(model.parameters()).device
+def _device(what: str, device: Union[None, str, torch.device], otherwise: torch.device) -> torch.device:
+    """Where a model is to run: what was asked for, else the GPU, else ``otherwise``."""
+    where = torch.device(device) if device is not None else torch.device("cuda") if torch.cuda.is_available() else otherwise
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    if where.type not in ("cpu", "cuda"):
+        raise NotSupported(f"{what} on {where}: cpu and cuda are supported")
+    return where
 
 
 def _bytes(what: str, value: Union[None, int, str]) -> Optional[int]:
@@ -288,9 +297,14 @@ def _bytes(what: str, value: Union[None, int, str]) -> Optional[int]:
 
 
 def _run_name(run: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run):
-        raise InvalidArgument(f"run={run!r}: letters, digits, '.', '_' and '-', up to 100 of them")
-    return f"train-{run}"
+    return _state_name("run", run, "train")
+
+
+def _state_name(what: str, name: str, kind: str) -> str:
+    """The state's name in the pool."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InvalidArgument(f"{what}={name!r}: letters, digits, '.', '_' and '-', up to 100 of them")
+    return f"{kind}-{name}"
 
 
 def _unit_bytes(block: Block, plane: str) -> int:

@@ -15,7 +15,8 @@ rounded; together they are the float32 weight again, bit for bit. Other paramete
 
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Tuple
+import functools
+from typing import Dict, NamedTuple, Tuple
 
 import torch
 
@@ -58,6 +59,7 @@ def join(hi: torch.Tensor, lo: torch.Tensor, ties: torch.Tensor) -> torch.Tensor
     return ((upper << 16) | low).view(torch.float32)
 
 
+@functools.lru_cache(maxsize=None)
 def _weights(device: torch.device) -> torch.Tensor:
     return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
@@ -79,29 +81,25 @@ class Layout:
 
     def __init__(self, precision: str, accumulate: bool, gradients: bool = True) -> None:
         self.precision, self.gradients = precision, gradients
-        self.places: List[Tuple[str, Place]] = []
         self.counts: Dict[str, int] = {}
-        self.frozen: Dict[torch.dtype, int] = {}
+        self.frozen: Dict[str, torch.dtype] = {}
         self.gradient = torch.float32 if precision != "bf16" else torch.bfloat16
         #: Of weights whose gradient comes as bfloat16: kept so where nothing is added to it.
         self.split_gradient = torch.float32 if accumulate else torch.bfloat16
 
     def add(self, kind: str, tensor: torch.Tensor) -> Tuple[str, Place]:
         """A place for a parameter."""
-        key = kind if kind != FROZEN else _frozen_key(tensor.dtype)
+        key = kind if kind != FROZEN else f"{FROZEN}:{tensor.dtype}"
         start = self.counts.get(key, 0)
         place = Place(start, tensor.numel())
         self.counts[key] = start + padded(tensor.numel())
         if kind == FROZEN:
-            self.frozen[tensor.dtype] = self.counts[key]
-        self.places.append((key, place))
+            self.frozen[key] = tensor.dtype
         return key, place
 
     def planes(self) -> Dict[str, Tuple[torch.dtype, int]]:
         """Type and elements of every plane, by name."""
-        planes: Dict[str, Tuple[torch.dtype, int]] = {}
-        for dtype, count in self.frozen.items():
-            planes[_frozen_key(dtype)] = (dtype, count)
+        planes = {key: (dtype, self.counts[key]) for key, dtype in self.frozen.items()}
         full = self.counts.get(FULL, 0)
         if full:
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -116,10 +114,6 @@ class Layout:
             planes.update({name: (torch.float32, split_count) for name in ("sm", "sv")})
             planes["sg"] = (self.split_gradient, split_count)
         return planes
-
-
-def _frozen_key(dtype: torch.dtype) -> str:
-    return f"{FROZEN}:{dtype}"
 
 
 def low_parts(lo: torch.Tensor, count: int, place: Place) -> Tuple[torch.Tensor, torch.Tensor]:
