@@ -195,3 +195,67 @@ def test_a_weight_that_is_used_behind_its_modules_back_is_no_number(pool):
     assert not model(x).isnan().any()
     model = nvtier.stream.offload(model, pool=pool, name="m", vram=1100)
     assert model(x).isnan().all()
+
+
+EXPERTS = {
+    "qwen3-moe": (hf.Qwen3MoeConfig, {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}),
+    "gpt-oss": (
+        hf.GptOssConfig,
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 48, "head_dim": 16, "sliding_window": 24, "num_hidden_layers": 4},
+    ),
+    "mixtral": (hf.MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 48}),
+}
+
+
+def mixture(family, seed=0):
+    kind, own = EXPERTS[family]
+    torch.manual_seed(seed)
+    # The loop over experts: the grouped kernels differ from it in the last bits.
+    model = hf.AutoModelForCausalLM.from_config(kind(**{**SMALL, **own}), dtype=torch.float32, experts_implementation="eager")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.12) if parameter.dim() > 1 else None
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(getattr(module, "num_experts", None), int) and any(True for _ in module.parameters(recurse=False))]
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("slots", [2, 9, None])
+def test_experts_come_when_they_are_needed(pool, family, slots):
+    model = mixture(family)
+    wanted = says(model)
+    layers = [module for module in layers_of(model) if "Experts" in type(module).__name__]
+    count = layers[0].num_experts
+    expert = sum(-(-param[0].numel() * param.element_size() // 256) * 256 for param in layers[0].parameters())
+    dense = bytes_of(model) - sum(param.numel() * param.element_size() for layer in layers for param in layer.parameters())
+    # All that is dense stays, and so many experts of all.
+    vram = None if slots is None else 2 * dense + slots * expert
+    model = nvtier.stream.offload(model, pool=pool, name="m", vram=vram, ram=3 * expert)
+    assert same(model, wanted)
+    stats = nvtier.stream.stats(model)
+    found = stats["experts"]
+    assert found["experts"] == count * len(layers) and found["expert_bytes"] == expert
+    assert found["misses"] * expert <= stats["fetched_bytes"] <= found["misses"] * expert + 2 * dense
+    if slots is None:
+        # Each comes once.
+        assert found["misses"] <= found["experts"] == found["slots"] and found["hits"] > 5 * found["misses"]
+    else:
+        assert found["slots"] < found["experts"] and stats["device_peak_bytes"] <= vram
+        assert slots == 2 or found["hits"] > 0
+    nvtier.stream.close(model)
+    with pytest.raises(nvtier.Closed):
+        says(model)
+
+    # Once more, by a model that has no weights.
+    again = mixture(family, seed=7)
+    again = nvtier.stream.load(again, pool=pool, name="m", vram=vram)
+    assert same(again, wanted)
+    nvtier.stream.close(again)
+
+
+def test_a_mixture_on_too_small_a_device_is_refused(pool):
+    with pytest.raises(nvtier.OutOfDeviceMemory, match="two experts"):
+        nvtier.stream.offload(mixture("qwen3-moe"), pool=pool, name="m", vram=40_000)

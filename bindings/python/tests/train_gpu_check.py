@@ -1,6 +1,6 @@
 """nvtier.train on a GPU: bit for bit plain PyTorch, and how long a step takes beside what the drive, the bus and the model allow.
 
-    train_gpu_check.py --dir DIR --out FILE [--layers 16] [--hidden 2048] [--ffn 8192] [--batch 4] [--seq 2048] [--steps 4] [--nvtier NVTIER]
+    train_gpu_check.py --dir DIR --out FILE [--layers 16] [--hidden 2048] [--ffn 8192] [--batch 4] [--seq 2048] [--steps 4] [--runs drive,ram] [--nvtier NVTIER]
 
 The pool and the files of the drive's ceilings are made in DIR and removed. Needs torch, transformers and a CUDA device.
 """
@@ -31,7 +31,9 @@ def exact(folder):
     """Twenty steps of a small model, every precision, the budget of one block: losses, weights and moments are compared bit for bit."""
     torch.use_deterministic_algorithms(True)
     found = []
-    for precision, micro, clip, tie in [("fp32", 4, 1.0, True), ("mixed", 4, 1.0, False), ("mixed", 1, None, True), ("bf16", 1, 0.5, False)]:
+    cases = [("fp32", 4, 1.0, True, "forward"), ("mixed", 4, 1.0, False, "forward"), ("mixed", 1, None, True, "forward"), ("bf16", 1, 0.5, False, "forward")]
+    cases += [("fp32", 1, None, True, "backward"), ("mixed", 1, None, False, "backward")]
+    for precision, micro, clip, tie, step_in in cases:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=1031,
@@ -51,11 +53,19 @@ def exact(folder):
             reference = reference.bfloat16()
         model = copy.deepcopy(reference)
         plain = torch.optim.AdamW(reference.parameters(), fused=True, **ADAMW)
-        needs = nvtier.train.plan(model, precision=precision, accumulate=micro > 1)
+        needs = nvtier.train.plan(model, precision=precision, accumulate=micro > 1, step_in=step_in)
         pool = os.path.join(folder, "exact")
         nvtier.format(pool)
         model, optimizer = nvtier.train.offload(
-            model, torch.optim.AdamW, pool=pool, precision=precision, vram=needs["least_vram"], ram="2MiB", accumulate=micro > 1, **ADAMW
+            model,
+            torch.optim.AdamW,
+            pool=pool,
+            precision=precision,
+            vram=needs["least_vram"],
+            ram="2MiB",
+            accumulate=micro > 1,
+            step_in=step_in,
+            **ADAMW,
         )
 
         def run(model, optimizer, clip_by):
@@ -90,6 +100,7 @@ def exact(folder):
             "precision": precision,
             "micro": micro,
             "clip": clip,
+            "step_in": step_in,
             "losses_equal": seen == wanted,
             "weights_different": weights,
             "moments_different": moments,
@@ -134,7 +145,7 @@ def bus():
     return speeds
 
 
-def steps_of(model, optimizer, ids, count):
+def steps_of(model, optimizer, ids, count, clip=True):
     times = []
     for _ in range(count):
         torch.cuda.synchronize()
@@ -142,7 +153,8 @@ def steps_of(model, optimizer, ids, count):
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        optimizer.clip_grad_norm_(1.0) if hasattr(optimizer, "clip_grad_norm_") else torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if clip:
+            optimizer.clip_grad_norm_(1.0) if hasattr(optimizer, "clip_grad_norm_") else torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
@@ -150,7 +162,17 @@ def steps_of(model, optimizer, ids, count):
     return times
 
 
-def speed(options, folder):
+#: Runs by name: bytes of RAM, steps between commits, where the step is carried out.
+RUNS = {
+    "drive": (0, 1, "forward"),
+    "part": ("16GiB", 1, "forward"),
+    "ram": ("64GiB", 1000, "forward"),
+    "ram-backward": ("64GiB", 1000, "backward"),
+    "large": ("64GiB", 1, "forward"),
+}
+
+
+def make(options):
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=options.hidden,
@@ -160,36 +182,53 @@ def speed(options, folder):
         num_key_value_heads=8,
         tie_word_embeddings=False,
     )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def share_of(one, ceilings, compute):
+    """How much of the floor's speed a run reached. Floors: the drive (reads and writes side by side, and one after the other), the bus, computing."""
+    moved = one["per_step"]
+    floors = {"compute": compute}
+    floors["bus"] = max(moved["fetched_bytes"] / ceilings["bus"]["htod"], moved["stored_bytes"] / ceilings["bus"]["dtoh"]) / 1e9
+    if ceilings["drive"] is not None:
+        read, written = moved["drive_read_bytes"] / ceilings["drive"]["read"] / 1e9, moved["drive_written_bytes"] / ceilings["drive"]["write"] / 1e9
+        floors["drive_side_by_side"], floors["drive_in_turn"] = max(read, written), read + written
+    binding = max(floors, key=lambda name: floors[name])
+    return {"floors": floors, "binding": binding, "share": floors[binding] / one["median_seconds"]}
+
+
+def speed(options, folder):
     found = {"model": vars(options), "ceilings": [], "runs": []}
 
     def ceilings():
         one = {"drive": drive(options.nvtier, folder), "bus": bus()}
         print(json.dumps(one), flush=True)
         found["ceilings"].append(one)
-
-    def fresh():
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            model = LlamaForCausalLM(config)
-        model.config.use_cache = False
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model.train()
+        return one
 
     ids = torch.randint(0, 32000, (options.batch, options.seq), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
-    model = fresh()
+    model = make(options)
     found["parameters"] = sum(p.numel() for p in model.parameters())
-    times = steps_of(model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW), ids, 4)
-    found["plain_seconds"] = times
-    found["plain_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    print("plain", times, found["plain_peak_gb"], flush=True)
+    found["plain_seconds"] = compute = None
+    if not options.no_plain:
+        times = steps_of(model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW), ids, 4)
+        found["plain_seconds"], compute = times, statistics.median(times[1:])
+        found["plain_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        print("plain", times, found["plain_peak_gb"], flush=True)
     del model
     torch.cuda.empty_cache()
-    for name, ram, every in (("drive", 0, 1), ("ram", "64GiB", 1000)):
-        ceilings()
+    for name in options.runs.split(","):
+        ram, every, step_in = RUNS[name]
+        before_run = ceilings()
         pool = os.path.join(folder, "pool")
         nvtier.format(pool)
-        model = fresh()
-        needs = nvtier.train.plan(model, precision="mixed", accumulate=False)
+        model = make(options)
+        needs = nvtier.train.plan(model, precision="mixed", accumulate=False, step_in=step_in)
         start = time.perf_counter()
         model, optimizer = nvtier.train.offload(
             model,
@@ -197,16 +236,20 @@ def speed(options, folder):
             pool=pool,
             precision="mixed",
             ram=ram,
-            vram=max(3 * GIB, needs["least_vram"]),
+            vram=max(int(options.vram * GIB), needs["least_vram"]),
             accumulate=False,
+            step_in=step_in,
             commit_every=every,
             **ADAMW,
         )
         begun = time.perf_counter() - start
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        if options.cap:
+            torch.cuda.set_per_process_memory_fraction(options.cap * GIB / torch.cuda.get_device_properties(0).total_memory)
+        times = steps_of(model, optimizer, ids, 1, clip=step_in == "forward")
         before = optimizer.stats()
-        times = steps_of(model, optimizer, ids, options.steps)
+        times += steps_of(model, optimizer, ids, options.steps - 1, clip=step_in == "forward")
         after = optimizer.stats()
         one = {
             "name": name,
@@ -216,18 +259,21 @@ def speed(options, folder):
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
             "state_peak_gb": after["device_peak_bytes"] / 1e9,
             "needs": needs,
-            "per_step": {key: (after[key] - before[key]) / options.steps for key in after if key.endswith("bytes") and "device" not in key},
+            "per_step": {key: (after[key] - before[key]) / (options.steps - 1) for key in after if key.endswith("bytes") and "device" not in key},
         }
-        if name == "drive":
-            optimizer.close()
-        else:
-            optimizer.__exit__(KeyboardInterrupt, None, None)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        optimizer.__exit__(KeyboardInterrupt, None, None)
         del model, optimizer
         torch.cuda.empty_cache()
         shutil.rmtree(pool)
+        after_run = ceilings()
+        mean = {
+            part: {way: (before_run[part][way] + after_run[part][way]) / 2 for way in before_run[part]} if before_run[part] else None
+            for part in ("drive", "bus")
+        }
+        one.update(share_of(one, mean, compute or 0.0), ceilings=mean)
         print(json.dumps(one), flush=True)
         found["runs"].append(one)
-    ceilings()
     return found
 
 
@@ -238,13 +284,19 @@ def main():
     parser.add_argument("--nvtier", help="the command, for the drive's ceilings")
     for name, default in (("layers", 16), ("hidden", 2048), ("ffn", 8192), ("batch", 4), ("seq", 2048), ("steps", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vram", type=float, default=3, help="GiB of weights, gradients and state on the device")
+    parser.add_argument("--cap", type=float, default=0, help="GiB that all of the process may have on the device while it trains; 0: no cap")
+    parser.add_argument("--runs", default="drive,ram,ram-backward", help=f"of {','.join(RUNS)}")
+    parser.add_argument("--no-plain", action="store_true", help="leave out plain PyTorch with all of it on the device")
+    parser.add_argument("--no-exact", action="store_true", help="leave out the comparison bit for bit")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("train_gpu_check: torch sees no CUDA device here")
     folder = tempfile.mkdtemp(dir=options.dir)
     found = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
     try:
-        found["exact"] = exact(folder)
+        if not options.no_exact:
+            found["exact"] = exact(folder)
         found["speed"] = speed(options, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

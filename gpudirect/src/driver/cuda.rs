@@ -368,15 +368,6 @@ impl Driver for CudaDriver {
         self.0.enter()
     }
 
-    fn wait_event(&self, event: u64) -> Result<()> {
-        if event == 0 {
-            return Ok(());
-        }
-        self.0.enter()?;
-        // SAFETY: an event of this process by its caller's word, who keeps it until this returns; the driver refuses handles that are none.
-        check(unsafe { sys::cuEventSynchronize(event as sys::CUevent) }, || "wait for an event".into())
-    }
-
     fn copy_within(&self, moves: &[DeviceCopy]) -> Result<()> {
         self.0.enter()?;
         Once::new()?.copy(moves)

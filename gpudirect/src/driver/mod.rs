@@ -183,13 +183,6 @@ pub trait Driver: Send + Sync + fmt::Debug {
     fn enter(&self) -> Result<()> {
         Ok(())
     }
-    /// Waits for an event that somebody else recorded on this device: a `cudaEvent_t`. 0 is none, which has happened.
-    fn wait_event(&self, event: u64) -> Result<()> {
-        match event {
-            0 => Ok(()),
-            _ => Err(Error::new(ErrorKind::Unsupported, "wait for an event of a device that has none")),
-        }
-    }
     /// Copies ranges of the device's memory to other places there, and waits for it.
     fn copy_within(&self, moves: &[DeviceCopy]) -> Result<()>;
     /// Refuses a range that is not memory of this device from its first byte to its last.
@@ -251,6 +244,14 @@ pub trait Stream: Send {
     fn reap(&mut self, wait: bool, each: &mut dyn FnMut(Batch)) -> Result<usize>;
     /// Batches started and not handed out, and moves that are not seen to have ended.
     fn in_flight(&self) -> usize;
+    /// Lets what is started from here on wait, on the device, for an event that somebody else recorded there : a `cudaEvent_t`; 0 is none, which has
+    /// happened. The event may be gone as soon as this returns.
+    fn wait_event(&mut self, event: u64) -> Result<()> {
+        match event {
+            0 => Ok(()),
+            _ => Err(Error::new(ErrorKind::Unsupported, "wait for an event of a device that has none")),
+        }
+    }
     /// Starts a gather or scatter, in order with the copies. Its memory must stay until [`finish`](Self::finish), or until a
     /// copy that was started after it came back.
     fn shuffle(&mut self, job: &Arc<Move>) -> Result<()>;

@@ -34,9 +34,9 @@ use queue::{Kind, Op, Queues};
 /// How a [`Residency`] works.
 #[derive(Clone, Copy, Debug)]
 pub struct ResidencyOptions {
-    /// Threads that fetch. Default: 2.
+    /// Threads that fetch. Default: 4, so that the drive has enough to do while some of them check and copy what they read.
     pub readers: usize,
-    /// Threads that write back. Default: 2.
+    /// Threads that write back. Default: 4.
     pub writers: usize,
     /// Blocks that a thread moves at a time. Default: 4.
     pub batch: usize,
@@ -44,7 +44,7 @@ pub struct ResidencyOptions {
 
 impl Default for ResidencyOptions {
     fn default() -> ResidencyOptions {
-        ResidencyOptions { readers: 2, writers: 2, batch: 4 }
+        ResidencyOptions { readers: 4, writers: 4, batch: 4 }
     }
 }
 
@@ -62,7 +62,7 @@ pub struct Target {
     pub driver: Arc<dyn Driver>,
     /// First byte; as many as the unit has.
     pub address: u64,
-    /// An event of the device after which it may be used ([`Driver::wait_event`]); 0: at once.
+    /// An event of the device after which it may be used ([`Stream::wait_event`](crate::driver::Stream::wait_event)); 0: at once.
     pub after: u64,
     /// What keeps the memory and the event; let go when the operation is over.
     pub keep: Option<Arc<dyn Any + Send + Sync>>,

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, Iterable, List, Optional, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 
 from . import _nvtier
+from ._experts import Experts, Layer, find_layers
 from ._errors import InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDeviceMemory
 from ._nvtier import Pool
 from .kv import digest_tensors
@@ -47,6 +48,9 @@ def offload(
 
     ``vram``: bytes of weights on the device at a time; None: no limit. ``ram``: bytes of pinned host memory that keep a part of them. Both are hard.
     ``blocks``: the modules that stream; default: the layers, and what is about as large.
+
+    Experts of mixture-of-experts layers, where transformers keeps those of a layer in one tensor, come one by one when a token is routed to them; the device's
+    room that the rest leaves keeps the ones that were used last.
     """
     if any(param.is_meta for param in model.parameters()):
         raise InvalidArgument("offload of a model on the meta device: it has no weights; load() takes those that the pool has")
@@ -92,6 +96,8 @@ def close(model: torch.nn.Module) -> None:
         block.keep = False
     manager.drop_all()
     manager.detach(closed=True)
+    if manager.experts is not None:
+        manager.experts.close()
     manager.state.close()
     if manager.closes is not None:
         manager.closes.close()
@@ -99,9 +105,13 @@ def close(model: torch.nn.Module) -> None:
 
 
 def stats(model: torch.nn.Module) -> Dict[str, Any]:
-    """Bytes moved since it was offloaded, by tier, and what is on the device now and was at most."""
+    """Bytes moved since it was offloaded, by tier, and what is on the device now and was at most; with ``experts``, how often one was on the device when it was
+    needed, where the model has some."""
     manager = _manager(model)
-    return {**manager.state.moved(), "device_bytes": manager.device_bytes, "device_peak_bytes": manager.device_peak}
+    found = {**manager.state.moved(), "device_bytes": manager.device_bytes, "device_peak_bytes": manager.device_peak}
+    if manager.experts is not None:
+        found["experts"] = manager.experts.stats()
+    return found
 
 
 def _stream(
@@ -121,15 +131,21 @@ def _stream(
     otherwise = next((param.device for param in model.parameters() if digest is not None), torch.device("cpu"))
     where = _device("nvtier.stream", device, otherwise)
     vram_bytes, ram_bytes = _bytes("vram", vram), _bytes("ram", ram) or 0
+    model.requires_grad_(False)
+    expert_layers = find_layers(model)
     found_blocks = find_blocks(model, blocks)
     _leave_meta(model, where)
-    model.requires_grad_(False)
     listed, rest = take_apart(model, found_blocks, "fp32", False)
     every = [rest, *listed]
     sizes = {block: _size(block) for block in every}
-    least = sizes[rest] + max((sizes[block] for block in listed), default=0)
+    expert_bytes = max((layer.bytes for layer in expert_layers), default=0)
+    # One computes while another one comes.
+    least = sizes[rest] + max((sizes[block] for block in listed), default=0) + 2 * expert_bytes
     if vram_bytes is not None and vram_bytes < least:
-        raise OutOfDeviceMemory(f"vram={vram_bytes} bytes: this model needs at least {least}, which is its largest block and what does not stream")
+        raise OutOfDeviceMemory(
+            f"vram={vram_bytes} bytes: this model needs at least {least}, which is its largest block, two experts where it has some, and what does not stream"
+        )
+    left = _keep(listed, sizes, rest, vram_bytes, 2 * expert_bytes)
 
     opened = _pool_of(pool)
     state_name = _state_name("name", name, "stream")
@@ -142,31 +158,45 @@ def _stream(
         _nvtier.State.remove(opened, state_name)
         found = meta = None
     lens = [_unit_bytes(block, plane) for block in every for plane in block.layout.planes()]
+    expert_lens = [layer.bytes for layer in expert_layers for _ in range(layer.count)]
+    lens += expert_lens
     block_bytes = found[0] if found is not None else _block_bytes(lens)
     budget = _nvtier.State.room_for(lens, 0, block_bytes)
     free = int(opened.stat()["free_bytes"])
     if found is None and budget > free:
         raise NoSpace(f"the weights need {budget} bytes of the pool, and {free} are free")
     share, share_bytes = _ram_share(every, ram_bytes, block_bytes)
+    in_ram = _experts_in_ram(expert_layers, ram_bytes - share_bytes, block_bytes)
+    share_bytes += len(in_ram) * _slots_of(expert_bytes, block_bytes)
     state = _nvtier.State(opened, name=state_name, budget=budget, block_bytes=block_bytes, ram=share_bytes, deadline=deadline)
     try:
-        if not _number(state, every, share, fresh=found is None):
+        if not _number(state, every, share, fresh=found is None, others=expert_lens):
             raise InvalidArgument(f"the weights {name!r} in the pool are of another model")
         manager = Manager(state, listed, rest, where, vram_bytes, write_at_once=True)
         manager.cyclic = True
-        layout = describe(every, manager)
+        if expert_layers:
+            count = len(expert_lens) if left is None else min(len(expert_lens), left // expert_bytes)
+            manager.experts = Experts(expert_layers, state, where, count)
+            manager.experts.number(len(lens) - len(expert_lens))
+            manager.count_bytes(count * expert_bytes)
+            for layer, expert in in_ram:
+                state.keep_in_ram(layer.first + expert)
+        layout = describe(every, manager) + [layer.describe() for layer in expert_layers]
         if meta is not None:
             check_layout(meta["layout"], layout)
         for block in every:
             _take_in(manager, block, fresh=meta is None)
         if meta is None:
+            if manager.experts is not None:
+                manager.experts.take_in()
             state.commit(json.dumps({"format": _FORMAT, "layout": layout, "digest": digest}).encode()).wait()
     except BaseException:
         state.close()
         raise
-    _keep(listed, sizes, rest, vram_bytes)
     _move_buffers(model, where)
     manager.attach()
+    if manager.experts is not None:
+        manager.experts.attach()
     for block in listed:
         assert block.module is not None
         block.module._register_state_dict_hook(_refuse_state_dict)
@@ -179,16 +209,39 @@ def _size(block: Block) -> int:
     return sum(_unit_bytes(block, plane) for plane in block.layout.planes())
 
 
-def _keep(listed: List[Block], sizes: Dict[Block, int], rest: Block, vram: Optional[int]) -> None:
-    """Blocks that stay on the device: as many as leave room for the largest other one twice. What goes round in a circle gains nothing from keeping the latest."""
+def _keep(listed: List[Block], sizes: Dict[Block, int], rest: Block, vram: Optional[int], least_experts: int) -> Optional[int]:
+    """Blocks that stay on the device: as many as leave room for the largest other one twice, and for experts. What goes round in a circle gains nothing from
+    keeping the latest. Returns the room that is left for experts, which not every token needs; None: no limit."""
     if vram is None:
-        left = sum(sizes.values())
-    else:
-        left = vram - sizes[rest] - 2 * max(sizes[block] for block in listed)
+        for block in listed:
+            block.keep = True
+        return None
+    largest = max((sizes[block] for block in listed), default=0)
+    left = vram - sizes[rest] - least_experts - 2 * largest
     for block in listed:
         if sizes[block] <= left:
             block.keep = True
             left -= sizes[block]
+    if all(block.keep for block in listed):
+        left += 2 * largest
+    return least_experts + max(left, 0)
+
+
+def _slots_of(bytes: int, block_bytes: int) -> int:
+    """Host memory that a unit takes."""
+    return -(-bytes // block_bytes) * (-(-block_bytes // 4096) * 4096)
+
+
+def _experts_in_ram(layers: List[Layer], ram: int, block_bytes: int) -> List[Tuple[Layer, int]]:
+    """Experts that are kept in host memory, as many of one layer as of another."""
+    kept: List[Tuple[Layer, int]] = []
+    for expert in range(max((layer.count for layer in layers), default=0)):
+        for layer in layers:
+            bytes = _slots_of(layer.bytes, block_bytes)
+            if expert < layer.count and bytes <= ram:
+                kept.append((layer, expert))
+                ram -= bytes
+    return kept
 
 
 def _leave_meta(model: torch.nn.Module, device: torch.device) -> None:

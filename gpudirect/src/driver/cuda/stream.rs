@@ -244,6 +244,17 @@ impl Stream for CudaStream {
         self.running.len()
     }
 
+    fn wait_event(&mut self, event: u64) -> Result<()> {
+        if event == 0 {
+            return Ok(());
+        }
+        self.cuda.enter()?;
+        // SAFETY: the stream is ours; the event is one of this process by its caller's word, who keeps it until this returns, which is when the driver
+        // has taken note of it; handles that are none are refused.
+        let result = unsafe { sys::cuStreamWaitEvent(self.stream, event as sys::CUevent, 0) };
+        check(result, || "wait for an event".into())
+    }
+
     fn shuffle(&mut self, job: &Arc<Move>) -> Result<()> {
         self.cuda.enter()?;
         let kernels = self.cuda.kernels()?;

@@ -149,6 +149,7 @@ def take_apart(
     found: Sequence[Tuple[str, torch.nn.Module]],
     precision: str,
     accumulate: bool,
+    passing: bool = False,
 ) -> Tuple[List[Block], Block]:
     """The blocks, and the block of what stays: parameters outside of blocks, and those that several of them share."""
     owners: Dict[torch.nn.Parameter, Set[str]] = {}
@@ -165,7 +166,7 @@ def take_apart(
             for param in module.parameters(recurse=False):
                 owners.setdefault(param, set()).add("")
     other_uses = _uses_outside_linear(model)
-    blocks = {name: Block(name, module, Layout(precision, accumulate)) for name, module in found}
+    blocks = {name: Block(name, module, Layout(precision, accumulate, passing=passing)) for name, module in found}
     # Its gradients stay where autograd puts them.
     rest = Block("", None, Layout(precision, accumulate, gradients=False))
     for name, param in model.named_parameters():

@@ -10,7 +10,8 @@ Nothing here moves a byte between a drive and memory: that is ``_nvtier.State``.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+import itertools
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 
@@ -34,10 +35,17 @@ class Manager:
         self.write_at_once = write_at_once
         #: Whether one pass follows the other, and the first block comes after the last.
         self.cyclic = False
+        #: Experts that come one by one.
+        self.experts: Any = None
         #: A pool that is closed with it.
         self.closes: Any = None
         self.name = "cpu" if device.type == "cpu" else f"cuda:{device.index}"
         self.pending: Optional[Pending] = None
+        #: Whether a block is updated as soon as its gradients are there; and the step that is carried out so, until ``step()`` says that it was one.
+        self.steps_in_backward = False
+        self.carried: Optional[Pending] = None
+        #: What such a step is made with.
+        self.begin_step: Any = None
         #: Steps done.
         self.step = 0
         #: Micro-batches that the gathered gradients are of.
@@ -48,6 +56,9 @@ class Manager:
         #: ``[tensor, ticket, whether it is nobody else's]``
         self._leaving: List[List[Any]] = []
         self._in_backward = False
+        self._using: Optional[Block] = None
+        #: Blocks whose weights are on the device and not in use, the one that was used longest ago first.
+        self._idle: List[Block] = []
         self.device_bytes = 0
         self.device_peak = 0
         #: Called before a block is used in a forward pass, and with the bytes that were stored since the last commit.
@@ -64,7 +75,10 @@ class Manager:
         return tensor
 
     def _count(self, tensor: torch.Tensor, sign: int) -> None:
-        self.device_bytes += sign * tensor.numel() * tensor.element_size()
+        self.count_bytes(sign * tensor.numel() * tensor.element_size())
+
+    def count_bytes(self, more: int) -> None:
+        self.device_bytes += more
         self.device_peak = max(self.device_peak, self.device_bytes)
 
     def _event(self) -> Any:
@@ -119,7 +133,7 @@ class Manager:
         self._leaving = left
 
     def settle(self, block: Block) -> None:
-        """Waits until nothing of a block that stays on the device is being copied from: it is about to be changed."""
+        """Waits until nothing of a block is being copied from: it is about to be changed."""
         for tensor, ticket, _ in self._leaving:
             if any(tensor is mine for mine in block.planes.values()):
                 ticket.wait(copied=True)
@@ -127,12 +141,33 @@ class Manager:
 
     def _make_room(self, more: int) -> None:
         self._reap()
-        while self.vram is not None and self.device_bytes + more > self.vram and self._leaving:
-            self._reap(wait=True)
-        if self.vram is not None and self.device_bytes + more > self.vram:
-            raise OutOfDeviceMemory(
-                f"nvtier: {more} bytes more of training state than the budget of {self.vram} bytes on {self.name}: {self.device_bytes} are in use"
-            )
+        while not self._fits(more):
+            if self._idle:
+                self._evict(self._idle[0])
+            elif self._leaving:
+                self._reap(wait=True)
+            elif not self._give_up_ahead():
+                raise OutOfDeviceMemory(
+                    f"nvtier: {more} bytes more of training state than the budget of {self.vram} bytes on {self.name}: {self.device_bytes} are in use"
+                )
+
+    def _fits(self, more: int) -> bool:
+        return self.vram is None or self.device_bytes + more <= self.vram
+
+    def _evict(self, block: Block) -> None:
+        self._idle.remove(block)
+        self._drop(block, list(block.planes))
+
+    def _give_up_ahead(self) -> bool:
+        """Lets go of what was fetched ahead for another order than the one that came; False: there is nothing."""
+        for block in self.blocks:
+            if block.coming and block is not self._using:
+                for tensor, ticket in block.coming.values():
+                    ticket.wait()
+                    self._count(tensor, -1)
+                block.coming.clear()
+                return True
+        return False
 
     # Coming
 
@@ -147,20 +182,49 @@ class Manager:
     def _owes(self, block: Block) -> bool:
         return self.pending is not None and bool(block.owed)
 
-    def prefetch(self, block: Block, backward: bool) -> None:
-        """Begins to fetch what a block will need, where the budget has room for it."""
-        for plane in self._planes_for(block, backward):
-            if plane in block.planes or plane in block.coming:
-                continue
-            if plane not in block.stored:
-                continue
-            dtype, count = block.layout.planes()[plane]
-            self._reap()
-            if self.vram is not None and self.device_bytes + count * dtype.itemsize > self.vram:
+    def _ahead(self, block: Block, backward: bool) -> None:
+        """Begins to fetch what the blocks after this one will need, in their order, as far as the budget has room. What a nearer one needs stays for it."""
+        nearer = [block]
+        course = self._course(block, backward)
+        for following, in_backward in itertools.chain([(block, True)], course) if backward else course:
+            if self.vram is None and len(nearer) > 2:
                 return
-            self._fetch(block, plane)
+            planes = self._planes_for(following, in_backward)
+            if in_backward and self.steps_in_backward and following.trainable:
+                planes = following.weight_planes() + following.state_planes()
+            for plane in planes:
+                if plane in following.planes or plane in following.coming or plane not in following.stored:
+                    continue
+                dtype, count = following.layout.planes()[plane]
+                self._reap()
+                while not self._fits(count * dtype.itemsize):
+                    far = next((idle for idle in self._idle if idle not in nearer and idle is not following), None)
+                    if far is None:
+                        return
+                    self._evict(far)
+                self._fetch(following, plane)
+            nearer.append(following)
+
+    def _course(self, block: Block, backward: bool) -> Iterator[Tuple[Block, bool]]:
+        """What will be used after a block: the rest of the forward pass, then back to the first block, then forward again."""
+        order = self.order or self.blocks
+        if block not in order:
+            return
+        index = order.index(block)
+        if self.cyclic:
+            yield from ((other, False) for other in order[index + 1 :] + order[:index])
+            return
+        if not backward:
+            yield from ((other, False) for other in order[index + 1 :])
+            if not torch.is_grad_enabled():
+                return
+            index = len(order)
+        yield from ((other, True) for other in reversed(order[:index]))
 
     def _bring(self, block: Block, planes: Sequence[str]) -> None:
+        self._using = block
+        if block in self._idle:
+            self._idle.remove(block)
         for plane in planes:
             if plane in block.planes or plane in block.coming:
                 continue
@@ -194,13 +258,17 @@ class Manager:
         return one.expand(param.param.shape)
 
     def _release(self, block: Block) -> None:
+        """A block is not in use any more: what an update needed goes, its weights when their room is needed."""
         if block is self.rest or block.keep:
             return
         if block.bound:
             for param in block.params:
                 param.param.data = self._blank(param, param.param.dtype)
             block.bound = False
-        self._drop(block, list(block.planes))
+        weights = block.weight_planes() if self.vram is not None else []
+        self._drop(block, [plane for plane in block.planes if plane not in weights])
+        if block.planes and block not in self._idle:
+            self._idle.append(block)
 
     def drop_all(self) -> None:
         """After an interrupted pass: everything goes but what stays."""
@@ -211,6 +279,8 @@ class Manager:
             block.coming.clear()
             block.in_backward = False
             self._release(block)
+        for block in list(self._idle):
+            self._evict(block)
         self._in_backward = False
 
     # Hooks
@@ -249,6 +319,8 @@ class Manager:
                 # What checkpointing computes again.
                 self._enter_backward(block)
                 return
+            if self.carried is not None:
+                raise InvalidArgument("backward() has updated weights already (step_in='backward'), and step() has to follow before the model is used again")
             if self.on_use is not None:
                 self.on_use()
             self._note(block)
@@ -257,9 +329,7 @@ class Manager:
                 for value in [*args, *kwargs.values()]:
                     if isinstance(value, torch.Tensor) and value.requires_grad:
                         self._await_gradient(block, value)
-            following = self._following(block, 1)
-            if following is not None:
-                self.prefetch(following, backward=False)
+            self._ahead(block, backward=False)
 
         return before
 
@@ -297,24 +367,19 @@ class Manager:
             self.order, self._seen = self._seen, []
         self._seen.append(block)
 
-    def _following(self, block: Block, by: int) -> Optional[Block]:
-        order = self.order or self.blocks
-        if block not in order:
-            return None
-        index = order.index(block) + by
-        if self.cyclic:
-            return order[index % len(order)]
-        return order[index] if 0 <= index < len(order) else None
-
     def use(self, block: Block) -> None:
         """Has a block's weights on the device, of the last step."""
         self._bring(block, self._planes_for(block, backward=False))
         if self._owes(block):
+            # Before the device is given more to do, which what is fetched would wait for.
+            self._ahead(block, backward=False)
             self._apply(block)
         self._bind(block)
 
     def _enter_backward(self, block: Block) -> None:
         if not self._in_backward:
+            if self.carried is not None:
+                raise InvalidArgument("a second backward() before step(): step_in='backward' is for one micro-batch a step")
             self._in_backward = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         if block.in_backward:
@@ -324,9 +389,7 @@ class Manager:
         block.in_backward = True
         self._bring(block, self._planes_for(block, backward=True))
         self._bind(block)
-        before = self._following(block, -1)
-        if before is not None:
-            self.prefetch(before, backward=True)
+        self._ahead(block, backward=True)
 
     def _arrived(self, block: Block, index: int) -> Any:
         entry = block.params[index]
@@ -340,7 +403,7 @@ class Manager:
                 return
             plane = gradient_plane(entry)
             if plane not in block.planes:
-                dtype, count = block.layout.planes()[plane]
+                dtype, count = block.layout.gradient_planes()[plane]
                 # What has no gradient is not read.
                 block.planes[plane] = self._empty(dtype, count)
             into = block.view(entry, plane)
@@ -354,8 +417,9 @@ class Manager:
                 else:
                     into.copy_(gradient.view(-1))
                 block.graded.add(index)
-                # The last one that is noted is the one of all micro-batches.
-                block.norms[index] = torch._foreach_norm([_as_master(into, entry)])[0]
+                if not self.steps_in_backward:
+                    # The last one that is noted is the one of all micro-batches.
+                    block.norms[index] = torch._foreach_norm([_as_master(into, entry)])[0]
             block.arrived.add(index)
             self._perhaps_gather(block)
 
@@ -365,9 +429,15 @@ class Manager:
         """The gradients of a block are there."""
         block.arrived.clear()
         block.in_backward = False
-        for plane in block.gradient_planes():
-            if plane in block.planes:
-                self._store(block, plane)
+        if self.steps_in_backward and block.graded:
+            if self.carried is None:
+                self.carried = self.begin_step()
+            self._bring(block, block.weight_planes() + block.state_planes())
+            self._update(block, self.carried, block.graded)
+        else:
+            for plane in block.gradient_planes():
+                if plane in block.planes:
+                    self._store(block, plane)
         self._release(block)
         self._stored()
 
@@ -383,16 +453,19 @@ class Manager:
 
     def _apply(self, block: Block) -> None:
         """Carries out the pending step on a block whose planes are all there."""
-        pending = self.pending
-        assert pending is not None
-        with torch.no_grad():
-            self.update(block, pending, {index: block.view(block.params[index], gradient_plane(block.params[index])) for index in block.owed})
+        assert self.pending is not None
+        self._update(block, self.pending, block.owed)
         block.owed = set()
+        self._drop(block, block.state_planes() + block.gradient_planes())
+        self._stored()
+
+    def _update(self, block: Block, pending: Pending, indices: Set[int]) -> None:
+        self.settle(block)
+        with torch.no_grad():
+            self.update(block, pending, {index: block.view(block.params[index], gradient_plane(block.params[index])) for index in indices})
         for plane in block.weight_planes() + block.state_planes():
             if not plane.startswith("frozen"):
                 self._store(block, plane)
-        self._drop(block, block.state_planes() + block.gradient_planes())
-        self._stored()
 
     def _stored(self) -> None:
         if self.on_store is not None:

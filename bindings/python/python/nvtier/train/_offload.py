@@ -37,6 +37,7 @@ def offload(
     blocks: Optional[Iterable[torch.nn.Module]] = None,
     param_groups: Optional[Sequence[Dict[str, Any]]] = None,
     accumulate: bool = True,
+    step_in: str = "forward",
     commit_every: int = 1,
     resume: Union[bool, str] = False,
     deadline: float = 60.0,
@@ -51,13 +52,20 @@ def offload(
     ``ram``: bytes of host memory, pinned, that keep a part of it; a number or ``"32GiB"``.
     ``blocks``: modules that stream; default: the layers of the model, and large embeddings and heads.
     ``accumulate``: whether gradients of several micro-batches are added up; False saves 2 bytes a weight in ``mixed``.
+    ``step_in``: ``forward``, when a block is used next: exact clipping, any number of micro-batches. ``backward``, as soon as its gradients are there: without
+    clipping and with one micro-batch a step, gradients never leave the device, and state moves while the backward pass computes; the run takes twice its
+    state's space in the pool.
     ``commit_every``: steps from one durable commit to the next. With more than 1 a crash costs up to so many steps, what is in the RAM share is written
-    with a commit only, and the rest takes up to twice its space in the pool.
+    with a commit only and takes twice its space in the pool, and the rest up to three times.
     """
     if optimizer_class is not torch.optim.AdamW:
         raise NotSupported(f"nvtier.train: {getattr(optimizer_class, '__name__', optimizer_class)}; torch.optim.AdamW is supported")
     if precision not in ("fp32", "bf16", "mixed"):
         raise InvalidArgument(f"precision={precision!r}: fp32, bf16 or mixed")
+    if step_in not in ("forward", "backward"):
+        raise InvalidArgument(f"step_in={step_in!r}: forward or backward")
+    passing = step_in == "backward"
+    accumulate &= not passing
     if commit_every < 1:
         raise InvalidArgument(f"commit_every={commit_every}: steps, 1 or more")
     if resume not in (True, False, "auto"):
@@ -77,7 +85,7 @@ def offload(
         raise NotFound(f"resume the run {run!r}: the pool has none of that name")
     if found is not None and resume is False:
         raise Exists(f"the pool has a run {run!r} already: resume=True goes on with it, nvtier.train.remove(pool, {run!r}) removes it")
-    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate)
+    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate, passing)
     if not any(entry.trainable for block in [rest, *listed] for entry in block.params):
         raise InvalidArgument("this model has no trainable parameters")
     least = _least_device_bytes(listed, rest)
@@ -91,17 +99,25 @@ def offload(
     block_bytes = found[0] if found is not None else _block_bytes(lens)
     largest = max(sum(_unit_bytes(block, plane) for plane in block.layout.planes()) for block in every)
     slack = max(2 * largest, sum(lens) // 16) if commit_every == 1 else sum(lens)
-    # Another commit is on its way while new versions are written.
-    budget = _nvtier.State.room_for(lens, (3 if commit_every == 1 else 2) * slack, block_bytes)
+    share, share_bytes = _ram_share(every, ram_bytes, block_bytes)
+    if passing:
+        # A step is written beside the one before it, whose commit is waited for.
+        extra = sum(lens)
+    elif commit_every == 1:
+        # Another commit is on its way while new versions are written.
+        extra = 3 * slack
+    else:
+        # As before; what is in the RAM share is written by commits alone, one after the other.
+        extra = 2 * sum(lens) - sum(_unit_bytes(block, plane) for block, plane in share)
+    budget = _nvtier.State.room_for(lens, extra, block_bytes)
     free = int(opened.stat()["free_bytes"])
     if found is None and budget > free:
         raise NoSpace(
             f"the run needs {budget} bytes of the pool ({sum(lens)} of weights, gradients and state), and {free} are free"
         )
-    share, share_bytes = _ram_share(every, ram_bytes, block_bytes)
     state = _nvtier.State(opened, name=name, budget=budget, block_bytes=block_bytes, ram=share_bytes, deadline=deadline)
     try:
-        optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, found)
+        optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, passing, found)
     except BaseException:
         state.close()
         raise
@@ -124,11 +140,17 @@ def remove(pool: Union[str, "os.PathLike[str]", Pool], run: str) -> bool:
 
 
 def plan(
-    model: torch.nn.Module, *, precision: str = "fp32", blocks: Optional[Iterable[torch.nn.Module]] = None, accumulate: bool = True
+    model: torch.nn.Module,
+    *,
+    precision: str = "fp32",
+    blocks: Optional[Iterable[torch.nn.Module]] = None,
+    accumulate: bool = True,
+    step_in: str = "forward",
 ) -> Dict[str, int]:
     """What a run will need, before anything is written; the model may be on the meta device. Bytes: ``state`` in the pool, ``least_vram``, ``written`` and
     ``read`` by a step with one micro-batch and no RAM share, ``largest_block`` with all of its state."""
-    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate)
+    passing = step_in == "backward"
+    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate and not passing, passing)
     every = [rest, *listed]
 
     def total(blocks: List[Block], planes: Any) -> int:
@@ -143,7 +165,7 @@ def plan(
     def seen(block: Block) -> List[str]:
         return [plane for plane in block.layout.planes() if plane in ("w", "hi") or plane.startswith("frozen")]
 
-    again = [block for block in listed if not block.forward_only]
+    again = [block for block in listed if passing or not block.forward_only]
     return {
         "parameters": sum(entry.param.numel() for block in every for entry in block.params),
         "state": total(every, all_planes),
@@ -166,12 +188,14 @@ def _start(
     defaults: Dict[str, Any],
     slack: int,
     commit_every: int,
+    passing: bool,
     found: Optional[Tuple[int, bytes]],
 ) -> Optimizer:
     every = [rest, *listed]
     if not _number(state, every, share, fresh=found is None):
         raise InvalidArgument("the run in the pool is of another model, precision or choice of blocks")
     manager = Manager(state, listed, rest, device, vram, write_at_once=commit_every == 1)
+    manager.steps_in_backward = passing
     groups = list(param_groups) if param_groups is not None else [{"params": [p for p in model.parameters() if p.requires_grad]}]
     optimizer = Optimizer(model, manager, groups, defaults, slack, commit_every)
     meta = None if found is None else json.loads(found[1])
@@ -189,10 +213,10 @@ def _start(
     return optimizer
 
 
-def _number(state: Any, every: List[Block], share: List[Tuple[Block, str]], fresh: bool) -> bool:
-    """Gives every plane its unit, and those of the RAM share their memory. False: the state has other units."""
+def _number(state: Any, every: List[Block], share: List[Tuple[Block, str]], fresh: bool, others: Sequence[int] = ()) -> bool:
+    """Gives every plane its unit, and those of the RAM share their memory; after them come ``others`` of these lengths. False: the state has other units."""
     names = [(block, plane) for block in every for plane in block.layout.planes()]
-    lens = [_unit_bytes(block, plane) for block, plane in names]
+    lens = [_unit_bytes(block, plane) for block, plane in names] + list(others)
     first = state.add(lens) if fresh and lens else 0
     if state.units() != lens:
         return False
@@ -322,12 +346,19 @@ def _least_device_bytes(listed: List[Block], rest: Block) -> int:
     def size(block: Block, planes: Iterable[str]) -> int:
         return sum(_unit_bytes(block, plane) for plane in planes)
 
+    def gradients(block: Block) -> int:
+        return sum(count * dtype.itemsize for dtype, count in block.layout.gradient_planes().values())
+
     def backward(block: Block) -> int:
-        return size(block, (plane for plane in block.layout.planes() if plane in ("w", "hi", "g", "sg") or plane.startswith("frozen")))
+        return gradients(block) + size(block, (plane for plane in block.layout.planes() if plane in ("w", "hi") or plane.startswith("frozen")))
+
+    def whole(block: Block) -> int:
+        return size(block, block.layout.planes()) + (gradients(block) if block.layout.passing else 0)
 
     stays = size(rest, rest.layout.planes())
-    update = max((size(block, block.layout.planes()) for block in listed), default=0)
-    pairs = [backward(one) + backward(other) for one, other in zip(listed, listed[1:])]
+    update = max((whole(block) for block in listed), default=0)
+    # A module's backward begins before that of the one after it has ended.
+    pairs = [backward(one) + (whole if other.layout.passing else backward)(other) for one, other in zip(listed, listed[1:])]
     return stays + max([update, *pairs])
 
 

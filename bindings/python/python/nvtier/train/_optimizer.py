@@ -44,6 +44,7 @@ class Optimizer(torch.optim.Optimizer):
         self._versions: Dict[torch.Tensor, Tuple[torch.Tensor, int]] = {}
         manager.on_use = self._before_use
         manager.on_store = self._after_store
+        manager.begin_step = self._begin_step
         numbers = {param: number for number, group in enumerate(self.param_groups) for param in group["params"]}
         for block in self._all():
             for entry in block.trainable:
@@ -58,6 +59,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._open()
+        if self._manager.carried is not None:
+            raise InvalidArgument("zero_grad() between backward() and step(): backward() has updated weights already (step_in='backward'), and step() has to follow")
         super().zero_grad(set_to_none=set_to_none)
         self._versions.clear()
         self._forget_gradients()
@@ -75,8 +78,10 @@ class Optimizer(torch.optim.Optimizer):
         self._check_untouched()
         self._check_groups()
         manager.catch_up()
-        manager.step += 1
-        pending = Pending(manager.step, [_plain(group) for group in self.param_groups], self._clip)
+        pending = manager.carried or self._pending()
+        if pending.groups != [_plain(group) for group in self.param_groups]:
+            raise InvalidArgument("param_groups were changed between backward() and step(), and backward() has updated weights already (step_in='backward')")
+        manager.step, manager.carried = pending.step, None
         rest = manager.rest
         gradients = {
             index: entry.param.grad.reshape(-1)
@@ -87,7 +92,7 @@ class Optimizer(torch.optim.Optimizer):
             manager.settle(rest)
             manager.update(rest, pending, gradients)
         for block in manager.blocks:
-            block.owed = {index for index in block.graded}
+            block.owed = set() if manager.steps_in_backward else set(block.graded)
         manager.pending = pending if any(block.owed for block in manager.blocks) else None
         self._forget_gradients()
         self._must_clear = True
@@ -99,6 +104,8 @@ class Optimizer(torch.optim.Optimizer):
         """``torch.nn.utils.clip_grad_norm_`` over all parameters of the model: the same total norm, and the same factor for every gradient, with which
         it is multiplied in the step. Returns the norm."""
         self._open()
+        if self._manager.steps_in_backward:
+            raise NotSupported("nvtier.train: clipping with step_in='backward', which updates weights before the norm of all gradients is known; use step_in='forward'")
         if norm_type != 2.0:
             raise NotSupported(f"nvtier.train: clipping by the {norm_type}-norm; the 2-norm is supported")
         self._check_untouched()
@@ -208,6 +215,9 @@ class Optimizer(torch.optim.Optimizer):
         """Ends it: the last step becomes durable, and the model's parameters that stream are gone from memory. Once more is fine."""
         if self._closed:
             return
+        if self._manager.carried is not None:
+            self.__exit__(InvalidArgument)
+            raise InvalidArgument(f"closed between backward() and step(): the run goes on after the last commit, of step {self._committed_step}")
         try:
             self._manager.drop_all()
             if self._uncommitted or self._committed_step != self._manager.step:
@@ -288,11 +298,23 @@ class Optimizer(torch.optim.Optimizer):
 
     def _after_store(self, stored: int) -> None:
         """Old versions go with a commit: between two of them there is room for so many new ones only."""
-        if self._base is not None and stored >= self._slack:
+        if self._base is not None and stored >= self._slack and not self._manager.steps_in_backward:
             self._commit()
+
+    def _pending(self) -> Pending:
+        return Pending(self._manager.step + 1, [_plain(group) for group in self.param_groups], self._clip)
+
+    def _begin_step(self) -> Pending:
+        """A step that backward() carries out: what it writes is to be the second version in the pool, not the third."""
+        if self._last_commit is not None:
+            self._last_commit.wait()
+        return self._pending()
 
     def _commit(self) -> Any:
         manager = self._manager
+        if self._commit_every > 1 and self._last_commit is not None:
+            # A third version of what commits alone write has no room.
+            self._last_commit.wait()
         if self._rest_changed:
             manager.store_rest()
             self._rest_changed = False

@@ -79,8 +79,10 @@ def _unpack(packed: torch.Tensor, count: int) -> torch.Tensor:
 class Layout:
     """The planes of a block: types, numbers of elements, and where each parameter lies."""
 
-    def __init__(self, precision: str, accumulate: bool, gradients: bool = True) -> None:
+    def __init__(self, precision: str, accumulate: bool, gradients: bool = True, passing: bool = False) -> None:
         self.precision, self.gradients = precision, gradients
+        #: Gradients are used as soon as they are there: no plane of the pool is theirs.
+        self.passing = passing
         self.counts: Dict[str, int] = {}
         self.frozen: Dict[str, torch.dtype] = {}
         self.gradient = torch.float32 if precision != "bf16" else torch.bfloat16
@@ -100,20 +102,27 @@ class Layout:
     def planes(self) -> Dict[str, Tuple[torch.dtype, int]]:
         """Type and elements of every plane, by name."""
         planes = {key: (dtype, self.counts[key]) for key, dtype in self.frozen.items()}
+        kept = self.gradient_planes() if self.gradients and not self.passing else {}
         full = self.counts.get(FULL, 0)
         if full:
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
             planes.update({name: (dtype, full) for name in ("w", "m", "v")})
-            if self.gradients:
-                planes["g"] = (self.gradient, full)
+            if "g" in kept:
+                planes["g"] = kept["g"]
         split_count = self.counts.get(SPLIT, 0)
         if split_count:
             planes["hi"] = (torch.bfloat16, split_count)
             # Low halves, and an eighth as many bytes of ties, as int16.
             planes["lo"] = (torch.int16, split_count + split_count // 16)
             planes.update({name: (torch.float32, split_count) for name in ("sm", "sv")})
-            planes["sg"] = (self.split_gradient, split_count)
+            if "sg" in kept:
+                planes["sg"] = kept["sg"]
         return planes
+
+    def gradient_planes(self) -> Dict[str, Tuple[torch.dtype, int]]:
+        """As :meth:`planes`, of the gradients, wherever they are."""
+        kinds = ((FULL, "g", self.gradient), (SPLIT, "sg", self.split_gradient))
+        return {name: (dtype, self.counts[kind]) for kind, name, dtype in kinds if self.counts.get(kind)}
 
 
 def low_parts(lo: torch.Tensor, count: int, place: Place) -> Tuple[torch.Tensor, torch.Tensor]:
