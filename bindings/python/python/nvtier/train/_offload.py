@@ -15,8 +15,9 @@ from .._mounts import pool_mounted_at
 from .._nvtier import Pool
 from ._blocks import Block, find_blocks, take_apart, weight_plane
 from ._manager import Manager
-from ._optimizer import Optimizer
-from ._planes import SPLIT, low_parts, split
+from ._optimizer import Optimizer, describe
+from ._planes import SPLIT, Place, low_parts, seen, split
+from ._ranks import Alone, Found, Ranks, parts_of, ranks_of
 
 #: Blocks that a plane is cut into are of up to this many bytes.
 _BLOCK_MOST = 4 << 20
@@ -40,6 +41,7 @@ def offload(
     commit_every: int = 1,
     resume: Union[bool, str] = False,
     deadline: float = 60.0,
+    group: Any = None,
     **options: Any,
 ) -> Tuple[torch.nn.Module, Optimizer]:
     """Takes the model's parameters into the pool, and returns the model and the optimizer that trains it there.
@@ -53,6 +55,8 @@ def offload(
     ``accumulate``: whether gradients of several micro-batches are added up; False saves 2 bytes a weight in ``mixed``.
     ``commit_every``: steps from one durable commit to the next. With more than 1 a crash costs up to so many steps, what is in the RAM share is written
     with a commit only, and the rest takes up to twice its space in the pool.
+    ``group``: a process group of ``torch.distributed``; default: all processes, where it is initialised. Each rank calls this, has an equal part of all
+    state in its pool (or in the one that they share), and trains with micro-batches of its own; gradients are their mean.
     """
     if optimizer_class is not torch.optim.AdamW:
         raise NotSupported(f"nvtier.train: {getattr(optimizer_class, '__name__', optimizer_class)}; torch.optim.AdamW is supported")
@@ -69,39 +73,53 @@ def offload(
     if any(param.is_meta for param in model.parameters()):
         raise NotSupported("nvtier.train: a model on the meta device has no weights to begin with; load it on the host first")
     ram_bytes, vram_bytes = _bytes("ram", ram) or 0, _bytes("vram", vram)
-
-    opened = _pool_of(pool)
-    name = _run_name(run)
-    found = _nvtier.State.look(opened, name)
+    ranks = ranks_of(group, where)
+    opened = ranks.together(lambda: _pool_of(pool))
+    name = ranks.together(lambda: _run_name(run))
+    found = ranks.find(opened, name, run)
     if found is None and resume is True:
         raise NotFound(f"resume the run {run!r}: the pool has none of that name")
     if found is not None and resume is False:
         raise Exists(f"the pool has a run {run!r} already: resume=True goes on with it, nvtier.train.remove(pool, {run!r}) removes it")
-    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate)
-    if not any(entry.trainable for block in [rest, *listed] for entry in block.params):
-        raise InvalidArgument("this model has no trainable parameters")
-    least = _least_device_bytes(listed, rest)
-    if vram_bytes is not None and vram_bytes < least:
-        raise OutOfDeviceMemory(
-            f"vram={vram_bytes} bytes: this model needs at least {least}, which is its largest block with all of its state, and what does not stream"
-        )
 
+    def apart() -> Tuple[List[Block], Block]:
+        listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate, ranks.rank, ranks.world)
+        if not any(entry.trainable for block in [rest, *listed] for entry in block.params):
+            raise InvalidArgument("this model has no trainable parameters")
+        least = _least_device_bytes(listed, rest)
+        if vram_bytes is not None and vram_bytes < least:
+            raise OutOfDeviceMemory(
+                f"vram={vram_bytes} bytes: this model needs at least {least}, which is its largest block with all of its state, and what does not stream"
+            )
+        return listed, rest
+
+    listed, rest = ranks.together(apart)
     every = [rest, *listed]
     lens = [_unit_bytes(block, plane) for block in every for plane in block.layout.planes()]
-    block_bytes = found[0] if found is not None else _block_bytes(lens)
+    block_bytes = found.block_bytes if found is not None else _block_bytes(lens)
     largest = max(sum(_unit_bytes(block, plane) for plane in block.layout.planes()) for block in every)
     slack = max(2 * largest, sum(lens) // 16) if commit_every == 1 else sum(lens)
-    # Another commit is on its way while new versions are written.
-    budget = _nvtier.State.room_for(lens, (3 if commit_every == 1 else 2) * slack, block_bytes)
-    free = int(opened.stat()["free_bytes"])
-    if found is None and budget > free:
-        raise NoSpace(
-            f"the run needs {budget} bytes of the pool ({sum(lens)} of weights, gradients and state), and {free} are free"
-        )
+    # Another commit is on its way while new versions are written; with several ranks the one before is held.
+    versions = (3 if commit_every == 1 else 2) + (ranks.world > 1)
+    budget = _nvtier.State.room_for(lens, versions * slack, block_bytes)
+    if found is None:
+        _check_space(ranks, opened, budget, sum(lens))
     share, share_bytes = _ram_share(every, ram_bytes, block_bytes)
-    state = _nvtier.State(opened, name=name, budget=budget, block_bytes=block_bytes, ram=share_bytes, deadline=deadline)
+    if isinstance(ranks, Ranks):
+        # What decides when they commit, and what they say to each other.
+        ranks.same({
+            "the model, its parameters that are trained, precision, or blocks": describe(every),
+            "commit_every": commit_every,
+            "ram": [(block.name, plane) for block, plane in share],
+        })  # fmt: skip
+    state = ranks.together(
+        lambda: _nvtier.State(
+            opened, name=ranks.name(name), budget=budget, block_bytes=block_bytes, ram=share_bytes, deadline=deadline,
+            hold=ranks.world > 1, at=found.at if found is not None else None,
+        )
+    )  # fmt: skip
     try:
-        optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, found)
+        optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, found, ranks)
     except BaseException:
         state.close()
         raise
@@ -119,16 +137,42 @@ def _pool_of(pool: Union[str, "os.PathLike[str]", Pool]) -> Pool:
 
 def remove(pool: Union[str, "os.PathLike[str]", Pool], run: str) -> bool:
     """Removes a run from a pool, with everything of it. False: there is none."""
-    opened = _pool_of(pool)
-    return _nvtier.State.remove(opened, _run_name(run))
+    opened, name = _pool_of(pool), _run_name(run)
+    gone = [_nvtier.State.remove(opened, part) for part in [name, *parts_of(opened, name)]]
+    return any(gone)
+
+
+def _check_space(ranks: Alone, pool: Pool, budget: int, state: int) -> None:
+    """Refuses what a pool has no room for; several ranks may share one."""
+    free = int(pool.stat()["free_bytes"])
+    mine = str(pool.info()["id"])
+    sharing = [bytes for other, bytes in ranks.tell((mine, budget)) if other == mine]
+    if sum(sharing) > free:
+        of = "" if len(sharing) == 1 else f", as much for each of the {len(sharing)} ranks that share it"
+        error = NoSpace(f"the run needs {budget} bytes of the pool ({state} of weights, gradients and state){of}, and {free} are free")
+    else:
+        error = None
+
+    def refuse() -> None:
+        if error is not None:
+            raise error
+
+    ranks.together(refuse)
 
 
 def plan(
-    model: torch.nn.Module, *, precision: str = "fp32", blocks: Optional[Iterable[torch.nn.Module]] = None, accumulate: bool = True
+    model: torch.nn.Module,
+    *,
+    precision: str = "fp32",
+    blocks: Optional[Iterable[torch.nn.Module]] = None,
+    accumulate: bool = True,
+    ranks: int = 1,
 ) -> Dict[str, int]:
     """What a run will need, before anything is written; the model may be on the meta device. Bytes: ``state`` in the pool, ``least_vram``, ``written`` and
-    ``read`` by a step with one micro-batch and no RAM share, ``largest_block`` with all of its state."""
-    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate)
+    ``read`` by a step with one micro-batch and no RAM share, ``largest_block`` with all of its state. With several ranks, of each."""
+    if ranks < 1:
+        raise InvalidArgument(f"ranks={ranks}: 1 or more")
+    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate, 0, ranks)
     every = [rest, *listed]
 
     def total(blocks: List[Block], planes: Any) -> int:
@@ -166,20 +210,30 @@ def _start(
     defaults: Dict[str, Any],
     slack: int,
     commit_every: int,
-    found: Optional[Tuple[int, bytes]],
+    found: Optional[Found],
+    ranks: Alone,
 ) -> Optimizer:
     every = [rest, *listed]
-    if not _number(state, every, share, fresh=found is None):
-        raise InvalidArgument("the run in the pool is of another model, precision or choice of blocks")
-    manager = Manager(state, listed, rest, device, vram, write_at_once=commit_every == 1)
+
+    def number() -> None:
+        if not _number(state, every, share, fresh=found is None):
+            raise InvalidArgument("the run in the pool is of another model, precision or choice of blocks")
+
+    ranks.together(number)
+    manager = Manager(state, listed, rest, device, vram, commit_every == 1, ranks)
     groups = list(param_groups) if param_groups is not None else [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    optimizer = Optimizer(model, manager, groups, defaults, slack, commit_every)
-    meta = None if found is None else json.loads(found[1])
+    optimizer = ranks.together(lambda: Optimizer(model, manager, groups, defaults, slack, commit_every))
+    meta = None if found is None else found.meta
     if meta is not None:
-        optimizer.restore(meta)
+        ranks.together(lambda: optimizer.restore(meta))
+    elif manager.ranks is not None:
+        manager.ranks.begin()
     for block in every:
         _take_in(manager, block, fresh=meta is None)
     _move_buffers(model, device)
+    if manager.ranks is not None:
+        for buffer in model.buffers():
+            manager.ranks.first(buffer)
     manager.attach()
     for block in listed:
         assert block.module is not None
@@ -217,21 +271,24 @@ def _take_in(manager: Manager, block: Block, fresh: bool) -> None:
     """Puts a block's weights into its units, or forgets what the model came with."""
     stays = block is manager.rest
     if fresh or stays:
-        for plane, (dtype, count) in block.layout.planes().items():
+        for plane in block.layout.planes():
             if stays and plane in block.stored:
                 manager._fetch(block, plane)
             elif stays or plane not in ("m", "v", "sm", "sv", "g", "sg"):
                 # What lies between parameters has a value as well.
-                block.planes[plane] = manager._empty(dtype, count).zero_()
+                block.planes[plane] = manager._empty(*block.layout.room(plane)).zero_()
     if fresh:
         with torch.no_grad():
             for entry in block.params:
-                data = entry.param.data.reshape(-1)
+                data, piece = entry.param.data.reshape(-1), block.piece(entry)
+                if manager.ranks is not None:
+                    data = manager.ranks.first(data.to(manager.device))
+                data = data[piece.skip : piece.skip + piece.count]
                 if entry.kind == SPLIT:
-                    low, ties = low_parts(block.planes["lo"], block.layout.counts[SPLIT], entry.place)
-                    split(data.to(manager.device), block.view(entry, "hi"), low, ties)
+                    low, ties = low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.count))
+                    split(data.to(manager.device), block.own(entry, "hi"), low, ties)
                 else:
-                    block.view(entry, weight_plane(entry)).copy_(data)
+                    block.own(entry, weight_plane(entry)).copy_(data)
         for plane in list(block.planes):
             if plane not in ("m", "v", "sm", "sv"):
                 manager._store(block, plane)
@@ -320,12 +377,18 @@ def _block_bytes(lens: List[int]) -> int:
 
 def _least_device_bytes(listed: List[Block], rest: Block) -> int:
     def size(block: Block, planes: Iterable[str]) -> int:
-        return sum(_unit_bytes(block, plane) for plane in planes)
+        rooms = (block.layout.room(plane) for plane in planes)
+        return sum(dtype.itemsize * count for dtype, count in rooms)
+
+    def arriving(block: Block, planes: Iterable[str]) -> int:
+        # The whole of a rank's gradients, and its part of the sum.
+        return size(block, planes) * (block.layout.ranks + 1) if block.layout.ranks > 1 else 0
 
     def backward(block: Block) -> int:
-        return size(block, (plane for plane in block.layout.planes() if plane in ("w", "hi", "g", "sg") or plane.startswith("frozen")))
+        gradients = [plane for plane in block.layout.planes() if plane in ("g", "sg")]
+        return size(block, (plane for plane in block.layout.planes() if seen(plane))) + size(block, gradients) + arriving(block, gradients)
 
-    stays = size(rest, rest.layout.planes())
+    stays = size(rest, rest.layout.planes()) + arriving(rest, [plane for plane in rest.layout.planes() if plane == "m"])
     update = max((size(block, block.layout.planes()) for block in listed), default=0)
     pairs = [backward(one) + backward(other) for one, other in zip(listed, listed[1:])]
     return stays + max([update, *pairs])
