@@ -172,7 +172,7 @@ def like_plain(folder):
                 parameter.grad /= RANKS
                 dist.all_reduce(parameter.grad)
             norm = torch.nn.utils.clip_grad_norm_(again.parameters(), clip)
-            torch.testing.assert_close(optimizer.clip_grad_norm_(clip), norm, rtol=1e-6, atol=0)
+            torch.testing.assert_close(optimizer.clip_grad_norm_(clip), norm, rtol=1e-5, atol=0)
             optimizer.zero_grad()
         optimizer.save_pretrained(os.path.join(folder, f"saved-{number}"))
         if dist.get_rank() == 0:
