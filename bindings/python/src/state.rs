@@ -83,7 +83,8 @@ fn ticket(ticket: Arc<Ticket>) -> StateTicket {
 #[pymethods]
 impl State {
     #[new]
-    #[pyo3(signature = (pool, *, name, budget, block_bytes, ram, deadline))]
+    #[pyo3(signature = (pool, *, name, budget, block_bytes, ram, deadline, hold=false, at=None))]
+    #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
         pool: &Bound<'_, Pool>,
@@ -92,6 +93,8 @@ impl State {
         block_bytes: u32,
         ram: usize,
         deadline: f64,
+        hold: bool,
+        at: Option<u64>,
     ) -> PyResult<State> {
         let deadline = Duration::try_from_secs_f64(deadline)
             .ok()
@@ -109,7 +112,11 @@ impl State {
                         .context(format!("take {bytes} bytes of memory for training state")),
                 )
             })?;
-            let store = StateStore::open(&session, &options, Some(&arena)).map_err(to_py)?;
+            let store = match hold {
+                true => StateStore::open_held(&session, &options, Some(&arena), at),
+                false => StateStore::open(&session, &options, Some(&arena)),
+            };
+            let store = store.map_err(to_py)?;
             Residency::new(store, arena, moves).py()
         })?;
         Ok(State {
@@ -129,6 +136,22 @@ impl State {
         let session = pool.get().session()?;
         let found = py.detach(|| StateStore::look(&session, name)).map_err(to_py)?;
         Ok(found.map(|(block, meta)| (block, PyBytes::new(py, &meta))))
+    }
+
+    /// Of a state that nobody has open, the number, the size of blocks and the bytes of the last commit, and of the one before where the state
+    /// still has it.
+    #[staticmethod]
+    fn commits<'py>(
+        py: Python<'py>,
+        pool: &Bound<'py, Pool>,
+        name: &str,
+    ) -> PyResult<Vec<(u64, u32, Bound<'py, PyBytes>)>> {
+        let session = pool.get().session()?;
+        let found = py.detach(|| StateStore::commits(&session, name)).map_err(to_py)?;
+        Ok(found
+            .into_iter()
+            .map(|commit| (commit.sequence, commit.block_bytes, PyBytes::new(py, &commit.meta)))
+            .collect())
     }
 
     /// Removes a state that nobody has open, with all of its bytes. False: there is none.
@@ -200,6 +223,12 @@ impl State {
     fn commit(&self, py: Python<'_>, meta: Vec<u8>) -> PyResult<StateTicket> {
         let inner = self.inner()?;
         Ok(ticket(py.detach(|| inner.commit(meta))))
+    }
+
+    /// With `hold`: all states that are committed together have made the last commit; the one before goes.
+    fn settle(&self, py: Python<'_>) -> PyResult<()> {
+        let inner = self.inner()?;
+        py.detach(|| inner.store().settle()).map_err(to_py)
     }
 
     fn moved<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

@@ -490,6 +490,15 @@ def test_options_that_make_no_sense(place):
     assert code == 2 and "is the folder of a pool, and --plain keeps ordinary files" in err
 
 
+def test_ranks_are_refused(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = place.train(plain=False)
+    assert code == cli.UNSUPPORTED and "WORLD_SIZE=2" in err and "nvtier.train.offload" in err
+    assert not os.listdir(place.path / "nvme")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    place.fine("--check")
+
+
 def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(place):
     (place.path / "model").unlink()
     shutil.copytree(Path(os.environ["NVTIER_MODEL"]) / "snapshot", place.path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))

@@ -13,6 +13,9 @@
 //! - **Never wrong bytes**, as in any KV store: a block of another version or another unit does not fit its sum.
 //! - **Nothing is dropped by itself**: see [`StoreOptions::lasting`](crate::kv::StoreOptions::lasting).
 //!
+//! **Stores that are committed together**, each by a process of its own ([`StateStore::open_held`]): what the commit before names stays until
+//! [`settle`](StateStore::settle) says that all of them have made theirs, so that after a crash they go back to the last one that all have.
+//!
 //! A unit has up to three versions at a time: the committed one, the one of a commit that is being made, and the one that is written. So its space is
 //! between one and three times its length; how often a commit is made decides where between.
 
@@ -68,6 +71,8 @@ struct Unit {
     live: Option<u8>,
     /// Being written.
     writing: Option<u8>,
+    /// In the head before, which is held.
+    held: Option<u8>,
 }
 
 #[derive(Debug, Default)]
@@ -75,8 +80,21 @@ struct State {
     units: Vec<Unit>,
     /// Of the head that counts; heads alternate by it.
     sequence: u64,
+    /// There is a commit that is not settled.
+    unsettled: bool,
     written_bytes: u64,
     read_bytes: u64,
+}
+
+/// A commit that a state can be opened at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// Its number: 1 is the first.
+    pub sequence: u64,
+    /// Bytes of a block of the state.
+    pub block_bytes: u32,
+    /// The caller's bytes.
+    pub meta: Vec<u8>,
 }
 
 /// Units of bytes and commits of them. May be shared by threads.
@@ -85,6 +103,8 @@ pub struct StateStore {
     data: Blocks,
     heads: Blocks,
     options: StateOptions,
+    /// Whether commits are held until they are settled.
+    holds: bool,
     state: Mutex<State>,
     /// One commit at a time.
     commits: Mutex<()>,
@@ -141,6 +161,27 @@ impl StateStore {
     /// Opens the state of that name, which is made where there is none. `arena`: where buffers of blocks come from. What a crash left of
     /// versions that no commit names is given back.
     pub fn open(session: &Session, options: &StateOptions, arena: Option<&Arena>) -> Result<StateStore> {
+        StateStore::open_with(session, options, arena, false, None)
+    }
+
+    /// As [`open`](Self::open), for one of several stores that are committed together: see [`settle`](Self::settle). `at`: the commit to go on
+    /// with, one of [`commits`](Self::commits), where that is not the last; one after it is forgotten. It must not have been settled.
+    pub fn open_held(
+        session: &Session,
+        options: &StateOptions,
+        arena: Option<&Arena>,
+        at: Option<u64>,
+    ) -> Result<StateStore> {
+        StateStore::open_with(session, options, arena, true, at)
+    }
+
+    fn open_with(
+        session: &Session,
+        options: &StateOptions,
+        arena: Option<&Arena>,
+        holds: bool,
+        at: Option<u64>,
+    ) -> Result<StateStore> {
         if options.block_bytes == 0 || options.deadline.is_zero() {
             return Err(refused("a state store with blocks of 0 bytes, or a deadline of 0"));
         }
@@ -159,10 +200,14 @@ impl StateStore {
             data,
             heads,
             options: options.clone(),
+            holds,
             state: Mutex::default(),
             commits: Mutex::default(),
         };
-        let head = store.latest()?;
+        let mut head = store.latest()?;
+        if let (Some(sequence), Some(last)) = (at, head.as_ref().map(|head| head.sequence)) {
+            head = store.go_back(sequence, last)?;
+        }
         if let Some(head) = &head {
             if head.block_bytes != options.block_bytes {
                 return Err(refused(format!(
@@ -192,15 +237,19 @@ impl StateStore {
 
     /// The size of blocks and the caller's bytes of the last commit of a state, where there is one; it is not opened for longer.
     pub fn look(session: &Session, name: &str) -> Result<Option<(u32, Vec<u8>)>> {
-        match session.stat_path(&format!("{}/{name}", crate::kv::DIRECTORY)) {
-            // To look at a store makes it.
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            other => other?,
-        };
-        let settings = Settings { name: name.to_owned(), lasting: true, ..Settings::default() };
-        let heads = session.blocks(&settings, HEAD, HEAD_BLOCK, "", None)?;
-        let head = latest(&heads, Instant::now() + Duration::from_millis(settings.deadline_ms), name)?;
+        let Some((heads, by)) = heads_of(session, name)? else { return Ok(None) };
+        let head = both(&heads, by, name)?.into_iter().next();
         Ok(head.filter(|head| head.sequence > 0).map(|head| (head.block_bytes, head.meta)))
+    }
+
+    /// The commits of a state that is not open: the last one, and the one before where it was not settled. Of one that was settled, or of a state
+    /// that holds none, the one before may be named as well, and parts of it are gone.
+    pub fn commits(session: &Session, name: &str) -> Result<Vec<Commit>> {
+        let Some((heads, by)) = heads_of(session, name)? else { return Ok(Vec::new()) };
+        let found = both(&heads, by, name)?.into_iter().filter(|head| head.sequence > 0);
+        let commit =
+            |head: Head| Commit { sequence: head.sequence, block_bytes: head.block_bytes, meta: head.meta };
+        Ok(found.map(commit).collect())
     }
 
     /// Removes a state that is not open, with all of its bytes. `false`: there is none.
@@ -220,6 +269,24 @@ impl StateStore {
         Instant::now() + self.options.deadline
     }
 
+    /// The head of commit `sequence`; the `last` one is forgotten where it is another one.
+    fn go_back(&self, sequence: u64, last: u64) -> Result<Option<Head>> {
+        let heads = both(&self.heads, self.by(), &self.options.name)?;
+        let numbers: Vec<u64> = heads.iter().map(|head| head.sequence).collect();
+        let found = heads.into_iter().find(|head| head.sequence == sequence && sequence > 0);
+        let Some(found) = found else {
+            let name = &self.options.name;
+            let why = format!("the state {name:?} has no commit {sequence}: it has {numbers:?}");
+            return Err(Error::new(ErrorKind::NotFound, why));
+        };
+        if sequence != last {
+            // Before versions that it names go.
+            self.heads.remove(&head_keys(last))?;
+            self.heads.flush()?;
+        }
+        Ok(Some(found))
+    }
+
     /// Takes out versions that no commit names.
     fn tidy(&self) -> Result<()> {
         let units = self.state().units.clone();
@@ -229,11 +296,7 @@ impl StateStore {
                 keys.extend(self.keys(unit, version, found.len));
             }
         }
-        // As they go over a socket.
-        for keys in keys.chunks(1 << 14) {
-            self.data.remove(keys)?;
-        }
-        Ok(())
+        self.forget(&keys)
     }
 
     fn keys(&self, unit: u32, version: u8, len: u64) -> impl Iterator<Item = Key> + use<> {
@@ -300,7 +363,7 @@ impl StateStore {
             if found.writing.is_some() {
                 return Err(Error::new(ErrorKind::Busy, format!("unit {unit} is being written already")));
             }
-            let keep = [found.committed, found.committing];
+            let keep = [found.committed, found.committing, found.held];
             // What nobody has committed is written anew in its place, where there is no other.
             let free = (0..VERSIONS).filter(|version| !keep.contains(&Some(*version)));
             let version = free.max_by_key(|version| found.live != Some(*version)).unwrap_or(0);
@@ -350,7 +413,7 @@ impl StateStore {
         let unit = &mut state.units[draft.unit as usize];
         unit.writing = None;
         let old = unit.live.replace(draft.version);
-        let keep = [unit.committed, unit.committing, unit.live];
+        let keep = [unit.committed, unit.committing, unit.held, unit.live];
         let gone = old.filter(|old| !keep.contains(&Some(*old)));
         let len = unit.len;
         drop(state);
@@ -414,6 +477,9 @@ impl StateStore {
         let _one = lock(&self.commits);
         let head = {
             let mut state = self.state();
+            if state.unsettled {
+                return Err(refused("a commit while the one before is not settled"));
+            }
             state.units.iter_mut().for_each(|unit| unit.committing = unit.live);
             Head {
                 sequence: state.sequence + 1,
@@ -431,7 +497,10 @@ impl StateStore {
                 if done.is_ok() && committing != unit.committed {
                     let old = unit.committed;
                     unit.committed = committing;
-                    if let Some(old) = old.filter(|old| unit.live != Some(*old) && unit.writing != Some(*old))
+                    if self.holds {
+                        unit.held = old;
+                    } else if let Some(old) =
+                        old.filter(|old| unit.live != Some(*old) && unit.writing != Some(*old))
                     {
                         gone.extend(self.keys(number, old, unit.len));
                     }
@@ -439,13 +508,33 @@ impl StateStore {
             }
             if done.is_ok() {
                 state.sequence = head.sequence;
+                state.unsettled = self.holds;
             }
         }
         done.map_err(|error| error.context(format!("commit the state {:?}", self.options.name)))?;
-        for keys in gone.chunks(1 << 14) {
-            self.data.remove(keys)?;
+        self.forget(&gone)
+    }
+
+    /// All stores that are committed together have made the last commit: what the one before names is given back. Nothing where it was settled.
+    pub fn settle(&self) -> Result<()> {
+        let _one = lock(&self.commits);
+        let mut gone: Vec<Key> = Vec::new();
+        {
+            let mut state = self.state();
+            state.unsettled = false;
+            for (number, unit) in (0..).zip(&mut state.units) {
+                let old = unit.held.take();
+                if let Some(old) = old.filter(|old| unit.live != Some(*old) && unit.writing != Some(*old)) {
+                    gone.extend(self.keys(number, old, unit.len));
+                }
+            }
         }
-        Ok(())
+        self.forget(&gone)
+    }
+
+    fn forget(&self, gone: &[Key]) -> Result<()> {
+        // As they go over a socket.
+        gone.chunks(1 << 14).try_for_each(|keys| self.data.remove(keys).map(|_| ()))
     }
 
     fn write_head(&self, head: &Head) -> Result<()> {
@@ -454,8 +543,7 @@ impl StateStore {
         let bytes = head.encode();
         let blocks = bytes.chunks(HEAD_BLOCK as usize);
         // The head before the last: its blocks may be more than this one's.
-        let old = (0..(META_MAX as u32 + (32 << 20)) / HEAD_BLOCK).map(|block| key(which, 0, block));
-        self.heads.remove(&old.collect::<Vec<_>>())?;
+        self.heads.remove(&head_keys(head.sequence))?;
         let mut puts = Vec::with_capacity(blocks.len());
         for (block, part) in (0..).zip(blocks) {
             let mut buffer = Buffer::heap(self.heads.slot_bytes())?;
@@ -468,7 +556,7 @@ impl StateStore {
     }
 
     fn latest(&self) -> Result<Option<Head>> {
-        latest(&self.heads, self.by(), &self.options.name)
+        Ok(both(&self.heads, self.by(), &self.options.name)?.into_iter().next())
     }
 
     /// The caller's bytes of the last commit.
@@ -477,26 +565,45 @@ impl StateStore {
     }
 }
 
-/// The head that counts. An error: there is one, and it cannot be read.
-fn latest(heads: &Blocks, by: Instant, name: &str) -> Result<Option<Head>> {
-    let mut found: Option<Head> = None;
+/// All keys that the head of a commit may have.
+fn head_keys(sequence: u64) -> Vec<Key> {
+    let which = (sequence % 2) as u32;
+    (0..(META_MAX as u32 + (32 << 20)) / HEAD_BLOCK).map(|block| key(which, 0, block)).collect()
+}
+
+/// The heads of a state that is not open, and by when to have read them.
+fn heads_of(session: &Session, name: &str) -> Result<Option<(Blocks, Instant)>> {
+    match session.stat_path(&format!("{}/{name}", crate::kv::DIRECTORY)) {
+        // To look at a store makes it.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    let settings = Settings { name: name.to_owned(), lasting: true, ..Settings::default() };
+    let heads = session.blocks(&settings, HEAD, HEAD_BLOCK, "", None)?;
+    Ok(Some((heads, Instant::now() + Duration::from_millis(settings.deadline_ms))))
+}
+
+/// The heads that can be read, the one that counts first. An error: there is one, and none can be read.
+fn both(heads: &Blocks, by: Instant, name: &str) -> Result<Vec<Head>> {
+    let mut found: Vec<Head> = Vec::new();
     let mut trouble = None;
     for which in 0..2 {
         match read_head(heads, which, by) {
-            Ok(None) => {}
-            Ok(Some(head)) if found.as_ref().is_some_and(|found| found.sequence > head.sequence) => {}
-            Ok(Some(head)) => found = Some(head),
+            Ok(head) => found.extend(head),
             Err(error) => trouble = Some(error),
         }
     }
-    match (found, trouble) {
-        (found, None) => Ok(found),
+    found.sort_by_key(|head| std::cmp::Reverse(head.sequence));
+    match trouble {
+        None => Ok(found),
         // A crash while it was written leaves the other one, which is whole; damage leaves it, too, and cannot be told from that.
-        (Some(found), Some(error)) if error.kind() != ErrorKind::Timeout && error.kind() != ErrorKind::Io => {
+        Some(error)
+            if !found.is_empty() && error.kind() != ErrorKind::Timeout && error.kind() != ErrorKind::Io =>
+        {
             tracing::warn!(error = %error.chain(), "one head of the state {name:?} cannot be read; the other counts");
-            Ok(Some(found))
+            Ok(found)
         }
-        (_, Some(error)) => Err(error.context(format!("read the head of the state {name:?}"))),
+        Some(error) => Err(error.context(format!("read the head of the state {name:?}"))),
     }
 }
 

@@ -28,8 +28,12 @@ fn sim(power: &Arc<SimPower>) -> SimOptions {
 
 impl Rig {
     fn new() -> Rig {
+        Rig::of(48 << 20)
+    }
+
+    fn of(bytes: u64) -> Rig {
         let power = Arc::new(SimPower::new());
-        let device = Arc::new(SimDevice::new(48 << 20, sim(&power)).unwrap());
+        let device = Arc::new(SimDevice::new(bytes, sim(&power)).unwrap());
         let format = FormatOptions { chunk_size: 4096, stripe_unit: 16 << 10, ..FormatOptions::default() };
         Pool::format_devices(&[device.clone() as Arc<dyn Device>], &format).unwrap();
         Rig { device, power }
@@ -295,4 +299,127 @@ fn a_power_cut_at_any_write_leaves_a_whole_commit() {
             }
         }
     }
+}
+
+#[test]
+fn a_commit_that_is_held_can_be_gone_back_to() {
+    let rig = Rig::new();
+    let session = rig.session();
+    let step = |store: &StateStore, version: u64| {
+        for unit in 0..LENS.len() as u32 {
+            write(store, unit, version).unwrap();
+        }
+    };
+    let store = StateStore::open_held(&session, &options(), None, None).unwrap();
+    store.add(&LENS).unwrap();
+    step(&store, 1);
+    store.commit(b"one").unwrap();
+    assert_eq!(store.commit(b"two").unwrap_err().kind(), ErrorKind::InvalidArgument);
+    store.settle().unwrap();
+    step(&store, 2);
+    store.commit(b"two").unwrap();
+    // Twice, so that no version is left that is not wanted.
+    step(&store, 3);
+    step(&store, 4);
+    drop(store);
+    let found: Vec<_> = StateStore::commits(&session, "run").unwrap();
+    let found: Vec<_> = found.iter().map(|commit| (commit.sequence, &commit.meta[..])).collect();
+    assert_eq!(found, [(2, &b"two"[..]), (1, &b"one"[..])]);
+    let error = StateStore::open_held(&session, &options(), None, Some(3)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+
+    let store = StateStore::open_held(&session, &options(), None, Some(1)).unwrap();
+    for unit in 0..LENS.len() as u32 {
+        assert_eq!(read(&store, unit).unwrap(), bytes(unit, 1, LENS[unit as usize]));
+    }
+    assert_eq!(store.meta().unwrap().as_deref(), Some(&b"one"[..]), "what comes after is forgotten");
+    step(&store, 5);
+    store.commit(b"another two").unwrap();
+    store.settle().unwrap();
+    store.settle().unwrap();
+    drop(store);
+    let store = StateStore::open(&session, &options(), None).unwrap();
+    assert_eq!(store.meta().unwrap().as_deref(), Some(&b"another two"[..]));
+    for unit in 0..LENS.len() as u32 {
+        assert_eq!(read(&store, unit).unwrap(), bytes(unit, 5, LENS[unit as usize]));
+    }
+}
+
+fn named(name: &str) -> StateOptions {
+    StateOptions { name: name.into(), ..options() }
+}
+
+/// Four steps of two stores that are committed together. The last commit that both returned from.
+fn steps_of_two(rig: &Rig) -> u64 {
+    let mut returned = 0;
+    let mut run = || -> Result<()> {
+        let session = rig.try_session()?;
+        let stores = [
+            StateStore::open_held(&session, &named("a"), None, None)?,
+            StateStore::open_held(&session, &named("b"), None, None)?,
+        ];
+        for store in &stores {
+            store.add(&LENS)?;
+        }
+        for step in 1..5 {
+            for store in &stores {
+                for unit in (0..LENS.len() as u32).filter(|unit| (step + u64::from(*unit)) % 3 != 0) {
+                    write(store, unit, step)?;
+                }
+            }
+            stores.iter().try_for_each(StateStore::settle)?;
+            for store in &stores {
+                store.commit(&step.to_le_bytes())?;
+            }
+            returned = step;
+        }
+        Ok(())
+    };
+    let _ = run();
+    returned
+}
+
+#[test]
+fn a_power_cut_leaves_a_commit_that_both_have() {
+    let whole = Rig::of(96 << 20);
+    let before = whole.power.changes();
+    assert_eq!(steps_of_two(&whole), 4);
+    let all = whole.power.changes() - before;
+    let mut gone_back = 0;
+    for cut in 0..all {
+        let rig = Rig::of(96 << 20);
+        rig.power.cut_after(cut);
+        let returned = steps_of_two(&rig);
+        let after = Rig::from(&rig.device.survivors(Survivors::Random(cut)));
+        let session = after.session();
+        let last = |name: &str| -> u64 {
+            StateStore::commits(&session, name).unwrap().first().map_or(0, |commit| commit.sequence)
+        };
+        let (a, b) = (last("a"), last("b"));
+        let agreed = a.min(b);
+        gone_back += u64::from(a != b && agreed > 0);
+        assert!((returned..=returned + 1).contains(&agreed), "cut {cut}: {a} and {b}, not {returned}");
+        for name in ["a", "b"] {
+            if agreed == 0 {
+                continue;
+            }
+            let store = StateStore::open_held(&session, &named(name), None, Some(agreed)).unwrap();
+            for unit in 0..store.units().len() as u32 {
+                let version = (1..=agreed).rev().find(|step| (step + u64::from(unit)) % 3 != 0);
+                match version {
+                    Some(version) => {
+                        let there = read(&store, unit).unwrap_or_else(|error| {
+                            panic!("cut {cut}, {name}, unit {unit}: {}", error.chain())
+                        });
+                        assert!(
+                            there == bytes(unit, version, LENS[unit as usize]),
+                            "cut {cut}, {name}, {unit}"
+                        );
+                    }
+                    None => assert!(!store.has(unit)),
+                }
+            }
+        }
+    }
+    assert!(gone_back > 0, "no cut was between the two commits");
 }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 
 from .._errors import InvalidArgument, NotSupported
-from ._planes import FROZEN, FULL, SPLIT, Layout, Place
+from ._planes import FROZEN, FULL, SPLIT, Layout, Place, seen
 
 
 class Param:
@@ -27,11 +27,20 @@ class Param:
         return self.kind != FROZEN
 
 
+class Piece(NamedTuple):
+    """What of a parameter lies in this rank's part of its planes."""
+
+    #: Where in the part, where in the parameter, and how many elements; none: it is all another rank's.
+    start: int
+    skip: int
+    count: int
+
+
 class Block:
     """Parameters that come and go together. ``module`` None: those that stay."""
 
-    def __init__(self, name: str, module: Optional[torch.nn.Module], layout: Layout) -> None:
-        self.name, self.module, self.layout = name, module, layout
+    def __init__(self, name: str, module: Optional[torch.nn.Module], layout: Layout, rank: int = 0) -> None:
+        self.name, self.module, self.layout, self.rank = name, module, layout, rank
         self.params: List[Param] = []
         #: Number of the state's unit of each plane.
         self.units: Dict[str, int] = {}
@@ -51,6 +60,13 @@ class Block:
         self.arrived: Set[int] = set()
         #: Norms of the gradients, by place in ``params``; device scalars.
         self.norms: Dict[int, torch.Tensor] = {}
+        #: Planes of which the whole is there, not only this rank's part.
+        self.whole: Set[str] = set()
+        #: This rank's gradients of this micro-batch, whole, by plane; planes that hold the sum of the micro-batches before.
+        self.incoming: Dict[str, torch.Tensor] = {}
+        self.summed: Set[str] = set()
+        #: Parameters that get a gradient in this backward pass, where that is counted.
+        self.expected: Optional[int] = None
         self.in_backward = False
         #: One for each input whose gradient is not there; they go with the graph.
         self.waiting: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -67,7 +83,7 @@ class Block:
 
     def weight_planes(self) -> List[str]:
         """What its forward and backward need."""
-        return [name for name in self.units if name in ("w", "hi") or name.startswith(FROZEN)]
+        return [name for name in self.units if seen(name)]
 
     def state_planes(self) -> List[str]:
         """What an update needs besides, the gradients aside."""
@@ -80,6 +96,30 @@ class Block:
         """A parameter's part of a plane, flat."""
         place = param.place
         return self.planes[plane][place.start : place.start + place.count]
+
+    def piece(self, param: Param) -> Piece:
+        """Where a parameter's elements are in this rank's part. Parts begin at whole vectors, as parameters do."""
+        share = self.layout.share(param.key)
+        first, place = self.rank * share, param.place
+        start = min(max(place.start, first), first + share)
+        end = min(max(place.start + place.count, first), first + share)
+        return Piece(start - first, start - place.start, end - start)
+
+    def mine(self, plane: str) -> torch.Tensor:
+        """This rank's part of a plane."""
+        return self.part(plane, self.planes[plane])
+
+    def part(self, plane: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a tensor for a plane, what is this rank's."""
+        if self.layout.ranks == 1 or not seen(plane):
+            return tensor
+        share = tensor.numel() // self.layout.ranks
+        return tensor[self.rank * share : (self.rank + 1) * share]
+
+    def own(self, param: Param, plane: str) -> torch.Tensor:
+        """What of a parameter lies in this rank's part of a plane, flat."""
+        piece = self.piece(param)
+        return self.mine(plane)[piece.start : piece.start + piece.count]
 
 
 def _of(kind: str, *names: str) -> str:
@@ -150,8 +190,10 @@ def take_apart(
     precision: str,
     accumulate: bool,
     passing: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Tuple[List[Block], Block]:
-    """The blocks, and the block of what stays: parameters outside of blocks, and those that several of them share."""
+    """The blocks, and the block of what stays: parameters outside of blocks, and those that several of them share. Of each, what rank ``rank`` has."""
     owners: Dict[torch.nn.Parameter, Set[str]] = {}
     linear: Set[torch.nn.Parameter] = set()
     for name, module in found:
@@ -166,9 +208,9 @@ def take_apart(
             for param in module.parameters(recurse=False):
                 owners.setdefault(param, set()).add("")
     other_uses = _uses_outside_linear(model)
-    blocks = {name: Block(name, module, Layout(precision, accumulate, passing=passing)) for name, module in found}
+    blocks = {name: Block(name, module, Layout(precision, accumulate, ranks=ranks, passing=passing), rank) for name, module in found}
     # Its gradients stay where autograd puts them.
-    rest = Block("", None, Layout(precision, accumulate, gradients=False))
+    rest = Block("", None, Layout(precision, accumulate, gradients=False, ranks=ranks), rank)
     for name, param in model.named_parameters():
         of = owners[param]
         block = blocks[next(iter(of))] if len(of) == 1 and "" not in of else rest

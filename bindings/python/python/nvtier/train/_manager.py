@@ -17,7 +17,8 @@ import torch
 
 from .._errors import Closed, InvalidArgument, OutOfDeviceMemory
 from ._blocks import Block, Param, gradient_plane, moment_planes, weight_plane
-from ._planes import FULL, SPLIT, join, low_parts, split
+from ._planes import FULL, SPLIT, Place, join, low_parts, split
+from ._ranks import Alone, Ranks
 
 
 class Pending:
@@ -28,9 +29,11 @@ class Pending:
 
 
 class Manager:
-    def __init__(self, state: Any, blocks: List[Block], rest: Block, device: torch.device, vram: Optional[int], write_at_once: bool) -> None:
+    def __init__(self, state: Any, blocks: List[Block], rest: Block, device: torch.device, vram: Optional[int], write_at_once: bool, ranks: Optional[Alone] = None) -> None:
         self.state, self.blocks, self.rest, self.device = state, blocks, rest, device
         self.vram = vram
+        #: None: one process.
+        self.ranks = ranks if isinstance(ranks, Ranks) else None
         #: Whether what is in the RAM share goes to the drive as it is stored, or with a commit.
         self.write_at_once = write_at_once
         #: Whether one pass follows the other, and the first block comes after the last.
@@ -51,6 +54,8 @@ class Manager:
         #: Micro-batches that the gathered gradients are of.
         self.gathered = 0
         self.order: List[Block] = []
+        #: Of the block that is :meth:`resident`: the whole of what ranks have parts of.
+        self._full: Dict[str, torch.Tensor] = {}
         self._seen: List[Block] = []
         self._blanks: Dict[Any, torch.Tensor] = {}
         #: ``[tensor, ticket, whether it is nobody else's]``
@@ -90,27 +95,28 @@ class Manager:
         return event
 
     def _fetch(self, block: Block, plane: str) -> None:
-        tensor = self._empty(*block.layout.planes()[plane])
+        tensor = self._empty(*block.layout.room(plane))
         event = self._event()
         handle = event.cuda_event if event is not None else 0
-        ticket = self.state.fetch(block.units[plane], self.name, tensor.data_ptr(), handle, (tensor, event))
+        ticket = self.state.fetch(block.units[plane], self.name, block.part(plane, tensor).data_ptr(), handle, (tensor, event))
         block.coming[plane] = (tensor, ticket)
 
     def _store(self, block: Block, plane: str) -> None:
-        tensor = block.planes[plane]
+        tensor, part = block.planes[plane], block.mine(plane)
         event = self._event()
         handle = event.cuda_event if event is not None else 0
-        ticket = self.state.store(block.units[plane], self.name, tensor.data_ptr(), handle, (tensor, event), self.write_at_once)
+        ticket = self.state.store(block.units[plane], self.name, part.data_ptr(), handle, (tensor, event), self.write_at_once)
         block.stored.add(plane)
         self._leaving.append([tensor, ticket, False])
         if self.write_at_once or plane not in block.in_ram:
-            self.stored_since_commit += tensor.numel() * tensor.element_size()
+            self.stored_since_commit += part.numel() * part.element_size()
 
     def _drop(self, block: Block, planes: Sequence[str]) -> None:
         for plane in planes:
             tensor = block.planes.pop(plane, None)
             if tensor is None:
                 continue
+            block.whole.discard(plane)
             for entry in self._leaving:
                 if entry[0] is tensor:
                     # It is copied from still, and given back then.
@@ -195,7 +201,7 @@ class Manager:
             for plane in planes:
                 if plane in following.planes or plane in following.coming or plane not in following.stored:
                     continue
-                dtype, count = following.layout.planes()[plane]
+                dtype, count = following.layout.room(plane)
                 self._reap()
                 while not self._fits(count * dtype.itemsize):
                     far = next((idle for idle in self._idle if idle not in nearer and idle is not following), None)
@@ -228,7 +234,7 @@ class Manager:
         for plane in planes:
             if plane in block.planes or plane in block.coming:
                 continue
-            dtype, count = block.layout.planes()[plane]
+            dtype, count = block.layout.room(plane)
             if plane in block.stored:
                 self._fetch(block, plane)
             else:
@@ -241,6 +247,8 @@ class Manager:
                 block.planes[plane] = tensor
 
     def _bind(self, block: Block) -> None:
+        if self.ranks is not None:
+            self.ranks.whole(block)
         if block.bound:
             return
         for param in block.params:
@@ -267,6 +275,9 @@ class Manager:
             block.bound = False
         weights = block.weight_planes() if self.vram is not None else []
         self._drop(block, [plane for plane in block.planes if plane not in weights])
+        if self.ranks is not None:
+            # What is still there, and so whether the others' parts have to be gathered again, must not differ between ranks.
+            block.whole.clear()
         if block.planes and block not in self._idle:
             self._idle.append(block)
 
@@ -277,6 +288,9 @@ class Manager:
                 ticket.wait()
                 self._count(tensor, -1)
             block.coming.clear()
+            for tensor in block.incoming.values():
+                self._count(tensor, -1)
+            block.incoming.clear()
             block.in_backward = False
             self._release(block)
         for block in list(self._idle):
@@ -359,7 +373,12 @@ class Manager:
         tensor.register_hook(there)
 
     def _perhaps_gather(self, block: Block) -> None:
-        if block.in_backward and len(block.arrived) == len(block.trainable) and not block.waiting:
+        if not block.in_backward or block.waiting:
+            return
+        if self.ranks is not None and block.expected is None:
+            # What has no gradient here may have one elsewhere, and all ranks have to go on at the same moment.
+            block.expected = self.ranks.expected(block)
+        if len(block.arrived) == (len(block.trainable) if block.expected is None else block.expected):
             self._gather(block)
 
     def _note(self, block: Block) -> None:
@@ -369,12 +388,15 @@ class Manager:
 
     def use(self, block: Block) -> None:
         """Has a block's weights on the device, of the last step."""
+        self._bring_up(block)
+        self._bind(block)
+
+    def _bring_up(self, block: Block) -> None:
         self._bring(block, self._planes_for(block, backward=False))
         if self._owes(block):
             # Before the device is given more to do, which what is fetched would wait for.
             self._ahead(block, backward=False)
             self._apply(block)
-        self._bind(block)
 
     def _enter_backward(self, block: Block) -> None:
         if not self._in_backward:
@@ -400,6 +422,10 @@ class Manager:
             gradient = parameter.grad
             parameter.grad = None
             if gradient is None:
+                return
+            if self.ranks is not None:
+                self.ranks.take(self, block, index, gradient)
+                self._perhaps_gather(block)
                 return
             plane = gradient_plane(entry)
             if plane not in block.planes:
@@ -427,7 +453,10 @@ class Manager:
 
     def _gather(self, block: Block) -> None:
         """The gradients of a block are there."""
+        if self.ranks is not None:
+            self.ranks.reduce(self, block)
         block.arrived.clear()
+        block.expected = None
         block.in_backward = False
         if self.steps_in_backward and block.graded:
             if self.carried is None:
@@ -462,7 +491,8 @@ class Manager:
     def _update(self, block: Block, pending: Pending, indices: Set[int]) -> None:
         self.settle(block)
         with torch.no_grad():
-            self.update(block, pending, {index: block.view(block.params[index], gradient_plane(block.params[index])) for index in indices})
+            self.update(block, pending, {index: block.own(block.params[index], gradient_plane(block.params[index])) for index in indices})
+        block.whole.clear()
         for plane in block.weight_planes() + block.state_planes():
             if not plane.startswith("frozen"):
                 self._store(block, plane)
@@ -474,13 +504,16 @@ class Manager:
     def update(self, block: Block, pending: Pending, gradients: Dict[int, torch.Tensor]) -> None:
         for index in sorted(gradients):
             entry = block.params[index]
+            entry.steps += 1
             gradient = _as_master(gradients[index], entry)
+            if gradient.numel() == 0:
+                # It lies in the parts of other ranks.
+                continue
             if pending.clip is not None:
                 torch._foreach_mul_([gradient], pending.clip)
-            entry.steps += 1
             # A fill, where a tensor made of a number would be a copy from the host that everything waits for.
             step = torch.full((), float(entry.steps), dtype=torch.float32, device=self.device)
-            m, v = (block.view(entry, plane) for plane in moment_planes(entry))
+            m, v = (block.own(entry, plane) for plane in moment_planes(entry))
             weight = self._master(block, entry)
             group = pending.groups[entry.group]
             torch._fused_adamw_(
@@ -499,24 +532,30 @@ class Manager:
                 maximize=group["maximize"],
             )
             if entry.kind == SPLIT:
-                low, ties = low_parts(block.planes["lo"], block.layout.counts[SPLIT], entry.place)
-                split(weight, block.view(entry, "hi"), low, ties)
+                split(weight, block.own(entry, "hi"), *self._low(block, entry))
+
+    def _low(self, block: Block, entry: Param) -> Tuple[torch.Tensor, torch.Tensor]:
+        piece = block.piece(entry)
+        return low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.count))
 
     def _master(self, block: Block, entry: Param) -> torch.Tensor:
-        if entry.kind == FULL:
-            return block.view(entry, "w")
-        low, ties = low_parts(block.planes["lo"], block.layout.counts[SPLIT], entry.place)
-        return join(block.view(entry, "hi"), low, ties)
+        return block.own(entry, "w") if entry.kind == FULL else join(block.own(entry, "hi"), *self._low(block, entry))
 
     def master(self, block: Block, entry: Param) -> torch.Tensor:
         """A copy of a parameter's weights as they are trained, on the host. The block's planes are there."""
         if entry.kind == SPLIT:
-            return self._master(block, entry).view(entry.param.shape).cpu()
+            whole = self._part_of("master", entry) if self.ranks is not None else self._master(block, entry)
+            return whole.view(entry.param.shape).cpu()
         return block.view(entry, weight_plane(entry)).view(entry.param.shape).detach().cpu().clone()
 
     def moments(self, block: Block, entry: Param) -> List[torch.Tensor]:
         """Copies of a parameter's moments on the host. The block's planes are there."""
-        return [block.view(entry, plane).view(entry.param.shape).cpu().clone() for plane in moment_planes(entry)]
+        planes = moment_planes(entry)
+        parts = [block.view(entry, plane) if self.ranks is None else self._part_of(plane, entry) for plane in planes]
+        return [part.view(entry.param.shape).cpu().clone() for part in parts]
+
+    def _part_of(self, plane: str, entry: Param) -> torch.Tensor:
+        return self._full[plane][entry.place.start : entry.place.start + entry.place.count]
 
     @contextlib.contextmanager
     def resident(self, block: Block, moments: bool) -> Iterator[None]:
@@ -524,9 +563,14 @@ class Manager:
         if block is not self.rest:
             wanted = block.state_planes() if moments else block.weight_planes() + [plane for plane in block.units if plane == "lo"]
             self._bring(block, wanted)
+        if self.ranks is not None:
+            planes = [plane for plane in block.state_planes() if plane != "lo"] if moments else ["master"] if "lo" in block.units else []
+            self._full = self.ranks.full(block, planes)
+            self.ranks.whole(block)
         try:
             yield
         finally:
+            self._full = {}
             self._release(block)
 
     def catch_up(self) -> None:
@@ -535,7 +579,7 @@ class Manager:
             raise InvalidArgument("a backward pass is under way")
         for block in self.order or self.blocks:
             if self._owes(block):
-                self.use(block)
+                self._bring_up(block)
                 self._release(block)
 
     def store_rest(self) -> None:

@@ -15,8 +15,9 @@ from .._mounts import pool_mounted_at
 from .._nvtier import Pool
 from ._blocks import Block, find_blocks, take_apart, weight_plane
 from ._manager import Manager
-from ._optimizer import Optimizer
-from ._planes import SPLIT, low_parts, split
+from ._optimizer import Optimizer, describe
+from ._planes import SPLIT, Place, low_parts, seen, split
+from ._ranks import Alone, Found, Ranks, parts_of, ranks_of
 
 #: Blocks that a plane is cut into are of up to this many bytes.
 _BLOCK_MOST = 4 << 20
@@ -41,6 +42,7 @@ def offload(
     commit_every: int = 1,
     resume: Union[bool, str] = False,
     deadline: float = 60.0,
+    group: Any = None,
     **options: Any,
 ) -> Tuple[torch.nn.Module, Optimizer]:
     """Takes the model's parameters into the pool, and returns the model and the optimizer that trains it there.
@@ -57,6 +59,8 @@ def offload(
     state's space in the pool.
     ``commit_every``: steps from one durable commit to the next. With more than 1 a crash costs up to so many steps, what is in the RAM share is written
     with a commit only and takes twice its space in the pool, and the rest up to three times.
+    ``group``: a process group of ``torch.distributed``; default: all processes, where it is initialised. Each rank calls this, has an equal part of all
+    state in its pool (or in the one that they share), and trains with micro-batches of its own; gradients are their mean.
     """
     if optimizer_class is not torch.optim.AdamW:
         raise NotSupported(f"nvtier.train: {getattr(optimizer_class, '__name__', optimizer_class)}; torch.optim.AdamW is supported")
@@ -77,26 +81,32 @@ def offload(
     if any(param.is_meta for param in model.parameters()):
         raise NotSupported("nvtier.train: a model on the meta device has no weights to begin with; load it on the host first")
     ram_bytes, vram_bytes = _bytes("ram", ram) or 0, _bytes("vram", vram)
-
-    opened = _pool_of(pool)
-    name = _run_name(run)
-    found = _nvtier.State.look(opened, name)
+    ranks = ranks_of(group, where)
+    if passing and ranks.world > 1:
+        raise NotSupported("nvtier.train: step_in='backward' with several ranks, whose gradients are summed first; use step_in='forward'")
+    opened = ranks.together(lambda: _pool_of(pool))
+    name = ranks.together(lambda: _run_name(run))
+    found = ranks.find(opened, name, run)
     if found is None and resume is True:
         raise NotFound(f"resume the run {run!r}: the pool has none of that name")
     if found is not None and resume is False:
         raise Exists(f"the pool has a run {run!r} already: resume=True goes on with it, nvtier.train.remove(pool, {run!r}) removes it")
-    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate, passing)
-    if not any(entry.trainable for block in [rest, *listed] for entry in block.params):
-        raise InvalidArgument("this model has no trainable parameters")
-    least = _least_device_bytes(listed, rest)
-    if vram_bytes is not None and vram_bytes < least:
-        raise OutOfDeviceMemory(
-            f"vram={vram_bytes} bytes: this model needs at least {least}, which is its largest block with all of its state, and what does not stream"
-        )
 
+    def apart() -> Tuple[List[Block], Block]:
+        listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate, passing, ranks.rank, ranks.world)
+        if not any(entry.trainable for block in [rest, *listed] for entry in block.params):
+            raise InvalidArgument("this model has no trainable parameters")
+        least = _least_device_bytes(listed, rest)
+        if vram_bytes is not None and vram_bytes < least:
+            raise OutOfDeviceMemory(
+                f"vram={vram_bytes} bytes: this model needs at least {least}, which is its largest block with all of its state, and what does not stream"
+            )
+        return listed, rest
+
+    listed, rest = ranks.together(apart)
     every = [rest, *listed]
     lens = [_unit_bytes(block, plane) for block in every for plane in block.layout.planes()]
-    block_bytes = found[0] if found is not None else _block_bytes(lens)
+    block_bytes = found.block_bytes if found is not None else _block_bytes(lens)
     largest = max(sum(_unit_bytes(block, plane) for plane in block.layout.planes()) for block in every)
     slack = max(2 * largest, sum(lens) // 16) if commit_every == 1 else sum(lens)
     share, share_bytes = _ram_share(every, ram_bytes, block_bytes)
@@ -109,15 +119,25 @@ def offload(
     else:
         # As before; what is in the RAM share is written by commits alone, one after the other.
         extra = 2 * sum(lens) - sum(_unit_bytes(block, plane) for block, plane in share)
-    budget = _nvtier.State.room_for(lens, extra, block_bytes)
-    free = int(opened.stat()["free_bytes"])
-    if found is None and budget > free:
-        raise NoSpace(
-            f"the run needs {budget} bytes of the pool ({sum(lens)} of weights, gradients and state), and {free} are free"
+    # With several ranks the commit before is held.
+    budget = _nvtier.State.room_for(lens, extra + (slack if ranks.world > 1 else 0), block_bytes)
+    if found is None:
+        _check_space(ranks, opened, budget, sum(lens))
+    if isinstance(ranks, Ranks):
+        # What decides when they commit, and what they say to each other.
+        ranks.same({
+            "the model, its parameters that are trained, precision, or blocks": describe(every),
+            "commit_every": commit_every,
+            "ram": [(block.name, plane) for block, plane in share],
+        })  # fmt: skip
+    state = ranks.together(
+        lambda: _nvtier.State(
+            opened, name=ranks.name(name), budget=budget, block_bytes=block_bytes, ram=share_bytes, deadline=deadline,
+            hold=ranks.world > 1, at=found.at if found is not None else None,
         )
-    state = _nvtier.State(opened, name=name, budget=budget, block_bytes=block_bytes, ram=share_bytes, deadline=deadline)
+    )  # fmt: skip
     try:
-        optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, passing, found)
+        optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, passing, found, ranks)
     except BaseException:
         state.close()
         raise
@@ -135,8 +155,27 @@ def _pool_of(pool: Union[str, "os.PathLike[str]", Pool]) -> Pool:
 
 def remove(pool: Union[str, "os.PathLike[str]", Pool], run: str) -> bool:
     """Removes a run from a pool, with everything of it. False: there is none."""
-    opened = _pool_of(pool)
-    return _nvtier.State.remove(opened, _run_name(run))
+    opened, name = _pool_of(pool), _run_name(run)
+    gone = [_nvtier.State.remove(opened, part) for part in [name, *parts_of(opened, name)]]
+    return any(gone)
+
+
+def _check_space(ranks: Alone, pool: Pool, budget: int, state: int) -> None:
+    """Refuses what a pool has no room for; several ranks may share one."""
+    free = int(pool.stat()["free_bytes"])
+    mine = str(pool.info()["id"])
+    sharing = [bytes for other, bytes in ranks.tell((mine, budget)) if other == mine]
+    if sum(sharing) > free:
+        of = "" if len(sharing) == 1 else f", as much for each of the {len(sharing)} ranks that share it"
+        error = NoSpace(f"the run needs {budget} bytes of the pool ({state} of weights, gradients and state){of}, and {free} are free")
+    else:
+        error = None
+
+    def refuse() -> None:
+        if error is not None:
+            raise error
+
+    ranks.together(refuse)
 
 
 def plan(
@@ -146,11 +185,14 @@ def plan(
     blocks: Optional[Iterable[torch.nn.Module]] = None,
     accumulate: bool = True,
     step_in: str = "forward",
+    ranks: int = 1,
 ) -> Dict[str, int]:
     """What a run will need, before anything is written; the model may be on the meta device. Bytes: ``state`` in the pool, ``least_vram``, ``written`` and
-    ``read`` by a step with one micro-batch and no RAM share, ``largest_block`` with all of its state."""
+    ``read`` by a step with one micro-batch and no RAM share, ``largest_block`` with all of its state. With several ranks, of each."""
+    if ranks < 1:
+        raise InvalidArgument(f"ranks={ranks}: 1 or more")
     passing = step_in == "backward"
-    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate and not passing, passing)
+    listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate and not passing, passing, 0, ranks)
     every = [rest, *listed]
 
     def total(blocks: List[Block], planes: Any) -> int:
@@ -189,21 +231,31 @@ def _start(
     slack: int,
     commit_every: int,
     passing: bool,
-    found: Optional[Tuple[int, bytes]],
+    found: Optional[Found],
+    ranks: Alone,
 ) -> Optimizer:
     every = [rest, *listed]
-    if not _number(state, every, share, fresh=found is None):
-        raise InvalidArgument("the run in the pool is of another model, precision or choice of blocks")
-    manager = Manager(state, listed, rest, device, vram, write_at_once=commit_every == 1)
+
+    def number() -> None:
+        if not _number(state, every, share, fresh=found is None):
+            raise InvalidArgument("the run in the pool is of another model, precision or choice of blocks")
+
+    ranks.together(number)
+    manager = Manager(state, listed, rest, device, vram, commit_every == 1, ranks)
     manager.steps_in_backward = passing
     groups = list(param_groups) if param_groups is not None else [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    optimizer = Optimizer(model, manager, groups, defaults, slack, commit_every)
-    meta = None if found is None else json.loads(found[1])
+    optimizer = ranks.together(lambda: Optimizer(model, manager, groups, defaults, slack, commit_every))
+    meta = None if found is None else found.meta
     if meta is not None:
-        optimizer.restore(meta)
+        ranks.together(lambda: optimizer.restore(meta))
+    elif manager.ranks is not None:
+        manager.ranks.begin()
     for block in every:
         _take_in(manager, block, fresh=meta is None)
     _move_buffers(model, device)
+    if manager.ranks is not None:
+        for buffer in model.buffers():
+            manager.ranks.first(buffer)
     manager.attach()
     for block in listed:
         assert block.module is not None
@@ -241,21 +293,24 @@ def _take_in(manager: Manager, block: Block, fresh: bool) -> None:
     """Puts a block's weights into its units, or forgets what the model came with."""
     stays = block is manager.rest
     if fresh or stays:
-        for plane, (dtype, count) in block.layout.planes().items():
+        for plane in block.layout.planes():
             if stays and plane in block.stored:
                 manager._fetch(block, plane)
             elif stays or plane not in ("m", "v", "sm", "sv", "g", "sg"):
                 # What lies between parameters has a value as well.
-                block.planes[plane] = manager._empty(dtype, count).zero_()
+                block.planes[plane] = manager._empty(*block.layout.room(plane)).zero_()
     if fresh:
         with torch.no_grad():
             for entry in block.params:
-                data = entry.param.data.reshape(-1)
+                data, piece = entry.param.data.reshape(-1), block.piece(entry)
+                if manager.ranks is not None:
+                    data = manager.ranks.first(data.to(manager.device))
+                data = data[piece.skip : piece.skip + piece.count]
                 if entry.kind == SPLIT:
-                    low, ties = low_parts(block.planes["lo"], block.layout.counts[SPLIT], entry.place)
-                    split(data.to(manager.device), block.view(entry, "hi"), low, ties)
+                    low, ties = low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.count))
+                    split(data.to(manager.device), block.own(entry, "hi"), low, ties)
                 else:
-                    block.view(entry, weight_plane(entry)).copy_(data)
+                    block.own(entry, weight_plane(entry)).copy_(data)
         for plane in list(block.planes):
             if plane not in ("m", "v", "sm", "sv"):
                 manager._store(block, plane)
@@ -344,18 +399,27 @@ def _block_bytes(lens: List[int]) -> int:
 
 def _least_device_bytes(listed: List[Block], rest: Block) -> int:
     def size(block: Block, planes: Iterable[str]) -> int:
-        return sum(_unit_bytes(block, plane) for plane in planes)
+        rooms = (block.layout.room(plane) for plane in planes)
+        return sum(dtype.itemsize * count for dtype, count in rooms)
+
+    def arriving(block: Block, planes: Iterable[str]) -> int:
+        # The whole of a rank's gradients, and its part of the sum.
+        return size(block, planes) * (block.layout.ranks + 1) if block.layout.ranks > 1 else 0
 
     def gradients(block: Block) -> int:
         return sum(count * dtype.itemsize for dtype, count in block.layout.gradient_planes().values())
 
     def backward(block: Block) -> int:
-        return gradients(block) + size(block, (plane for plane in block.layout.planes() if plane in ("w", "hi") or plane.startswith("frozen")))
+        return (
+            gradients(block)
+            + size(block, (plane for plane in block.layout.planes() if seen(plane)))
+            + arriving(block, [plane for plane in block.layout.planes() if plane in ("g", "sg")])
+        )
 
     def whole(block: Block) -> int:
         return size(block, block.layout.planes()) + (gradients(block) if block.layout.passing else 0)
 
-    stays = size(rest, rest.layout.planes())
+    stays = size(rest, rest.layout.planes()) + arriving(rest, [plane for plane in rest.layout.planes() if plane == "m"])
     update = max((whole(block) for block in listed), default=0)
     # A module's backward begins before that of the one after it has ended.
     pairs = [backward(one) + (whole if other.layout.passing else backward)(other) for one, other in zip(listed, listed[1:])]

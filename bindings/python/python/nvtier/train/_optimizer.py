@@ -83,14 +83,21 @@ class Optimizer(torch.optim.Optimizer):
             raise InvalidArgument("param_groups were changed between backward() and step(), and backward() has updated weights already (step_in='backward')")
         manager.step, manager.carried = pending.step, None
         rest = manager.rest
-        gradients = {
-            index: entry.param.grad.reshape(-1)
-            for index, entry in enumerate(rest.params)
-            if entry.trainable and entry.param.grad is not None
-        }
+        if manager.ranks is not None:
+            manager.ranks.agree(self)
+            gradients = manager.ranks.rest_gradients(manager)
+        else:
+            gradients = {
+                index: entry.param.grad.reshape(-1)
+                for index, entry in enumerate(rest.params)
+                if entry.trainable and entry.param.grad is not None
+            }
         if gradients:
             manager.settle(rest)
             manager.update(rest, pending, gradients)
+            if manager.ranks is not None:
+                rest.whole.discard("w")
+                manager.ranks.whole(rest)
         for block in manager.blocks:
             block.owed = set() if manager.steps_in_backward else set(block.graded)
         manager.pending = pending if any(block.owed for block in manager.blocks) else None
@@ -102,13 +109,23 @@ class Optimizer(torch.optim.Optimizer):
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> torch.Tensor:
         """``torch.nn.utils.clip_grad_norm_`` over all parameters of the model: the same total norm, and the same factor for every gradient, with which
-        it is multiplied in the step. Returns the norm."""
+        it is multiplied in the step. Returns the norm. With several ranks: of the mean of their gradients, on all of them."""
         self._open()
         if self._manager.steps_in_backward:
             raise NotSupported("nvtier.train: clipping with step_in='backward', which updates weights before the norm of all gradients is known; use step_in='forward'")
         if norm_type != 2.0:
             raise NotSupported(f"nvtier.train: clipping by the {norm_type}-norm; the 2-norm is supported")
         self._check_untouched()
+        ranks = self._manager.ranks
+        total = self._norm() if ranks is None else ranks.norm(self)
+        if total is None:
+            return torch.tensor(0.0)
+        if error_if_nonfinite and not bool(torch.isfinite(total)):
+            raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped.")
+        self._clip = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)
+        return total
+
+    def _norm(self) -> Optional[torch.Tensor]:
         norms: Dict[torch.Tensor, torch.Tensor] = {}
         for block in self._manager.blocks:
             for index, norm in block.norms.items():
@@ -117,13 +134,7 @@ class Optimizer(torch.optim.Optimizer):
             if entry.param.grad is not None:
                 norms[entry.param] = torch._foreach_norm([entry.param.grad])[0]
         ordered = [norms[param] for param in self._model.parameters() if param in norms]
-        if not ordered:
-            return torch.tensor(0.0)
-        total = torch.linalg.vector_norm(torch.stack(ordered), 2.0)
-        if error_if_nonfinite and not bool(torch.isfinite(total)):
-            raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite, so it cannot be clipped.")
-        self._clip = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)
-        return total
+        return torch.linalg.vector_norm(torch.stack(ordered), 2.0) if ordered else None
 
     def commit(self, extra: Optional[Dict[str, Any]] = None, wait: bool = False) -> None:
         """Makes the last step the one that a crash goes back to, with the states of all random number generators and with ``extra`` (of what JSON has:
@@ -139,7 +150,7 @@ class Optimizer(torch.optim.Optimizer):
         if wait or since == 0 or since >= self._commit_every:
             ticket = self._commit()
             if wait:
-                ticket.wait()
+                self._until_durable(ticket)
 
     @property
     def resumed(self) -> Optional[Dict[str, Any]]:
@@ -165,7 +176,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._base is None:
             self.commit(self._resumed if self._manager.step == 0 else None, wait=True)
         else:
-            self._commit().wait()
+            self._until_durable(self._commit())
 
     def weights(self) -> Iterator[Tuple[str, torch.Tensor]]:
         """All parameters by name, as they are trained, on the host, a block at a time."""
@@ -187,10 +198,15 @@ class Optimizer(torch.optim.Optimizer):
                     yield entry.name, entry.steps, m, v
 
     def save_pretrained(self, folder: Union[str, os.PathLike], max_shard_bytes: int = 5 << 30) -> None:
-        """Writes the model as safetensors files of Hugging Face's layout, with its configuration, a block at a time: the model need not fit into memory."""
+        """Writes the model as safetensors files of Hugging Face's layout, with its configuration, a block at a time: the model need not fit into memory.
+        With several ranks: called on all of them, written by rank 0."""
         from ._export import save_pretrained
 
-        save_pretrained(self._model, self.weights(), folder, max_shard_bytes)
+        ranks = self._manager.ranks
+        if ranks is None:
+            save_pretrained(self._model, self.weights(), folder, max_shard_bytes)
+        else:
+            ranks.export(self.weights(), lambda weights: save_pretrained(self._model, weights, folder, max_shard_bytes))
 
     def state_dict(self) -> Dict[str, Any]:
         """Groups as any optimizer's, and where the rest is: the state itself stays in the pool, where :meth:`commit` makes it durable."""
@@ -227,7 +243,9 @@ class Optimizer(torch.optim.Optimizer):
                 if self._committed_step != self._manager.step:
                     self._commit()
             if self._last_commit is not None:
-                self._last_commit.wait()
+                self._until_durable(self._last_commit)
+            if self._manager.ranks is not None:
+                self._manager.ranks.leave()
         finally:
             self._closed = True
             self._manager.detach(closed=True)
@@ -266,6 +284,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget_gradients(self) -> None:
         self._manager.gathered = 0
+        if self._manager.ranks is not None:
+            self._manager.ranks.forget(self._manager)
         self._must_clear = False
         self._clip = None
         for block in self._manager.blocks:
@@ -310,9 +330,18 @@ class Optimizer(torch.optim.Optimizer):
             self._last_commit.wait()
         return self._pending()
 
+    def _until_durable(self, ticket: Any) -> None:
+        ranks = self._manager.ranks
+        if ranks is None:
+            ticket.wait()
+        else:
+            ranks.settle(self._manager.state)
+
     def _commit(self) -> Any:
         manager = self._manager
-        if self._commit_every > 1 and self._last_commit is not None:
+        if manager.ranks is not None:
+            manager.ranks.settle(manager.state)
+        elif self._commit_every > 1 and self._last_commit is not None:
             # A third version of what commits alone write has no room.
             self._last_commit.wait()
         if self._rest_changed:
@@ -338,12 +367,15 @@ class Optimizer(torch.optim.Optimizer):
                 "clip": None if pending.clip is None else float(pending.clip),
             },
             **(self._base or {}),
+            **(manager.ranks.describe() if manager.ranks is not None else {}),
         }
         try:
             text = json.dumps(meta)
         except TypeError as error:
             raise InvalidArgument(f"commit(extra): {error}: what JSON has can be committed") from None
         self._last_commit = manager.state.commit(text.encode())
+        if manager.ranks is not None:
+            manager.ranks.committing(self._last_commit)
         self._commits.append(self._last_commit)
         self._committed_step = manager.step
         manager.stored_since_commit = 0
@@ -389,7 +421,7 @@ def _plain(group: Dict[str, Any]) -> Dict[str, Any]:
     return {key: value(item) for key, item in group.items() if key != "params"}
 
 
-def describe(blocks: List[Block], manager: Manager) -> List[Any]:
+def describe(blocks: List[Block], manager: Optional[Manager] = None) -> List[Any]:
     """What the units of a state are: compared when a run is resumed."""
     return [
         [

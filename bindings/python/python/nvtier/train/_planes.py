@@ -11,6 +11,8 @@ precision   planes of a trainable parameter, bytes an element                   
 ``mixed`` is float32 weights under ``torch.autocast(dtype=torch.bfloat16)``. A weight of an ``nn.Linear`` is used there as bfloat16 only, which is ``hi``: the
 float32 weight rounded to the nearest, ties to even. ``lo`` are the low 16 bits of the float32 weight, and a bit that says, at ties, which way it was
 rounded; together they are the float32 weight again, bit for bit. Other parameters (norms, biases, embeddings) are as in ``fp32``.
+
+With several ranks each has an equal part of every plane, and of the planes that modules see the whole while they are used.
 """
 
 from __future__ import annotations
@@ -76,18 +78,23 @@ def _unpack(packed: torch.Tensor, count: int) -> torch.Tensor:
     return ((packed.unsqueeze(1) & _weights(packed.device)) != 0).view(-1)[:count]
 
 
+def seen(plane: str) -> bool:
+    """Whether modules see the plane."""
+    return plane in ("w", "hi") or plane.startswith(FROZEN)
+
+
 class Layout:
     """The planes of a block: types, numbers of elements, and where each parameter lies."""
 
-    def __init__(self, precision: str, accumulate: bool, gradients: bool = True, passing: bool = False) -> None:
-        self.precision, self.gradients = precision, gradients
+    def __init__(self, precision: str, accumulate: bool, gradients: bool = True, ranks: int = 1, passing: bool = False) -> None:
+        self.precision, self.gradients, self.ranks = precision, gradients, ranks
         #: Gradients are used as soon as they are there: no plane of the pool is theirs.
         self.passing = passing
         self.counts: Dict[str, int] = {}
         self.frozen: Dict[str, torch.dtype] = {}
         self.gradient = torch.float32 if precision != "bf16" else torch.bfloat16
-        #: Of weights whose gradient comes as bfloat16: kept so where nothing is added to it.
-        self.split_gradient = torch.float32 if accumulate else torch.bfloat16
+        #: Of weights whose gradient comes as bfloat16: kept so where nothing is added to it, and it is no mean of several.
+        self.split_gradient = torch.float32 if accumulate or ranks > 1 else torch.bfloat16
 
     def add(self, kind: str, tensor: torch.Tensor) -> Tuple[str, Place]:
         """A place for a parameter."""
@@ -99,17 +106,21 @@ class Layout:
             self.frozen[key] = tensor.dtype
         return key, place
 
+    def share(self, key: str) -> int:
+        """Elements of a rank's part of the planes of a kind."""
+        return padded(-(-self.counts.get(key, 0) // self.ranks))
+
     def planes(self) -> Dict[str, Tuple[torch.dtype, int]]:
-        """Type and elements of every plane, by name."""
-        planes = {key: (dtype, self.counts[key]) for key, dtype in self.frozen.items()}
+        """Type and elements of every plane, by name: a rank's part of it, which is what is kept in the pool."""
+        planes = {key: (dtype, self.share(key)) for key, dtype in self.frozen.items()}
         kept = self.gradient_planes() if self.gradients and not self.passing else {}
-        full = self.counts.get(FULL, 0)
+        full = self.share(FULL)
         if full:
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
             planes.update({name: (dtype, full) for name in ("w", "m", "v")})
             if "g" in kept:
                 planes["g"] = kept["g"]
-        split_count = self.counts.get(SPLIT, 0)
+        split_count = self.share(SPLIT)
         if split_count:
             planes["hi"] = (torch.bfloat16, split_count)
             # Low halves, and an eighth as many bytes of ties, as int16.
@@ -122,7 +133,12 @@ class Layout:
     def gradient_planes(self) -> Dict[str, Tuple[torch.dtype, int]]:
         """As :meth:`planes`, of the gradients, wherever they are."""
         kinds = ((FULL, "g", self.gradient), (SPLIT, "sg", self.split_gradient))
-        return {name: (dtype, self.counts[kind]) for kind, name, dtype in kinds if self.counts.get(kind)}
+        return {name: (dtype, self.share(kind)) for kind, name, dtype in kinds if self.counts.get(kind)}
+
+    def room(self, plane: str) -> Tuple[torch.dtype, int]:
+        """Type and elements of a plane on the device: the whole of what modules see."""
+        dtype, count = self.planes()[plane]
+        return dtype, count * self.ranks if seen(plane) else count
 
 
 def low_parts(lo: torch.Tensor, count: int, place: Place) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,8 @@ def adapt(trainer: Any) -> Any:
     optimizer = trainer.optimizer
     if not isinstance(optimizer, Optimizer):
         raise InvalidArgument("adapt(trainer): make the trainer with optimizers=(optimizer, None), and the optimizer that offload() returned")
+    if optimizer._manager.ranks is not None:
+        raise NotSupported("adapt(trainer): a Trainer under several ranks wraps the model in DistributedDataParallel; a loop of your own trains with ranks")
     strategy = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy))
     if strategy != "no":
         raise NotSupported(

@@ -127,6 +127,12 @@ def _run(args: argparse.Namespace, signals: Any) -> None:
     if args.check:
         _check(args, config)
         return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Each would be a training of its own, and all of them of one run.
+        raise _errors.NotSupported(
+            f"nvtier train is one process, and WORLD_SIZE={os.environ['WORLD_SIZE']} is set, as torchrun does: run it without; "
+            "several GPUs train by nvtier.train.offload in a loop of your own (docs/guides/training.md)"
+        )
     _packages(["torch", "transformers"])
     from ._log import Log
     from ._loop import train
