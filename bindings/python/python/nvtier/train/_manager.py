@@ -18,6 +18,7 @@ from .._errors import Closed, InvalidArgument, OutOfDeviceMemory
 from ._blocks import Block, Param, gradient_plane, moment_planes, weight_plane
 from ._planes import FULL, SPLIT, Place, join, low_parts, split
 from ._ranks import Alone, Ranks
+from ._spill import Spill
 
 
 class Pending:
@@ -39,6 +40,8 @@ class Manager:
         self.cyclic = False
         #: A pool that is closed with it.
         self.closes: Any = None
+        #: Where inputs of blocks wait for the backward pass, if they do.
+        self.spill: Optional[Spill] = None
         self.name = "cpu" if device.type == "cpu" else f"cuda:{device.index}"
         self.pending: Optional[Pending] = None
         #: Steps done.
@@ -123,6 +126,8 @@ class Manager:
             else:
                 left.append(entry)
         self._leaving = left
+        if self.spill is not None:
+            self.spill.reap()
 
     def settle(self, block: Block) -> None:
         """Waits until nothing of a block that stays on the device is being copied from: it is about to be changed."""
@@ -265,6 +270,8 @@ class Manager:
             self._note(block)
             self.use(block)
             if torch.is_grad_enabled():
+                if self.spill is not None:
+                    self.spill.enter(block, [*args, *kwargs.values()])
                 for value in [*args, *kwargs.values()]:
                     if isinstance(value, torch.Tensor) and value.requires_grad:
                         self._await_gradient(block, value)
@@ -278,6 +285,8 @@ class Manager:
         def after(module: Any, args: Any, output: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return
+            if self.spill is not None:
+                self.spill.leave()
             tensor = _first_tensor(output)
             if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
                 tensor.register_hook(lambda gradient: self._enter_backward(block))
@@ -341,11 +350,15 @@ class Manager:
         if self._owes(block):
             raise RuntimeError(f"nvtier: the block {block.name} is in a backward pass whose forward pass was before the last step")
         block.in_backward = True
+        if self.spill is not None:
+            self.spill.ahead(block)
         self._bring(block, self._planes_for(block, backward=True))
         self._bind(block)
         before = self._following(block, -1)
         if before is not None:
             self.prefetch(before, backward=True)
+            if self.spill is not None:
+                self.spill.ahead(before)
 
     def _arrived(self, block: Block, index: int) -> Any:
         entry = block.params[index]
@@ -460,7 +473,7 @@ class Manager:
 
     def _low(self, block: Block, entry: Param) -> Tuple[torch.Tensor, torch.Tensor]:
         piece = block.piece(entry)
-        return low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.count))
+        return low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.length))
 
     def _master(self, block: Block, entry: Param) -> torch.Tensor:
         return block.own(entry, "w") if entry.kind == FULL else join(block.own(entry, "hi"), *self._low(block, entry))
