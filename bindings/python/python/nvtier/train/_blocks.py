@@ -33,7 +33,7 @@ class Piece(NamedTuple):
     #: Where in the part, where in the parameter, and how many elements; none: it is all another rank's.
     start: int
     skip: int
-    count: int
+    length: int
 
 
 class Block:
@@ -119,7 +119,7 @@ class Block:
     def own(self, param: Param, plane: str) -> torch.Tensor:
         """What of a parameter lies in this rank's part of a plane, flat."""
         piece = self.piece(param)
-        return self.mine(plane)[piece.start : piece.start + piece.count]
+        return self.mine(plane)[piece.start : piece.start + piece.length]
 
 
 def _of(kind: str, *names: str) -> str:

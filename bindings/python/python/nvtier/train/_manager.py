@@ -19,6 +19,7 @@ from .._errors import Closed, InvalidArgument, OutOfDeviceMemory
 from ._blocks import Block, Param, gradient_plane, moment_planes, weight_plane
 from ._planes import FULL, SPLIT, Place, join, low_parts, split
 from ._ranks import Alone, Ranks
+from ._spill import Spill
 
 
 class Pending:
@@ -42,6 +43,8 @@ class Manager:
         self.experts: Any = None
         #: A pool that is closed with it.
         self.closes: Any = None
+        #: Where inputs of blocks wait for the backward pass, if they do.
+        self.spill: Optional[Spill] = None
         self.name = "cpu" if device.type == "cpu" else f"cuda:{device.index}"
         self.pending: Optional[Pending] = None
         #: Whether a block is updated as soon as its gradients are there; and the step that is carried out so, until ``step()`` says that it was one.
@@ -137,6 +140,8 @@ class Manager:
             else:
                 left.append(entry)
         self._leaving = left
+        if self.spill is not None:
+            self.spill.reap()
 
     def settle(self, block: Block) -> None:
         """Waits until nothing of a block is being copied from: it is about to be changed."""
@@ -203,7 +208,8 @@ class Manager:
                     continue
                 dtype, count = following.layout.room(plane)
                 self._reap()
-                while not self._fits(count * dtype.itemsize):
+                # Inputs of blocks that come back are needed sooner.
+                while not self._fits(count * dtype.itemsize + (2 * self.spill.largest if self.spill is not None else 0)):
                     far = next((idle for idle in self._idle if idle not in nearer and idle is not following), None)
                     if far is None:
                         return
@@ -340,6 +346,8 @@ class Manager:
             self._note(block)
             self.use(block)
             if torch.is_grad_enabled():
+                if self.spill is not None:
+                    self.spill.enter(block, [*args, *kwargs.values()])
                 for value in [*args, *kwargs.values()]:
                     if isinstance(value, torch.Tensor) and value.requires_grad:
                         self._await_gradient(block, value)
@@ -351,6 +359,8 @@ class Manager:
         def after(module: Any, args: Any, output: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return
+            if self.spill is not None:
+                self.spill.leave()
             tensor = _first_tensor(output)
             if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
                 tensor.register_hook(lambda gradient: self._enter_backward(block))
@@ -409,8 +419,13 @@ class Manager:
         if self._owes(block):
             raise RuntimeError(f"nvtier: the block {block.name} is in a backward pass whose forward pass was before the last step")
         block.in_backward = True
+        if self.spill is not None:
+            self.spill.ahead(block)
         self._bring(block, self._planes_for(block, backward=True))
         self._bind(block)
+        if self.spill is not None:
+            for before, _ in itertools.islice(self._course(block, True), 1):
+                self.spill.ahead(before)
         self._ahead(block, backward=True)
 
     def _arrived(self, block: Block, index: int) -> Any:
@@ -536,7 +551,7 @@ class Manager:
 
     def _low(self, block: Block, entry: Param) -> Tuple[torch.Tensor, torch.Tensor]:
         piece = block.piece(entry)
-        return low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.count))
+        return low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.length))
 
     def _master(self, block: Block, entry: Param) -> torch.Tensor:
         return block.own(entry, "w") if entry.kind == FULL else join(block.own(entry, "hi"), *self._low(block, entry))

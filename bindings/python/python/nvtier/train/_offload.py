@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
@@ -18,6 +17,7 @@ from ._manager import Manager
 from ._optimizer import Optimizer, describe
 from ._planes import SPLIT, Place, low_parts, seen, split
 from ._ranks import Alone, Found, Ranks, parts_of, ranks_of
+from ._spill import ACTIVATIONS, Spill, room_in
 
 #: Blocks that a plane is cut into are of up to this many bytes.
 _BLOCK_MOST = 4 << 20
@@ -43,6 +43,8 @@ def offload(
     resume: Union[bool, str] = False,
     deadline: float = 60.0,
     group: Any = None,
+    activations: Union[None, int, str] = None,
+    activations_ram: Union[int, str] = 0,
     **options: Any,
 ) -> Tuple[torch.nn.Module, Optimizer]:
     """Takes the model's parameters into the pool, and returns the model and the optimizer that trains it there.
@@ -61,6 +63,8 @@ def offload(
     with a commit only and takes twice its space in the pool, and the rest up to three times.
     ``group``: a process group of ``torch.distributed``; default: all processes, where it is initialised. Each rank calls this, has an equal part of all
     state in its pool (or in the one that they share), and trains with micro-batches of its own; gradients are their mean.
+    ``activations``: where inputs of blocks wait for the backward pass: None: on the device; ``"pool"``, or so many bytes of it at most (``"64GiB"``); with
+    ``activations_ram``, in so much pinned host memory first. For models with (non-reentrant) gradient checkpointing.
     """
     if optimizer_class is not torch.optim.AdamW:
         raise NotSupported(f"nvtier.train: {getattr(optimizer_class, '__name__', optimizer_class)}; torch.optim.AdamW is supported")
@@ -81,6 +85,11 @@ def offload(
     if any(param.is_meta for param in model.parameters()):
         raise NotSupported("nvtier.train: a model on the meta device has no weights to begin with; load it on the host first")
     ram_bytes, vram_bytes = _bytes("ram", ram) or 0, _bytes("vram", vram)
+    spill_ram = _bytes("activations_ram", activations_ram) or 0
+    if activations != "pool":
+        _bytes("activations", activations)
+    if activations is None and spill_ram:
+        raise InvalidArgument("activations_ram without activations: activations='pool' moves them out of the device's memory, activations=0 to host memory only")
     ranks = ranks_of(group, where)
     if passing and ranks.world > 1:
         raise NotSupported("nvtier.train: step_in='backward' with several ranks, whose gradients are summed first; use step_in='forward'")
@@ -123,6 +132,7 @@ def offload(
     budget = _nvtier.State.room_for(lens, extra + (slack if ranks.world > 1 else 0), block_bytes)
     if found is None:
         _check_space(ranks, opened, budget, sum(lens))
+    spill_room = None if activations is None else ranks.together(lambda: room_in(opened, activations, budget if found is None else extra, ranks.world))
     if isinstance(ranks, Ranks):
         # What decides when they commit, and what they say to each other.
         ranks.same({
@@ -138,6 +148,10 @@ def offload(
     )  # fmt: skip
     try:
         optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, passing, found, ranks)
+        if spill_room is not None:
+            manager = optimizer._manager
+            manager.spill = Spill(opened, f"{ranks.name(name)}{ACTIVATIONS}", manager, spill_room, spill_ram, deadline)
+            manager.spill.attach(model)
     except BaseException:
         state.close()
         raise
@@ -156,8 +170,10 @@ def _pool_of(pool: Union[str, "os.PathLike[str]", Pool]) -> Pool:
 def remove(pool: Union[str, "os.PathLike[str]", Pool], run: str) -> bool:
     """Removes a run from a pool, with everything of it. False: there is none."""
     opened, name = _pool_of(pool), _run_name(run)
-    gone = [_nvtier.State.remove(opened, part) for part in [name, *parts_of(opened, name)]]
-    return any(gone)
+    parts = [name, *parts_of(opened, name)]
+    for part in parts:
+        _nvtier.State.remove(opened, f"{part}{ACTIVATIONS}")
+    return any([_nvtier.State.remove(opened, part) for part in parts])
 
 
 def _check_space(ranks: Alone, pool: Pool, budget: int, state: int) -> None:
@@ -305,9 +321,9 @@ def _take_in(manager: Manager, block: Block, fresh: bool) -> None:
                 data, piece = entry.param.data.reshape(-1), block.piece(entry)
                 if manager.ranks is not None:
                     data = manager.ranks.first(data.to(manager.device))
-                data = data[piece.skip : piece.skip + piece.count]
+                data = data[piece.skip : piece.skip + piece.length]
                 if entry.kind == SPLIT:
-                    low, ties = low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.count))
+                    low, ties = low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.length))
                     split(data.to(manager.device), block.own(entry, "hi"), low, ties)
                 else:
                     block.own(entry, weight_plane(entry)).copy_(data)

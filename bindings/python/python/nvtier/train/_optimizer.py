@@ -166,6 +166,8 @@ class Optimizer(torch.optim.Optimizer):
         """Bytes moved since the start, by tier, and what is on the device now and was at most."""
         manager = self._manager
         stats = dict(manager.state.moved())
+        if manager.spill is not None:
+            stats.update(manager.spill.stats())
         stats.update(device_bytes=manager.device_bytes, device_peak_bytes=manager.device_peak, steps=manager.step)
         return stats
 
@@ -254,6 +256,8 @@ class Optimizer(torch.optim.Optimizer):
     def _end(self) -> None:
         for hook in self._rest_hooks:
             hook.remove()
+        if self._manager.spill is not None:
+            self._manager.spill.close()
         self._manager.state.close()
         if self.closes is not None:
             self.closes.close()

@@ -330,7 +330,7 @@ class Ranks(Alone):
         for index in self._rest_graded or []:
             assert self._rest is not None
             piece = manager.rest.piece(manager.rest.params[index])
-            found[index] = self._rest[piece.start : piece.start + piece.count]
+            found[index] = self._rest[piece.start : piece.start + piece.length]
         return found
 
     def forget(self, manager: Manager) -> None:
