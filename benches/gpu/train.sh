@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training and streaming beyond a device's memory, on a machine with an NVIDIA GPU, a step at a time. Builds nothing of nvtier there.
 #
-#   WHEEL=target/gpu/train/nvtier-*.whl NVTIER=target/gpu/train/nvtier OUT=results benches/gpu/train.sh STEP...
+#   WHEEL=target/wheels/nvtier-*.whl NVTIER=target/gpu/train/nvtier OUT=results benches/gpu/train.sh STEP...
 #
 # Steps:  exact     bit for bit plain PyTorch, every precision
 #         small     1.1 G parameters: all of it in host memory, the step in the forward and in the backward pass
@@ -12,7 +12,7 @@
 #         peer      DeepSpeed ZeRO-3 with NVMe, the same model (PEER: folder with its source, wheels and libaio packages)
 #         large     6.7 G parameters, 24 GiB of VRAM, 64 GiB of RAM
 #
-# WHEEL    the Python package, NVTIER the command, both built elsewhere (cargo xtask wheel; cargo build --release)
+# WHEEL    the Python package, or a folder that has it unpacked; NVTIER: the command; both built elsewhere (cargo xtask wheel; cargo build --release)
 # DISK     folder on the drive (default: a new one in the working folder)
 # LIMIT    seconds for each step (default 280)
 #
@@ -21,7 +21,7 @@ set -u
 cd "$(dirname "$0")/../.."
 NVTIER=$(realpath "${NVTIER:-target/gpu/train/nvtier}")
 chmod +x "$NVTIER"
-WHEEL=$(ls ${WHEEL:-target/gpu/train/*.whl} | head -1)
+WHEEL=$(ls -d ${WHEEL:-target/gpu/train/py} | head -1)
 PEER=$(realpath -m "${PEER:-target/gpu/ds}")
 OUT=$(realpath -m "${OUT:-target/gpu/out}")
 mkdir -p "$OUT"
@@ -32,7 +32,11 @@ if [ -z "${DISK:-}" ]; then
 fi
 site=$(mktemp -d)
 trap 'rm -rf "$site" ${made:+"$made"}' EXIT
-python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$WHEEL" || exit 1
+if [ -d "$WHEEL" ]; then
+    cp -r "$WHEEL"/. "$site" || exit 1
+else
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$WHEEL" || exit 1
+fi
 export PYTHONPATH="$site:$PWD/bindings/python/tests" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 tests=bindings/python/tests
 limit=${LIMIT:-280}
@@ -72,8 +76,9 @@ json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
     peer)
         for package in "$PEER"/*.deb; do dpkg -x "$package" "$site/aio"; done
         ( 
-            lib=$site/aio/usr/lib/x86_64-linux-gnu
-            ln -sf libaio.so.1 "$lib/libaio.so" 2>/dev/null || ln -sf "$(ls "$lib" | grep 'libaio.so.1' | head -1)" "$lib/libaio.so"
+            lib=$(dirname "$(find "$site/aio" -name 'libaio.so.1*' | head -1)")
+            ln -sf "$(ls "$lib" | grep 'libaio.so.1' | head -1)" "$lib/libaio.so"
+            ln -sfn "$(ls "$lib" | grep 'libaio.so.1' | head -1)" "$lib/libaio.so.1" 2>/dev/null
             export CFLAGS="-I$site/aio/usr/include" CXXFLAGS="-I$site/aio/usr/include" LDFLAGS="-L$lib" LIBRARY_PATH="$lib" CPATH="$site/aio/usr/include"
             export LD_LIBRARY_PATH="$lib:${LD_LIBRARY_PATH:-}" TORCH_CUDA_ARCH_LIST=9.0 DS_SKIP_CUDA_CHECK=1 MAX_JOBS=16
             python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$PEER"/*.whl
