@@ -77,8 +77,6 @@ json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
         for package in "$PEER"/*.deb; do dpkg -x "$package" "$site/aio"; done
         ( 
             lib=$(dirname "$(find "$site/aio" -name 'libaio.so.1*' | head -1)")
-            ln -sf "$(ls "$lib" | grep 'libaio.so.1' | head -1)" "$lib/libaio.so"
-            ln -sfn "$(ls "$lib" | grep 'libaio.so.1' | head -1)" "$lib/libaio.so.1" 2>/dev/null
             export CFLAGS="-I$site/aio/usr/include" CXXFLAGS="-I$site/aio/usr/include" LDFLAGS="-L$lib" LIBRARY_PATH="$lib" CPATH="$site/aio/usr/include"
             export LD_LIBRARY_PATH="$lib:${LD_LIBRARY_PATH:-}" TORCH_CUDA_ARCH_LIST=9.0 DS_SKIP_CUDA_CHECK=1 MAX_JOBS=16
             python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$PEER"/*.whl
