@@ -8,9 +8,9 @@
 #         stream    3B inference with 2 GiB of VRAM beside accelerate's disk_offload, and all of it in host memory
 #         ranks     two GPUs: bit for bit DistributedDataParallel, times of a step
 #         part      2.9 G parameters, 8 GiB of VRAM, 16 GiB of RAM, the rest on the drive
-#         ram       the same with all of it in RAM
+#         ram       1.8 G parameters, 8 GiB of VRAM, all of it in RAM
 #         peer      DeepSpeed ZeRO-3 with NVMe, the same model (PEER: folder with its source, wheels and libaio packages)
-#         large     6.7 G parameters, 24 GiB of VRAM, 64 GiB of RAM
+#         large     3.9 G parameters, 24 GiB of VRAM, 64 GiB of RAM; and what plain PyTorch trains in as much VRAM
 #
 # WHEEL    the Python package, or a folder that has it unpacked; NVTIER: the command; both built elsewhere (cargo xtask wheel; cargo build --release)
 # DISK     folder on the drive (default: a new one in the working folder)
@@ -71,8 +71,14 @@ json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
     stream) check stream python3 $tests/stream_gpu_check.py --dir "$DISK" --out "$OUT/stream.json" --nvtier "$NVTIER" ;;
     ranks) check ranks python3 -m torch.distributed.run --standalone --nproc-per-node 2 $tests/ranks_gpu_check.py --dir "$DISK" --out "$OUT/ranks.json" ;;
     part) train part --no-exact "${big[@]}" --runs part --vram 4.5 --cap 8 --steps 3 ;;
-    ram) train ram --no-exact "${big[@]}" --runs ram,ram-backward --vram 4.5 --cap 8 --steps 6 ;;
-    large) train large --no-exact --no-plain --layers 32 --hidden 4096 --ffn 11008 --batch 2 --seq 2048 --runs large --vram 16 --cap 24 --steps 2 ;;
+    ram) train ram --no-exact "${big[@]}" --layers 16 --runs ram,ram-backward --vram 4.5 --cap 8 --steps 6 ;;
+    large)
+        train large --no-exact --no-plain "${big[@]}" --layers 38 --runs large --vram 16 --cap 24 --steps 2
+        for layers in 13 12 11 10 9; do
+            check "plain $layers" python3 $tests/train_gpu_check.py --dir "$DISK" --out "$OUT/plain-$layers.json" "${big[@]}" --layers $layers --no-exact --runs "" --cap 24 | tee "$OUT/plain.log"
+            grep -q "exit 0" "$OUT/plain.log" && break
+        done
+        ;;
     peer)
         for package in "$PEER"/*.deb; do dpkg -x "$package" "$site/aio"; done
         ( 

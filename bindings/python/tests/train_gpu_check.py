@@ -216,13 +216,15 @@ def speed(options, folder):
     found["parameters"] = sum(p.numel() for p in model.parameters())
     found["plain_seconds"] = compute = None
     if not options.no_plain:
+        if options.cap and not options.runs:
+            torch.cuda.set_per_process_memory_fraction(options.cap * GIB / torch.cuda.get_device_properties(0).total_memory)
         times = steps_of(model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW), ids, 4)
         found["plain_seconds"], compute = times, statistics.median(times[1:])
         found["plain_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         print("plain", times, found["plain_peak_gb"], flush=True)
     del model
     torch.cuda.empty_cache()
-    for name in options.runs.split(","):
+    for name in filter(None, options.runs.split(",")):
         ram, every, step_in = RUNS[name]
         before_run = ceilings()
         pool = os.path.join(folder, "pool")

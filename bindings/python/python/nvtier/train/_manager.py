@@ -22,6 +22,10 @@ from ._ranks import Alone, Ranks
 from ._spill import Spill
 
 
+#: Elements that a step updates at a time; whole vectors.
+_AT_A_TIME = 1 << 23
+
+
 class Pending:
     """A step whose gradients are there, and which blocks carry out when they are used next."""
 
@@ -233,7 +237,8 @@ class Manager:
             index = len(order)
         yield from ((other, True) for other in reversed(order[:index]))
 
-    def _bring(self, block: Block, planes: Sequence[str]) -> None:
+    def _bring(self, block: Block, planes: Sequence[str], ahead: Optional[bool] = None) -> None:
+        """Waits for planes of a block. ``ahead``: what comes after them, in a forward (False) or backward pass, is asked for first, so that nothing pauses."""
         self._using = block
         if block in self._idle:
             self._idle.remove(block)
@@ -246,6 +251,8 @@ class Manager:
             else:
                 # Moments before the first step.
                 block.planes[plane] = self._empty(dtype, count).zero_()
+        if ahead is not None:
+            self._ahead(block, ahead)
         for plane in planes:
             if plane in block.coming:
                 tensor, ticket = block.coming.pop(plane)
@@ -402,10 +409,8 @@ class Manager:
         self._bind(block)
 
     def _bring_up(self, block: Block) -> None:
-        self._bring(block, self._planes_for(block, backward=False))
+        self._bring(block, self._planes_for(block, backward=False), ahead=False)
         if self._owes(block):
-            # Before the device is given more to do, which what is fetched would wait for.
-            self._ahead(block, backward=False)
             self._apply(block)
 
     def _enter_backward(self, block: Block) -> None:
@@ -421,7 +426,7 @@ class Manager:
         block.in_backward = True
         if self.spill is not None:
             self.spill.ahead(block)
-        self._bring(block, self._planes_for(block, backward=True))
+        self._bring(block, self._planes_for(block, backward=True), ahead=True if self.spill is None else None)
         self._bind(block)
         if self.spill is not None:
             for before, _ in itertools.islice(self._course(block, True), 1):
@@ -520,41 +525,50 @@ class Manager:
         for index in sorted(gradients):
             entry = block.params[index]
             entry.steps += 1
-            gradient = _as_master(gradients[index], entry)
-            if gradient.numel() == 0:
-                # It lies in the parts of other ranks.
-                continue
-            if pending.clip is not None:
-                torch._foreach_mul_([gradient], pending.clip)
+            gradient = gradients[index]
             # A fill, where a tensor made of a number would be a copy from the host that everything waits for.
             step = torch.full((), float(entry.steps), dtype=torch.float32, device=self.device)
-            m, v = (block.own(entry, plane) for plane in moment_planes(entry))
-            weight = self._master(block, entry)
-            group = pending.groups[entry.group]
-            torch._fused_adamw_(
-                [weight],
-                [gradient],
-                [m],
-                [v],
-                [],
-                [step],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=group["maximize"],
-            )
-            if entry.kind == SPLIT:
-                split(weight, block.own(entry, "hi"), *self._low(block, entry))
+            # None: it lies in the parts of other ranks.
+            for first in range(0, gradient.numel(), _AT_A_TIME):
+                self._update_some(block, entry, gradient[first : first + _AT_A_TIME], first, step, pending)
 
-    def _low(self, block: Block, entry: Param) -> Tuple[torch.Tensor, torch.Tensor]:
-        piece = block.piece(entry)
-        return low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.length))
+    def _update_some(self, block: Block, entry: Param, gradient: torch.Tensor, first: int, step: torch.Tensor, pending: Pending) -> None:
+        """Some elements of a parameter: what a step makes for itself is small so, and each element's numbers are its own."""
+        count, group = gradient.numel(), pending.groups[entry.group]
+        gradient = _as_master(gradient, entry)
+        if pending.clip is not None:
+            torch._foreach_mul_([gradient], pending.clip)
+        m, v = (block.own(entry, plane)[first : first + count] for plane in moment_planes(entry))
+        if entry.kind == SPLIT:
+            high, low = block.own(entry, "hi")[first : first + count], self._low(block, entry, first, count)
+            weight = join(high, *low)
+        else:
+            weight = block.own(entry, "w")[first : first + count]
+        torch._fused_adamw_(
+            [weight],
+            [gradient],
+            [m],
+            [v],
+            [],
+            [step],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=group["maximize"],
+        )
+        if entry.kind == SPLIT:
+            split(weight, high, *low)
+
+    def _low(self, block: Block, entry: Param, first: int, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        return low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(block.piece(entry).start + first, count))
 
     def _master(self, block: Block, entry: Param) -> torch.Tensor:
-        return block.own(entry, "w") if entry.kind == FULL else join(block.own(entry, "hi"), *self._low(block, entry))
+        if entry.kind == FULL:
+            return block.own(entry, "w")
+        return join(block.own(entry, "hi"), *self._low(block, entry, 0, block.piece(entry).length))
 
     def master(self, block: Block, entry: Param) -> torch.Tensor:
         """A copy of a parameter's weights as they are trained, on the host. The block's planes are there."""
