@@ -130,19 +130,24 @@ def drive(nvtier_bin, folder):
 
 
 def bus():
-    """GB/s of pinned copies."""
-    host = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(GIB, dtype=torch.uint8, device="cuda")
-    speeds = {}
-    for name, to, source in (("htod", device, host), ("dtoh", host, device)):
-        to.copy_(source)
+    """GB/s of pinned copies: each way alone, and (``both``) each of the two while the other runs."""
+    host, device = torch.empty(GIB, dtype=torch.uint8, pin_memory=True), torch.empty(GIB, dtype=torch.uint8, device="cuda")
+    back, there = torch.empty(GIB, dtype=torch.uint8, pin_memory=True), torch.empty(GIB, dtype=torch.uint8, device="cuda")
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+
+    def timed(copies):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(3):
-            to.copy_(source, non_blocking=True)
+            for stream, (to, source) in zip(streams, copies):
+                with torch.cuda.stream(stream):
+                    to.copy_(source, non_blocking=True)
         torch.cuda.synchronize()
-        speeds[name] = 3 * GIB / (time.perf_counter() - start) / 1e9
-    return speeds
+        return 3 * GIB / (time.perf_counter() - start) / 1e9
+
+    in_, out = (device, host), (back, there)
+    timed([in_, out])
+    return {"htod": timed([in_]), "dtoh": timed([out]), "both": timed([in_, out])}
 
 
 def steps_of(model, optimizer, ids, count, clip=True):
@@ -195,6 +200,8 @@ def share_of(one, ceilings, compute):
     moved = one["per_step"]
     floors = {"compute": compute}
     floors["bus"] = max(moved["fetched_bytes"] / ceilings["bus"]["htod"], moved["stored_bytes"] / ceilings["bus"]["dtoh"]) / 1e9
+    # What both ways at once allow, which is what most of a step does.
+    floors["bus_both_ways"] = max(moved["fetched_bytes"], moved["stored_bytes"]) / ceilings["bus"]["both"] / 1e9
     if ceilings["drive"] is not None:
         read, written = moved["drive_read_bytes"] / ceilings["drive"]["read"] / 1e9, moved["drive_written_bytes"] / ceilings["drive"]["write"] / 1e9
         floors["drive_side_by_side"], floors["drive_in_turn"] = max(read, written), read + written
