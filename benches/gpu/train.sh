@@ -70,12 +70,12 @@ json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
     small) train small --no-exact --runs ram,ram-backward --steps 6 ;;
     stream) check stream python3 $tests/stream_gpu_check.py --dir "$DISK" --out "$OUT/stream.json" --nvtier "$NVTIER" ;;
     ranks) check ranks python3 -m torch.distributed.run --standalone --nproc-per-node 2 $tests/ranks_gpu_check.py --dir "$DISK" --out "$OUT/ranks.json" ;;
-    part) train part --no-exact "${big[@]}" --runs part --vram 3.5 --cap 8 --steps 3 ;;
-    ram) train ram --no-exact "${big[@]}" --layers 16 --runs ram,ram-backward --vram 3.5 --cap 8 --steps 6 ;;
+    part) train part --no-exact "${big[@]}" --runs part --batch 1 --vram 3 --cap 8 --steps 3 ;;
+    ram) train ram --no-exact "${big[@]}" --layers 16 --runs ram,ram-backward --batch 1 --vram 3 --cap 8 --steps 6 ;;
     large)
-        train large --no-exact --no-plain "${big[@]}" --layers 38 --runs large --vram 16 --cap 24 --steps 2
+        train large --no-exact --no-plain "${big[@]}" --layers 38 --batch 1 --runs large --vram 12 --cap 24 --steps 2
         for layers in 13 12 11 10 9; do
-            check "plain $layers" python3 $tests/train_gpu_check.py --dir "$DISK" --out "$OUT/plain-$layers.json" "${big[@]}" --layers $layers --no-exact --runs "" --cap 24 | tee "$OUT/plain.log"
+            check "plain $layers" python3 $tests/train_gpu_check.py --dir "$DISK" --out "$OUT/plain-$layers.json" "${big[@]}" --layers $layers --batch 1 --no-exact --runs "" --cap 24 | tee "$OUT/plain.log"
             grep -q "exit 0" "$OUT/plain.log" && break
         done
         ;;
