@@ -139,8 +139,9 @@ class NvtierTier(SecondaryTierManager):
         )
         try:
             memory = np.frombuffer(primary_kv_view, dtype=np.uint8)
+            planes, shape = [(memory.ctypes.data, rows * row)], (rows, row, 1, row, 1, row, row)
             self._tier = _nvtier.KvTier(
-                self._store._inner, primary_kv_view, memory.ctypes.data, rows, row, self._print, threads, float(deadline)
+                self._store._inner, primary_kv_view, "cpu", planes, shape, row, self._print, threads, float(deadline)
             )
             del memory
         except BaseException:
