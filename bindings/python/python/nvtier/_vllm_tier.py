@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import mmap
-import os
 from collections.abc import Collection, Iterable
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -24,6 +22,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from . import _nvtier, kv
 from ._errors import InvalidArgument
+from ._vllm_weights import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -54,41 +53,6 @@ class _Tenant:
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-
-def weights_digest(model: str) -> bytes:
-    """A digest of a model's weight files, whatever they are called: of their bytes, or where they lie in Hugging Face's cache, of the digests
-    that they are named by there."""
-    folder = model
-    if not os.path.isdir(folder):
-        try:
-            from huggingface_hub import snapshot_download
-
-            folder = snapshot_download(model, local_files_only=True)
-        except Exception as error:
-            raise InvalidArgument(
-                f"the weights of {model!r} are not on this machine ({error}), and blocks are not to meet other weights of the same name:"
-                ' set "fingerprint" of the tier to something that changes with the weights'
-            ) from error
-    names = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".bin", ".pt", ".gguf")))
-    if not names:
-        raise InvalidArgument(f'{folder} has no weights: set "fingerprint" of the tier to something that changes with the weights')
-    parts: List[Any] = []
-    for name in names:
-        path = os.path.realpath(os.path.join(folder, name))
-        blob = os.path.basename(path)
-        if os.path.basename(os.path.dirname(path)) == "blobs" and len(blob) == 64:
-            parts.append(["sha256", blob])
-            continue
-        size = os.path.getsize(path)
-        if not size:
-            parts.append(["empty"])
-            continue
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            view = np.frombuffer(mapped, dtype=np.uint8)
-            parts.append(["bytes", *_nvtier.kv_digest_memory("cpu", [(view.ctypes.data, size)])])
-            del view
-    return kv.fingerprint(weights=parts)
 
 
 class NvtierTier(SecondaryTierManager):

@@ -17,6 +17,7 @@ digest of the model's weight files), ``tenant_key`` (of a request's ``kv_transfe
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -40,10 +41,12 @@ def register() -> None:
     _registered = True
 
 
-def __getattr__(name: str) -> Any:
-    # vLLM looks the tier up here by name; who only loads weights, or has a vLLM without tiers, does not import it.
-    if name in ("NvtierTier", "weights_digest"):
-        from . import _vllm_tier
+#: Where what vLLM looks up here by name is: who only loads weights, or has a vLLM without some of it, does not import the rest.
+_PLACES = {"NvtierTier": "_vllm_tier", "NvtierConnector": "_vllm_connector", "weights_digest": "_vllm_weights"}
 
-        return getattr(_vllm_tier, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{place}", __package__), name)
