@@ -25,7 +25,7 @@ _registered = False
 
 
 def register() -> None:
-    """Makes the load format known to the vLLM of this process. Called by vLLM, in every process of it."""
+    """Makes the load format and the tier known to the vLLM of this process. Called by vLLM, in every process of it."""
     global _registered
     if _registered:
         return
@@ -39,6 +39,13 @@ def register() -> None:
         return
     register_model_loader("nvtier")(NvtierModelLoader)
     _registered = True
+    try:
+        from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+    except ImportError:
+        # A vLLM without tiers.
+        return
+    # Where a tier's configuration can name a module, this is not needed.
+    SecondaryTierFactory.register_tier("NvtierTier", __name__, "NvtierTier")
 
 
 #: Where what vLLM looks up here by name is: who only loads weights, or has a vLLM without some of it, does not import the rest.
