@@ -45,8 +45,8 @@ class NvtierClient:
     ) -> None:
         if not isinstance(fingerprint, str):
             raise InvalidArgument(f"fingerprint={fingerprint!r}: text that changes with the weights")
-        self._given = fingerprint
-        self._prints: Dict[Tuple[str, ...], bytes] = {}
+        # Model, rank and group are in the keys.
+        self._print = kv.fingerprint(layout="nvtier lmcache 1", weights=fingerprint)
         # What LMCache has in its first tier need not be in memory twice.
         self._store = kv.Store(
             pool,
@@ -107,26 +107,18 @@ class NvtierClient:
 
     def _submit(self, op: str, keys: Sequence[str], memoryviews: Sequence[Any]) -> int:
         views = [_where(view) for view in memoryviews]
-        owners: Dict[Tuple[Tuple[str, ...], str], List[int]] = {}
-        hashes = []
+        owners: Dict[str, List[int]] = {}
+        blocks = []
         for index, key in enumerate(keys):
-            *layout, block = key.split(_SEPARATOR)
-            salt = ""
-            if len(layout) == 4:
-                salt, block = block, layout.pop()
-            if len(layout) != 3:
+            block, salt = key, ""
+            if key.count(_SEPARATOR) == 4:
+                block, salt = key.rsplit(_SEPARATOR, 1)
+            elif key.count(_SEPARATOR) != 3:
                 raise InvalidArgument(f"the key {key!r} is not model@rank@group@hash[@salt]: nvtier does not fit this LMCache")
-            owners.setdefault((tuple(layout), salt), []).append(index)
-            hashes.append(block.encode())
-        parts = [(self._fingerprint(layout), salt, at) for (layout, salt), at in owners.items()]
-        return self._client.submit(op, parts, hashes, views, list(memoryviews))
-
-    def _fingerprint(self, layout: Tuple[str, ...]) -> bytes:
-        found = self._prints.get(layout)
-        if found is None:
-            found = kv.fingerprint(layout="nvtier lmcache 1", weights=self._given, keys=list(layout))
-            self._prints[layout] = found
-        return found
+            owners.setdefault(salt, []).append(index)
+            blocks.append(block.encode())
+        parts = [(self._print, salt, at) for salt, at in owners.items()]
+        return self._client.submit(op, parts, blocks, views, list(memoryviews))
 
 
 def _where(view: Any) -> Tuple[int, int]:
