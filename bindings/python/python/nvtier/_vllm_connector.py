@@ -105,7 +105,7 @@ class NvtierStats(KVConnectorStats):
     """Counts since the last ones."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: Dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         for name, more in other.data.items():
@@ -298,12 +298,14 @@ class _Scheduler(_Counted):
         self._print = b""
         self._requests: Dict[str, _Request] = {}
         self._loads: List[_Transfer] = []
-        self._shared = _Shared.take(self._options)
+        self._shared: Optional[_Shared] = _Shared.take(self._options)
 
     def meet(self, metadata: Dict[int, KVConnectorHandshakeMetadata]) -> None:
         met = {(told.layout, told.block_bytes) for told in metadata.values() if isinstance(told, NvtierHandshake)}
         if len(met) != 1 or len(metadata) != self._ranks:
             raise NotSupported(f"blocks of {len(metadata)} workers, of {self._ranks}, lie in {len(met)} different ways: one way is supported")
+        if self._shared is None:
+            return
         layout, block_bytes = met.pop()
         self._print = kv.fingerprint(
             layout="nvtier vllm connector 1", model=self._model, ranks=self._ranks, block_tokens=self._block_tokens, blocks=layout
@@ -435,6 +437,8 @@ class _Worker(_Counted):
 
     def register(self, caches: Dict[str, torch.Tensor]) -> None:
         self._layout = Layout(caches, self._blocks)
+        # Before the scheduler does: where it is another process, who moves the blocks is to own the pool, and who asks is to be its guest.
+        self._shared = _Shared.take(self._options)
 
     def handshake(self) -> NvtierHandshake:
         if self._layout is None:
@@ -442,10 +446,9 @@ class _Worker(_Counted):
         return NvtierHandshake(self._layout.digest, self._layout.block_bytes)
 
     def _begin(self, fingerprint: bytes) -> None:
-        if self.tier is not None or not fingerprint or self._layout is None:
+        if self.tier is not None or not fingerprint or self._layout is None or self._shared is None:
             return
         layout = self._layout
-        self._shared = _Shared.take(self._options)
         self.tier = _nvtier.KvTier(
             self._shared.store._inner,
             layout.keep,

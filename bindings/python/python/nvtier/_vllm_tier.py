@@ -87,7 +87,7 @@ class NvtierTier(SecondaryTierManager):
         # In 0.26 there is neither back-pressure nor a module path, which is left in the tier's configuration then.
         detector = () if _FEWER else (backpressure_detector,)
         super().__init__(offloading_spec, primary_kv_view, tier_type, *detector)
-        rows, row = primary_kv_view.shape[0], primary_kv_view.strides[0]
+        rows, row = len(primary_kv_view), (primary_kv_view.strides or (0,))[0]
         self._row = row
         if not primary_kv_view.c_contiguous or primary_kv_view.nbytes != rows * row:
             raise InvalidArgument("vLLM's CPU tier is not one piece of memory: nvtier does not fit this vLLM")
