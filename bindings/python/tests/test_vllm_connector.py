@@ -1,4 +1,4 @@
-"""vLLM's KV connector to a pool: whole engines of vLLM 0.26 on the CPU with a real model, and the layouts of other devices.
+"""vLLM's KV connector to a pool: whole engines of vLLM 0.26 on the CPU with a real model. `test_vllm_layout.py` has the layouts of other devices.
 
 vLLM is too heavy for the tests' environment: `cargo xtask test --suite vllm` gets it and runs this; elsewhere all of it is skipped."""
 
@@ -8,7 +8,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,9 +17,7 @@ import nvtier.vllm
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 try:
-    import torch
-    from nvtier import _nvtier, _vllm_connector
-    from nvtier._vllm_layout import Layout
+    from nvtier import _vllm_connector
 except ImportError as error:
     # The suite that brings vLLM must not pass without it.
     if os.environ.get("NVTIER_SUITE", "").startswith("vllm"):
@@ -180,69 +177,3 @@ def test_it_is_what_this_vllm_calls():
     stats = stats.aggregate(_vllm_connector.NvtierStats(data={"stored": 1, "hits": 0, "loaded": 4}))
     assert stats.reduce() == {"stored": 3, "loaded": 4} and not stats.is_empty()
     assert _vllm_connector.NvtierConnector.build_kv_connector_stats().is_empty()
-
-
-def layouts(blocks):
-    """Tensors as attention backends have them, whose blocks hold 2 x 3 heads x 16 tokens x 8 numbers."""
-    numbers = blocks * 2 * 3 * 16 * 8
-    flat = torch.arange(numbers, dtype=torch.float32)
-    return {
-        "pages": flat.clone().view(blocks, 3, 16, 16),
-        "keys, then values": flat.clone().view(2, blocks, 16, 3, 8),
-        "keys beside values": flat.clone().view(blocks, 2, 16, 3, 8),
-        "heads first": flat.clone().view(blocks, 2, 3, 16, 8).permute(0, 1, 3, 2, 4),
-        "small pages": flat.clone().view(blocks * 2, 2, 8, 3, 8),
-    }
-
-
-@pytest.mark.parametrize("name", layouts(1))
-def test_every_layout_gives_its_blocks_back(pool, name):
-    blocks = 12
-    caches = {f"layer{n}": layouts(blocks)[name] + n * 1e6 for n in range(3)}
-    expected = {layer: cache.clone() for layer, cache in caches.items()}
-    layout = Layout(caches, blocks)
-    assert layout.block_bytes == 3 * 2 * 3 * 16 * 8 * 4
-
-    def index(block):
-        """The block's part of a tensor."""
-        if name == "keys, then values":
-            return slice(None), block
-        return slice(block * 2, block * 2 + 2) if name == "small pages" else block
-
-    with nvtier.kv.Store(pool, budget=64 << 20, ram=8 << 20) as store:
-        tier = _nvtier.KvTier(store._inner, layout.keep, layout.device, layout.planes, layout.shape, layout.block_bytes, b"f" * 32, 2, 10.0)
-        tier.store(1, "", [b"a", b"b", b"c"], [3, 7, 0])
-        assert finished(tier) == (1, True)
-        for cache in caches.values():
-            cache.zero_()
-        # To other places than they were stored from.
-        tier.load(2, "", [b"b", b"a", b"nobody's"], [3, 5, 6])
-        assert finished(tier) == (2, False)
-        tier.close()
-    for layer, cache in caches.items():
-        for block in range(blocks):
-            source = {3: 7, 5: 3}.get(block)
-            want = torch.zeros_like(cache[index(block)]) if source is None else expected[layer][index(source)]
-            assert torch.equal(cache[index(block)], want), (layer, block)
-
-
-def finished(tier):
-    tier.drain()
-    for _ in range(10_000):
-        for job, success, *_ in tier.finished():
-            return job, success
-        time.sleep(0.001)
-    raise AssertionError("the job does not end")
-
-
-def test_layouts_that_mean_something_else_differ_and_strange_ones_are_refused():
-    digests = {name: Layout({"l": cache}, 12).digest for name, cache in layouts(12).items()}
-    assert len(set(digests.values())) == len(digests)
-    assert Layout({"l": layouts(24)["pages"]}, 24).digest == digests["pages"], "the number of blocks is no matter"
-    gaps = torch.zeros(12, 3, 32, 16)[:, :, ::2]
-    with pytest.raises(nvtier.NotSupported, match="gaps"):
-        Layout({"l": gaps}, 12)
-    with pytest.raises(nvtier.NotSupported, match="does not know"):
-        Layout({"l": torch.zeros(5, 7)}, 12)
-    with pytest.raises(nvtier.NotSupported, match="alike"):
-        Layout({"a": torch.zeros(12, 4), "b": torch.zeros(12, 8)}, 12)
