@@ -55,11 +55,11 @@ def pool(tmp_path):
     return tmp_path / "pool"
 
 
-def engine(model, waves, pool=None, fine=True, **order):
-    """What an engine of its own process says to waves of (prompt, tenant)."""
+def engine(model, waves, pool=None, fine=True, server=False, **order):
+    """What an engine of processes of its own says to waves of (prompt, tenant)."""
     extra = order.pop("extra", {})
     extra = None if pool is None else {"pool": str(pool), "budget": 256 << 20, "ram": 64 << 20, **extra}
-    order = {"tokens": TOKENS, **order, "model": model, "waves": waves, "extra": extra}
+    order = {"tokens": TOKENS, **order, "model": model, "waves": waves, "extra": extra, "server": server}
     done = subprocess.run(
         [sys.executable, str(HERE / "vllm_engine.py"), json.dumps(order)],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=False,
@@ -108,7 +108,7 @@ def flip(pool):
 
 def test_a_second_engine_finds_what_the_first_one_computed_and_damage_is_computed_anew(model, plain, pool):
     one_by_one = [[(prompt, None)] for prompt in PROMPTS]
-    first = engine(model, one_by_one, pool)
+    first = engine(model, one_by_one, pool, server=True)
     assert [wave[0]["tokens"] for wave in first["waves"]] == [answer["tokens"] for answer in plain]
     assert first["waves"][0][0]["cached"] == 0
     counts = first["counts"]
@@ -119,7 +119,7 @@ def test_a_second_engine_finds_what_the_first_one_computed_and_damage_is_compute
     assert counts["loaded"] == shared and counts["corrupt"] == counts["store_failed"] == counts["load_failed"] == 0
 
     # All at once, and a tenant who must not find them.
-    second = engine(model, [[(prompt, None) for prompt in PROMPTS], [(PROMPTS[0], "bob")]], pool)
+    second = engine(model, [[(prompt, None) for prompt in PROMPTS], [(PROMPTS[0], "bob")]], pool, server=True)
     assert tokens(second["waves"][0]) == [answer["tokens"] for answer in plain]
     assert [answer["cached"] for answer in second["waves"][0]] == [most(answer) for answer in plain]
     assert second["waves"][1][0]["cached"] == 0 and second["waves"][1][0]["tokens"] == plain[0]["tokens"]

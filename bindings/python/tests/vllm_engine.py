@@ -1,4 +1,6 @@
-"""An engine of vLLM's server, with nvtier's connector or without: `python vllm_engine.py JSON`. Prints tokens and counts as one line of JSON."""
+"""An engine of vLLM with nvtier's connector or without: `python vllm_engine.py JSON`. Prints tokens and counts as one line of JSON.
+
+`server`: as vLLM's server has it, with a process that schedules and one that computes; otherwise all of it is in this process."""
 
 import asyncio
 import json
@@ -21,10 +23,8 @@ def metrics():
     return found
 
 
-async def serve(order):
-    from vllm import AsyncEngineArgs, SamplingParams
+def arguments(order):
     from vllm.config import KVTransferConfig
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     transfer = None
     if order["extra"] is not None:
@@ -34,48 +34,89 @@ async def serve(order):
             kv_connector_module_path="nvtier.vllm",
             kv_connector_extra_config=order["extra"],
         )
-    args = AsyncEngineArgs(
-        model=order["model"], dtype="float32", max_model_len=512, enforce_eager=True, max_num_seqs=4, max_num_batched_tokens=512,
-        block_size=16, kv_transfer_config=transfer, enable_prefix_caching=order.get("prefix_caching", False),
-        num_gpu_blocks_override=order.get("blocks"),
-    )  # fmt: skip
-    engine = AsyncLLM.from_engine_args(args)
+    return {
+        "model": order["model"],
+        "dtype": "float32",
+        "max_model_len": 512,
+        "enforce_eager": True,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 512,
+        "block_size": 16,
+        "kv_transfer_config": transfer,
+        "enable_prefix_caching": order.get("prefix_caching", False),
+        "num_gpu_blocks_override": order.get("blocks"),
+        "disable_log_stats": False,
+    }
 
-    async def generate(number, prompt, tenant, tokens):
-        extra = {"kv_transfer_params": {"tenant": tenant}} if tenant else None
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
-        async for output in engine.generate(prompt, params, f"r{number}"):
+
+def params(tenant, tokens):
+    from vllm import SamplingParams
+
+    extra = {"kv_transfer_params": {"tenant": tenant}} if tenant else None
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
+
+
+def answer(output):
+    return {"tokens": list(output.outputs[0].token_ids), "prompt": len(output.prompt_token_ids), "cached": output.num_cached_tokens or 0}
+
+
+class Offline:
+    def __init__(self, order):
+        from vllm import LLM
+
+        self.engine = LLM(**arguments(order))
+
+    async def wave(self, requests, tokens):
+        prompts, tenants = zip(*requests)
+        outputs = self.engine.generate(list(prompts), [params(tenant, tokens) for tenant in tenants], use_tqdm=False)
+        return [answer(output) for output in outputs]
+
+    def close(self):
+        self.engine.llm_engine.engine_core.shutdown()
+
+
+class Server:
+    def __init__(self, order):
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments(order)))
+        self.number = 0
+
+    async def _one(self, prompt, tenant, tokens):
+        self.number += 1
+        async for output in self.engine.generate(prompt, params(tenant, tokens), f"r{self.number}"):
             last = output
-        return {
-            "tokens": list(last.outputs[0].token_ids),
-            "prompt": len(last.prompt_token_ids),
-            "cached": last.num_cached_tokens or 0,
-        }
+        return answer(last)
 
+    async def wave(self, requests, tokens):
+        return await asyncio.gather(*(self._one(prompt, tenant, tokens) for prompt, tenant in requests))
+
+    def close(self):
+        self.engine.shutdown()
+
+
+async def run(order):
+    engine = (Server if order["server"] else Offline)(order)
     try:
-        done, number = [], 0
-        for wave in order["waves"]:
-            requests = []
-            for prompt, tenant in wave:
-                number += 1
-                requests.append(generate(number, prompt, tenant, order["tokens"]))
-            done.append(await asyncio.gather(*requests))
+        waves = [await engine.wave(wave, order["tokens"]) for wave in order["waves"]]
         # Blocks are stored beside the steps, and counted with the next step.
-        wanted = sum(answer["prompt"] // 16 for wave in done for answer in wave)
-        for _ in range(LOOKS if transfer is not None else 1):
-            number += 1
-            await generate(number, "Hi", None, 2)
-            counts = metrics()
+        wanted = sum(one["prompt"] // 16 for wave in waves for one in wave)
+        counts = metrics()
+        for _ in range(LOOKS if order["extra"] is not None else 0):
             if sum(counts.get(name, 0) for name in COUNTS) >= wanted:
                 break
-        return {"waves": done, "counts": counts}
+            await engine.wave([("Hi", None)], 2)
+            counts = metrics()
+        return {"waves": waves, "counts": counts}
     finally:
-        engine.shutdown()
+        engine.close()
 
 
 if __name__ == "__main__":
+    order = json.loads(sys.argv[1])
     os.environ.update(
         HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
-        OMP_NUM_THREADS="2",
+        OMP_NUM_THREADS="2", VLLM_ENABLE_V1_MULTIPROCESSING="1" if order["server"] else "0",
     )  # fmt: skip
-    print("RESULT " + json.dumps(asyncio.run(serve(json.loads(sys.argv[1])))), flush=True)
+    print("RESULT " + json.dumps(asyncio.run(run(order))), flush=True)
