@@ -140,11 +140,12 @@ def test_a_second_engine_finds_what_the_first_one_computed_and_damage_is_compute
     assert counts["load_failed"] == 0
 
 
-def test_other_weights_find_nothing(model, plain, pool):
-    engine(model, [[(PROMPTS[0], None)]], pool, extra={"fingerprint": "yesterday"})
-    other = engine(model, [[(PROMPTS[0], None)], [(PROMPTS[0], None)]], pool, extra={"fingerprint": "today"})
-    assert [wave[0]["cached"] for wave in other["waves"]] == [0, most(plain[0])]
-    assert [wave[0]["tokens"] for wave in other["waves"]] == [plain[0]["tokens"]] * 2
+def test_other_weights_find_nothing_nor_does_who_comes_after_a_reset(model, plain, pool):
+    wave = [(PROMPTS[0], None)]
+    engine(model, [wave], pool, extra={"fingerprint": "yesterday"})
+    other = engine(model, [wave] * 4, pool, extra={"fingerprint": "today"}, reset_before=2)
+    assert [answers[0]["cached"] for answers in other["waves"]] == [0, most(plain[0])] * 2
+    assert [answers[0]["tokens"] for answers in other["waves"]] == [plain[0]["tokens"]] * 4
 
 
 def test_requests_that_are_preempted_and_a_late_pool_change_no_token(model, plain, pool):

@@ -71,6 +71,10 @@ class Offline:
         outputs = self.engine.generate(list(prompts), [params(tenant, tokens) for tenant in tenants], use_tqdm=False)
         return [answer(output) for output in outputs]
 
+    def reset(self):
+        if not self.engine.reset_prefix_cache(reset_connector=True):
+            raise RuntimeError("the cache was not reset")
+
     def close(self):
         self.engine.llm_engine.engine_core.shutdown()
 
@@ -99,7 +103,11 @@ class Server:
 async def run(order):
     engine = (Server if order["server"] else Offline)(order)
     try:
-        waves = [await engine.wave(wave, order["tokens"]) for wave in order["waves"]]
+        waves = []
+        for number, wave in enumerate(order["waves"]):
+            if number == order.get("reset_before"):
+                engine.reset()
+            waves.append(await engine.wave(wave, order["tokens"]))
         # Blocks are stored beside the steps, and counted with the next step.
         wanted = sum(one["prompt"] // 16 for wave in waves for one in wave)
         counts = metrics()

@@ -243,6 +243,9 @@ class NvtierConnector(KVConnectorBase_V1):
     def update_connector_output(self, connector_output: Any) -> None:
         self._inner.update(connector_output)
 
+    def reset_cache(self) -> Optional[bool]:
+        return self._inner.reset()
+
     def request_finished(self, request: Any, block_ids: List[int]) -> Tuple[bool, Optional[Dict[str, Any]]]:
         return self._inner.over(request.request_id), None
 
@@ -278,8 +281,10 @@ class _Request:
         self.blocks: List[int] = []
         #: Blocks from the first on that the device had when it was asked for more.
         self.local = 0
-        #: Blocks that were handed over to be stored.
+        #: Blocks from the first on that were handed over to be stored.
         self.stored = 0
+        #: Whether the workers have something to tell of its stores when it is over.
+        self.storing = False
         #: Blocks that are on their way.
         self.loading: Set[int] = set()
         #: Something could not be loaded: the rest is computed.
@@ -292,10 +297,13 @@ class _Scheduler(_Counted):
         config = connector._vllm_config
         self._options = connector._options
         self._ranks = config.parallel_config.tensor_parallel_size
+        transfer = config.kv_transfer_config
+        self._loads_any, self._stores_any = transfer.is_kv_consumer, transfer.is_kv_producer
         spec = connector._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._block_tokens = spec.block_size
         self._model = _model_parts(config, self._options["fingerprint"])
         self._print = b""
+        self._block_bytes = 0
         self._requests: Dict[str, _Request] = {}
         self._loads: List[_Transfer] = []
         self._shared: Optional[_Shared] = _Shared.take(self._options)
@@ -304,22 +312,40 @@ class _Scheduler(_Counted):
         met = {(told.layout, told.block_bytes) for told in metadata.values() if isinstance(told, NvtierHandshake)}
         if len(met) != 1 or len(metadata) != self._ranks:
             raise NotSupported(f"blocks of {len(metadata)} workers, of {self._ranks}, lie in {len(met)} different ways: one way is supported")
+        layout, self._block_bytes = met.pop()
+        self._ask(
+            kv.fingerprint(
+                layout="nvtier vllm connector 1", model=self._model, ranks=self._ranks, block_tokens=self._block_tokens, blocks=layout
+            )
+        )
+
+    def _ask(self, fingerprint: bytes) -> None:
+        """Asks for blocks of a fingerprint from now on."""
         if self._shared is None:
             return
-        layout, block_bytes = met.pop()
-        self._print = kv.fingerprint(
-            layout="nvtier vllm connector 1", model=self._model, ranks=self._ranks, block_tokens=self._block_tokens, blocks=layout
-        )
-        shape = (1, block_bytes, 1, block_bytes, 1, block_bytes, block_bytes)
-        self.tier = _nvtier.KvTier(
-            self._shared.store._inner, None, "cpu", [], shape, block_bytes, self._print, 0, float(self._options["deadline"])
-        )
+        self._print, size = fingerprint, self._block_bytes
+        shape = (1, size, 1, size, 1, size, size)
+        self.tier = _nvtier.KvTier(self._shared.store._inner, None, "cpu", [], shape, size, fingerprint, 0, float(self._options["deadline"]))
+        self._told = {}
+
+    def reset(self) -> Optional[bool]:
+        """The weights may be other ones from now on. What they are is not known: blocks of this engine meet no others."""
+        if self.tier is None or self._loads or any(known.loading for known in self._requests.values()):
+            return False
+        self.tier.close()
+        self._ask(kv.fingerprint(layout="nvtier vllm connector, after a reset", before=self._print, random=os.urandom(16)))
+        # Their names are of the old ones.
+        for known in self._requests.values():
+            known.keys, known.stored = [], 0
+        return True
 
     def _known(self, request: Any) -> Optional[_Request]:
         known = self._requests.get(request.request_id)
         if known is None:
             # Keys are of tokens alone. What else the blocks would depend on is not in them.
-            if request.lora_request is not None or request.mm_features or request.prompt_token_ids is None:
+            if request.lora_request is not None or request.mm_features or getattr(request, "prompt_embeds", None) is not None:
+                return None
+            if request.prompt_token_ids is None:
                 return None
             params = request.kv_transfer_params or {}
             # The digest of vLLM's own hashes is another one in each process.
@@ -334,7 +360,10 @@ class _Scheduler(_Counted):
 
     def matched(self, request: Any, computed: int) -> Tuple[Optional[int], bool]:
         known = self._known(request)
-        if self.tier is None or known is None or known.failed or computed % self._block_tokens:
+        if self.tier is None or known is None or known.failed or not self._loads_any or computed % self._block_tokens:
+            return 0, False
+        if getattr(request, "skip_reading_prefix_cache", False):
+            # Something is wanted of every token of the prompt, such as its probability.
             return 0, False
         known.local = computed // self._block_tokens
         # The last token has to be computed.
@@ -366,7 +395,7 @@ class _Scheduler(_Counted):
         meta = NvtierMetadata(fingerprint=self._print, preempted=set(output.preempted_req_ids or ()))
         for request in meta.preempted:
             if request in self._requests:
-                self._requests[request].stored = 0
+                self._requests[request].stored, self._requests[request].storing = 0, False
         meta.loads, self._loads = self._loads, []
         for new in output.scheduled_new_reqs:
             self._store(meta, new.req_id, list(new.block_ids[0]), True, new.num_computed_tokens, output)
@@ -379,14 +408,14 @@ class _Scheduler(_Counted):
 
     def _store(self, meta: NvtierMetadata, request: str, blocks: List[int], whole: bool, computed: int, output: Any) -> None:
         known = self._requests.get(request)
-        if known is None or known.stored == len(known.keys):
+        if known is None or known.stored == len(known.keys) or not self._stores_any:
             return
         known.blocks = blocks if whole else known.blocks + blocks
         full = min((computed + output.num_scheduled_tokens[request]) // self._block_tokens, len(known.keys), len(known.blocks))
         if full > known.stored:
             part = slice(known.stored, full)
             meta.stores.append(_Transfer(request, known.tenant, known.keys[part], known.blocks[part]))
-            known.stored = full
+            known.stored, known.storing = full, True
 
     def update(self, output: Any) -> None:
         bad = output.invalid_block_ids or set()
@@ -402,7 +431,7 @@ class _Scheduler(_Counted):
             self.tier.forget(request)
         known = self._requests.pop(request, None)
         # Those of a request that waits for a load are kept until it is through, and it has stored nothing.
-        return known is not None and known.stored > 0 and not known.loading
+        return known is not None and known.storing and not known.loading
 
     def close(self) -> None:
         if self._shared is not None:
@@ -422,6 +451,7 @@ class _Worker(_Counted):
         self._blocks = connector._kv_cache_config.num_blocks
         self._layout: Optional[Layout] = None
         self._shared: Optional[_Shared] = None
+        self._print = b""
         self._next = 0
         #: Jobs on their way: of whom, and of loads their blocks.
         self._jobs: Dict[int, Tuple[str, Optional[List[int]]]] = {}
@@ -446,9 +476,15 @@ class _Worker(_Counted):
         return NvtierHandshake(self._layout.digest, self._layout.block_bytes)
 
     def _begin(self, fingerprint: bytes) -> None:
-        if self.tier is not None or not fingerprint or self._layout is None or self._shared is None:
+        if fingerprint == self._print or self._layout is None or self._shared is None:
             return
-        layout = self._layout
+        if self.tier is not None:
+            # After a reset.
+            self._flush(True)
+            self.tier.drain()
+            self._reap()
+            self.tier.close()
+        layout, self._print, self._told = self._layout, fingerprint, {}
         self.tier = _nvtier.KvTier(
             self._shared.store._inner,
             layout.keep,
