@@ -149,13 +149,16 @@ def test_other_weights_find_nothing_nor_does_who_comes_after_a_reset(model, plai
 
 
 def test_requests_that_are_preempted_and_a_late_pool_change_no_token(model, plain, pool):
-    prompts = [(prompt, None) for prompt in PROMPTS]
-    order = {"blocks": 33, "prefix_caching": True}
+    # Two prompts that share nothing, on a device with one block more than both take when they are computed: answers take more.
+    chosen = [plain[0], plain[2]]
+    prompts = [(PROMPTS[0], None), (PROMPTS[2], None)]
+    blocks = sum(answer["prompt"] // BLOCK + 1 for answer in chosen) + 2
+    order = {"blocks": blocks, "max_model_len": 256, "prefix_caching": True}
     full = engine(model, [prompts, prompts], pool, **order)
     late = engine(model, [prompts, prompts], pool, extra={"deadline": 1e-6}, **order)
     for done in (full, late):
         for wave in done["waves"]:
-            assert tokens(wave) == [answer["tokens"] for answer in plain]
+            assert tokens(wave) == [answer["tokens"] for answer in chosen]
     assert full["counts"]["num_preemptions"] >= 1, "the device had room for all"
     assert late["counts"]["corrupt"] == 0
 

@@ -37,7 +37,7 @@ def arguments(order):
     return {
         "model": order["model"],
         "dtype": "float32",
-        "max_model_len": 512,
+        "max_model_len": order.get("max_model_len", 512),
         "enforce_eager": True,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 512,
