@@ -8,6 +8,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use engine::kv::admin;
 use engine::kv::planner::{self, Planner, RestoreOptions, Step};
 use engine::kv::warm::{Space, Warm};
 use engine::kv::{Get, Key, Miss, Put, Refusal, Settings, Stored};
@@ -150,6 +151,16 @@ impl Maker {
             deadline: Duration::from_millis(self.settings.deadline_ms),
         })
     }
+
+    /// The sizes of blocks that the store has, or had, by what they depend on.
+    pub(crate) fn sizes(&self) -> engine::Result<Vec<(Vec<u8>, u32)>> {
+        let report = self.session.kv(&self.settings.name, &admin::Order::Stat, &[], None, &mut |_| {})?;
+        let namespaces = match report {
+            admin::Report::Stat { namespaces, .. } => namespaces,
+            _ => Vec::new(),
+        };
+        Ok(namespaces.into_iter().map(|info| (info.fingerprint, info.block_bytes)).collect())
+    }
 }
 
 impl KvStore {
@@ -179,10 +190,12 @@ pub(crate) struct Outside {
     device: String,
     planes: Vec<Plane>,
     shape: BlockShape,
+    /// Whether each plane is a block of its own, and not a part of each.
+    apart: bool,
 }
 
 /// `blocks, block_stride, tokens, token_stride, heads, head_stride, row`, bytes.
-type ShapeArgs = (u32, u64, u32, u64, u32, u64, u64);
+pub(crate) type ShapeArgs = (u32, u64, u32, u64, u32, u64, u64);
 
 impl Outside {
     pub(crate) fn new(device: String, planes: Vec<(u64, u64)>, shape: ShapeArgs) -> PyResult<Outside> {
@@ -190,7 +203,32 @@ impl Outside {
         let (blocks, block_stride, tokens, token_stride, heads, head_stride, row) = shape;
         let shape = BlockShape { blocks, block_stride, tokens, token_stride, heads, head_stride, row };
         let planes = planes.into_iter().map(|(address, len)| Plane { address, len }).collect();
-        Ok(Outside { device, planes, shape })
+        Ok(Outside { device, planes, shape, apart: false })
+    }
+
+    /// Blocks of `len` bytes at these addresses of the host.
+    pub(crate) fn apart(addresses: Vec<u64>, len: u64) -> Outside {
+        let shape = BlockShape {
+            blocks: 1,
+            block_stride: len,
+            tokens: 1,
+            token_stride: len,
+            heads: 1,
+            head_stride: len,
+            row: len,
+        };
+        let planes = addresses.into_iter().map(|address| Plane { address, len }).collect();
+        Outside { device: "cpu".into(), planes, shape, apart: true }
+    }
+
+    /// Refuses blocks of another size.
+    pub(crate) fn must_have(&self, block_bytes: u32) -> engine::Result<()> {
+        let bytes = self.shape.block_bytes().and_then(|bytes| bytes.checked_mul(self.planes.len() as u64));
+        if bytes == Some(u64::from(block_bytes)) {
+            return Ok(());
+        }
+        let context = format!("planes with blocks of {bytes:?} bytes, and not of {block_bytes}");
+        Err(engine::Error::new(engine::ErrorKind::InvalidArgument, context))
     }
 
     fn is_host(&self) -> bool {
@@ -234,6 +272,7 @@ impl Got {
 /// Takes blocks out of planes or puts them there, on the host or on a GPU.
 enum Mover<'a> {
     Host(HostPlanes),
+    Apart(Vec<HostPlanes>),
     Gpu { gpu: Gpu, paged: Paged, half: bool, room: usize, home: &'a Mutex<Vec<Gpu>> },
 }
 
@@ -277,6 +316,15 @@ impl Inside {
 
     fn mover(&self, outside: &Outside, blocks: usize) -> gpudirect::Result<Mover<'_>> {
         let block_bytes = self.blocks.block_bytes();
+        if outside.apart {
+            let all = outside.planes.iter().map(|plane| {
+                let memory = Foreign::new(vec![(plane.address, plane.len)]);
+                let paged = Paged::new(&memory, std::slice::from_ref(plane), outside.shape)?;
+                outside.check(&paged, block_bytes)?;
+                Ok(HostPlanes::new(&paged))
+            });
+            return all.collect::<gpudirect::Result<_>>().map(Mover::Apart);
+        }
         if outside.is_host() {
             let ranges = outside.planes.iter().map(|plane| (plane.address, plane.len)).collect();
             let paged = Paged::new(&Foreign::new(ranges), &outside.planes, outside.shape)?;
@@ -388,6 +436,12 @@ impl Inside {
         Ok((got, trouble))
     }
 
+    /// Takes blocks out. Returns how many were there.
+    pub(crate) fn remove(&self, keys: &[Key]) -> engine::Result<usize> {
+        self.warm.remove(self.space, keys);
+        self.blocks.remove(keys)
+    }
+
     /// Which blocks are there, in the store.
     pub(crate) fn contains(&self, keys: &[Key]) -> engine::Result<Vec<bool>> {
         self.blocks.contains(keys)
@@ -457,6 +511,9 @@ impl Mover<'_> {
             Mover::Host(planes) => {
                 blocks.iter().try_for_each(|(place, buffer)| planes.scatter(*place, &buffer[..block_bytes]))
             }
+            Mover::Apart(all) => blocks
+                .iter()
+                .try_for_each(|(place, buffer)| place_of(all, *place)?.scatter(0, &buffer[..block_bytes])),
             Mover::Gpu { gpu, paged, half, room, .. } => {
                 for blocks in blocks.chunks(*room) {
                     // Two halves: copies of the next step need not wait for this step's kernel. What is in a half is read by kernels
@@ -495,6 +552,12 @@ impl Mover<'_> {
                 }
                 Ok(buffers)
             }
+            Mover::Apart(all) => {
+                for (place, buffer) in places.iter().zip(&mut buffers) {
+                    place_of(all, *place)?.gather(0, &mut buffer[..block_bytes])?;
+                }
+                Ok(buffers)
+            }
             Mover::Gpu { gpu, paged, room, .. } => {
                 let mut all = Vec::with_capacity(buffers.len());
                 let mut buffers = buffers.into_iter();
@@ -530,6 +593,13 @@ impl Mover<'_> {
         }
         Ok(())
     }
+}
+
+fn place_of(all: &[HostPlanes], place: u32) -> gpudirect::Result<&HostPlanes> {
+    all.get(place as usize).ok_or_else(|| {
+        let context = format!("block {place} of {}", all.len());
+        gpudirect::Error::new(gpudirect::ErrorKind::Invalid, context)
+    })
 }
 
 fn staging_of(address: u64, len: u64) -> Staging {
@@ -607,8 +677,7 @@ impl KvBlocks {
 
     fn remove(&self, py: Python<'_>, keys: Vec<Vec<u8>>) -> PyResult<usize> {
         let (inside, keys) = (self.inside()?, self::keys(&keys)?);
-        inside.warm.remove(inside.space, &keys);
-        py.detach(|| inside.blocks.remove(&keys)).py()
+        py.detach(|| inside.remove(&keys)).py()
     }
 
     fn set_quota(&self, py: Python<'_>, quota: u64) -> PyResult<()> {

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 mod error;
 mod file;
+mod jobs;
 mod kv;
 mod lanes;
 mod load;
@@ -27,6 +28,7 @@ fn _nvtier(module: &Bound<'_, PyModule>) -> PyResult<()> {
     load::register(module)?;
     kv::register(module)?;
     tier::register(module)?;
+    jobs::register(module)?;
     state::register(module)?;
     file::register(module)
 }

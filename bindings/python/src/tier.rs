@@ -1,5 +1,6 @@
-//! `nvtier._nvtier.KvTier`: jobs between rows of host memory and a KV store, done by threads of its own. Who asks never waits: a question is
-//! answered when it is asked again, a job when its result is fetched. What inference engines' tiers (`nvtier.vllm`) are made of.
+//! `nvtier._nvtier.KvTier`: jobs between blocks of memory, on the host or a GPU, and a KV store, done by threads of its own. Who asks never
+//! waits: a question is answered when it is asked again, a job when its result is fetched. What inference engines' tiers and connectors
+//! (`nvtier.vllm`) are made of.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
@@ -13,7 +14,7 @@ use pyo3::pybacked::PyBackedBytes;
 use serde::Serialize;
 
 use crate::error::{IntoPy, closed, invalid, to_py};
-use crate::kv::{Got, Inside, KvStore, Maker, Outside};
+use crate::kv::{Got, Inside, KvStore, Maker, Outside, ShapeArgs};
 use crate::pool::to_dict;
 use crate::process::Mine;
 
@@ -59,7 +60,7 @@ type Finished = (u64, bool, Vec<bool>, f64, u64);
 
 /// What happened since the tier was made.
 #[derive(Clone, Debug, Default, Serialize)]
-struct Counts {
+pub(crate) struct Counts {
     stored: u64,
     present: u64,
     refused: u64,
@@ -73,10 +74,32 @@ struct Counts {
     store_seconds: f64,
     load_seconds: f64,
     /// Questions answered with yes and no.
-    hits: u64,
-    misses: u64,
+    pub(crate) hits: u64,
+    pub(crate) misses: u64,
     /// Parts of jobs that wait for a thread.
-    queued: u64,
+    pub(crate) queued: u64,
+}
+
+impl Counts {
+    /// A block that was to be loaded or stored, and what came of it. Says whether that is well.
+    pub(crate) fn add(&mut self, load: bool, what: &str, bytes: u64) -> bool {
+        let (count, moved, good) = match (load, what) {
+            (true, "memory" | "drive") => (&mut self.loaded, Some(&mut self.loaded_bytes), true),
+            (true, "absent") => (&mut self.lost, None, false),
+            (true, "corrupt") => (&mut self.corrupt, None, false),
+            (true, _) => (&mut self.load_failed, None, false),
+            (false, "new") => (&mut self.stored, Some(&mut self.stored_bytes), true),
+            (false, "present") => (&mut self.present, None, true),
+            (false, "failed") => (&mut self.store_failed, None, false),
+            // By policy: nothing is wrong.
+            (false, _) => (&mut self.refused, None, true),
+        };
+        *count += 1;
+        if let Some(moved) = moved {
+            *moved += bytes;
+        }
+        good
+    }
 }
 
 #[derive(Default)]
@@ -94,6 +117,25 @@ struct State {
     counts: Counts,
     trouble: Option<String>,
     stop: bool,
+}
+
+impl State {
+    /// What a request's question is answered with; one that is new is put down.
+    fn ask(&mut self, request: &str, tenant: &Tenant, key: Key) -> Option<bool> {
+        if !self.answers.contains_key(request) {
+            if self.answers.len() >= REQUESTS_MAX {
+                self.answers.clear();
+            }
+            self.answers.insert(request.to_owned(), HashMap::new());
+        }
+        let answers = self.answers.get_mut(request)?;
+        if let Some(answer) = answers.get(&key) {
+            return *answer;
+        }
+        answers.insert(key, None);
+        self.questions.push((request.to_owned(), tenant.clone(), key));
+        None
+    }
 }
 
 struct Tier {
@@ -173,41 +215,10 @@ impl Tier {
         for index in 0..part.len {
             let key = job.keys[part.first + index];
             let what = done.as_ref().map_or("failed", |done| done[index]);
-            let counts = &mut state.counts;
-            let good = match (job.load, what) {
-                (true, "memory" | "drive") => {
-                    counts.loaded += 1;
-                    counts.loaded_bytes += bytes;
-                    true
-                }
-                (true, why) => {
-                    match why {
-                        "absent" => counts.lost += 1,
-                        "corrupt" => counts.corrupt += 1,
-                        _ => counts.load_failed += 1,
-                    }
-                    self.lost(state, &job.tenant, key);
-                    false
-                }
-                (false, "new") => {
-                    counts.stored += 1;
-                    counts.stored_bytes += bytes;
-                    true
-                }
-                (false, "present") => {
-                    counts.present += 1;
-                    true
-                }
-                (false, "failed") => {
-                    counts.store_failed += 1;
-                    false
-                }
-                // By policy: nothing is wrong.
-                (false, _) => {
-                    counts.refused += 1;
-                    true
-                }
-            };
+            let good = state.counts.add(job.load, what, bytes);
+            if job.load && !good {
+                self.lost(state, &job.tenant, key);
+            }
             if matches!(what, "memory" | "drive" | "new") {
                 job.moved.fetch_add(1, AcqRel);
             }
@@ -310,7 +321,7 @@ impl Tier {
 }
 
 /// The key of a block in the store, of whatever bytes an engine calls it by.
-fn key_of(bytes: &[u8]) -> PyResult<Key> {
+pub(crate) fn key_of(bytes: &[u8]) -> PyResult<Key> {
     Key::new(blake3::hash(bytes).as_bytes()).map_err(to_py)
 }
 
@@ -318,8 +329,8 @@ fn key_of(bytes: &[u8]) -> PyResult<Key> {
 struct Running {
     tier: Arc<Tier>,
     threads: Vec<JoinHandle<()>>,
-    /// The rows: longer than any thread that writes to them.
-    _rows: Py<PyAny>,
+    /// Owns the memory of the blocks: longer than any thread that writes to it.
+    _memory: Py<PyAny>,
 }
 
 impl Drop for Running {
@@ -393,16 +404,18 @@ impl KvTier {
 
 #[pymethods]
 impl KvTier {
-    /// `address`, `rows`, `row_bytes`: where `memory`, which is kept, has its rows. They are taken on the word of `nvtier.vllm`.
+    /// `planes` and `shape` on `device`, see `KvBlocks.put`: where `memory`, which is kept, has its blocks. They are taken on the word of
+    /// `nvtier.vllm`. Without planes and threads it answers questions only.
     #[new]
-    #[pyo3(signature = (store, memory, address, rows, row_bytes, fingerprint, threads, deadline))]
+    #[pyo3(signature = (store, memory, device, planes, shape, block_bytes, fingerprint, threads, deadline))]
     #[allow(clippy::too_many_arguments)] // of a private class
     fn new(
         store: &KvStore,
         memory: Py<PyAny>,
-        address: u64,
-        rows: u32,
-        row_bytes: u32,
+        device: String,
+        planes: Vec<(u64, u64)>,
+        shape: ShapeArgs,
+        block_bytes: u32,
         fingerprint: Vec<u8>,
         threads: usize,
         deadline: f64,
@@ -411,18 +424,21 @@ impl KvTier {
             .ok()
             .filter(|deadline| !deadline.is_zero())
             .ok_or_else(|| invalid(format!("deadline={deadline}: seconds, more than 0")))?;
-        if !(1..=64).contains(&threads) || row_bytes == 0 || rows == 0 {
+        if threads > 64 || (threads == 0) != planes.is_empty() || block_bytes == 0 {
             return Err(invalid(format!(
-                "threads={threads}, rows={rows} of {row_bytes} bytes: 1 to 64 threads, and some rows"
+                "threads={threads}, {} planes, blocks of {block_bytes} bytes: 1 to 64 threads, and some memory",
+                planes.len()
             )));
         }
-        let row = u64::from(row_bytes);
-        let planes = vec![(address, row * u64::from(rows))];
+        let outside = Outside::new(device, planes, shape)?;
+        if threads > 0 {
+            outside.must_have(block_bytes).py()?;
+        }
         let tier = Arc::new(Tier {
             maker: store.maker()?,
             fingerprint,
-            outside: Outside::new("cpu".into(), planes, (rows, row, 1, row, 1, row, row))?,
-            block_bytes: row_bytes,
+            outside,
+            block_bytes,
             spaces: Mutex::default(),
             state: Mutex::default(),
             work: Condvar::new(),
@@ -431,7 +447,7 @@ impl KvTier {
         });
         // What cannot be a namespace is refused here and not by every job.
         tier.space(&"".into()).py()?;
-        let mut running = Running { tier: tier.clone(), threads: Vec::new(), _rows: memory };
+        let mut running = Running { tier: tier.clone(), threads: Vec::new(), _memory: memory };
         let spawn = |name: &str, run: fn(&Tier)| {
             let tier = tier.clone();
             let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&tier));
@@ -449,22 +465,32 @@ impl KvTier {
         let tier = self.tier()?;
         let key = key_of(key)?;
         let mut state = lock(&tier.state);
-        if !state.answers.contains_key(request) {
-            if state.answers.len() >= REQUESTS_MAX {
-                state.answers.clear();
-            }
-            state.answers.insert(request.to_owned(), HashMap::new());
-        }
-        if let Some(answer) = state.answers.get(request).and_then(|answers| answers.get(&key)) {
-            return Ok(*answer);
-        }
-        if let Some(answers) = state.answers.get_mut(request) {
-            answers.insert(key, None);
-        }
-        state.questions.push((request.to_owned(), tenant.into(), key));
+        let answer = state.ask(request, &tenant.into(), key);
+        let asks = !state.questions.is_empty();
         drop(state);
-        tier.asked.notify_one();
-        Ok(None)
+        if asks {
+            tier.asked.notify_one();
+        }
+        Ok(answer)
+    }
+
+    /// How many of these blocks, from the first on, are there; `None`: ask again. See `lookup`.
+    fn prefix(&self, request: &str, tenant: &str, keys: Vec<PyBackedBytes>) -> PyResult<Option<usize>> {
+        let tier = self.tier()?;
+        let keys = keys.iter().map(|key| key_of(key)).collect::<PyResult<Vec<_>>>()?;
+        let tenant: Tenant = tenant.into();
+        let mut state = lock(&tier.state);
+        let answers: Vec<Option<bool>> = keys.iter().map(|key| state.ask(request, &tenant, *key)).collect();
+        let asks = !state.questions.is_empty();
+        drop(state);
+        if asks {
+            tier.asked.notify_one();
+        }
+        let end = answers.iter().position(|answer| *answer != Some(true)).unwrap_or(answers.len());
+        Ok(match answers.get(end) {
+            Some(None) => None,
+            _ => Some(end),
+        })
     }
 
     /// A request asks no more.

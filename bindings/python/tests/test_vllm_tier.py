@@ -1,6 +1,9 @@
 """The tier of vLLM's KV cache under vLLM's own tiering manager: no GPU, no model, no server.
 
-vLLM is too heavy for the tests' environment: `cargo xtask test --suite vllm` gets it and runs this; elsewhere all of it is skipped."""
+vLLM is too heavy for the tests' environment: `cargo xtask test --suite vllm` gets it (0.33 and 0.26) and runs this; elsewhere all of it is
+skipped."""
+
+import dataclasses
 
 import gc
 import hashlib
@@ -22,16 +25,35 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 try:
     from vllm.v1.kv_offload import base, config
+    from vllm.v1.kv_offload.tiering.base import JobResult
+    from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
     from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 except ImportError as error:
     # The suite that brings vLLM must not pass without it.
-    if os.environ.get("NVTIER_SUITE") == "vllm":
+    if os.environ.get("NVTIER_SUITE", "").startswith("vllm"):
         raise
     pytest.skip(f"no vLLM with tiers here: {error}", allow_module_level=True)
 
 CHUNK = 128 << 10
 #: Steps, of a millisecond and more, until something has to have come.
 STEPS = 60_000
+
+
+#: vLLM 0.26: a tier is known by its name, and the results of jobs say less.
+OLD = "successful_keys" not in {field.name for field in dataclasses.fields(JobResult)}
+if OLD:
+    # As vLLM does in every process of it.
+    nvtier.vllm.register()
+
+
+def known(kind, **values):
+    """An object of vLLM's, of the fields that this version of it has."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def places(spec):
+    return spec.block_ids if OLD else spec.chunk_ids
 
 
 @pytest.fixture
@@ -47,15 +69,17 @@ class Engine:
         tier = {"type": "NvtierTier", "module_path": "nvtier.vllm", "pool": str(pool), "budget": 256 << 20, "fingerprint": "f", "ram": 32 << 20, **tier}
         self.id = f"nvtier-test-{uuid.uuid4().hex}"
         self.manager = TieringOffloadingSpec(
-            config.OffloadingConfig(
-                groups=(config.OffloadingGroupConfig(tokens_per_block=16, layer_names=("l0",), group_id=0),),
+            known(
+                config.OffloadingConfig,
+                groups=(known(config.OffloadingGroupConfig, tokens_per_block=16, layer_names=("l0",), group_id=0),),
                 worker_kv_bytes_per_block=chunk,
                 enable_kv_cache_events=False,
                 extra_config={"cpu_bytes_to_use": chunk * chunks, "secondary_tiers": [tier]},
                 engine_id=self.id,
                 model=config.OffloadingModelConfig("m", "bfloat16"),
                 cache=config.OffloadingCacheConfig(tokens_per_hash=16, blocks_per_chunk=1),
-                parallel=config.OffloadingParallelConfig(
+                parallel=known(
+                    config.OffloadingParallelConfig,
                     rank=0, world_size=1, tp_size=1, pp_size=1, pcp_size=1, dcp_size=1, data_parallel_index=0,
                     data_parallel_size=1, data_parallel_rank_local=None, is_parallelism_agnostic=True,
                 ),
@@ -88,7 +112,7 @@ class Engine:
                     break
                 self.step()
             assert output is not None, "the CPU tier stays full"
-            at = dict(zip(output.keys_to_store, output.store_spec.chunk_ids))
+            at = dict(zip(output.keys_to_store, places(output.store_spec)))
             rows = self.rows()
             for n in wave:
                 if key(n) in at:
@@ -113,7 +137,7 @@ class Engine:
         if found:
             spec = self.manager.prepare_load([key(n) for n in found], context)
             rows = self.rows()
-            for n, at in zip(found, spec.chunk_ids):
+            for n, at in zip(found, places(spec)):
                 assert (rows[at] == content(n, rows.shape[1])).all(), f"chunk {n} is not what was stored"
             del rows
             self.manager.complete_load([key(n) for n in found], context)
@@ -137,6 +161,11 @@ def content(n, size):
     row = np.random.default_rng(n).integers(0, 256, size, dtype=np.uint8)
     row[:32] = np.frombuffer(hashlib.sha256(b"key %d" % n).digest(), dtype=np.uint8)
     return row
+
+
+def test_vllm_finds_the_tier_by_the_plugin():
+    nvtier.vllm.register()
+    assert SecondaryTierFactory.get_tier_class({"type": "NvtierTier"}) is nvtier.vllm.NvtierTier
 
 
 def test_what_left_the_cpu_tier_comes_back_also_after_a_restart(pool):
@@ -176,13 +205,14 @@ def test_what_is_there_is_not_written_again_nor_told_as_written(pool):
             engine.store(range(16))
             engine.step()
             del engine.tier.get_finished_jobs
-            told.append([(result.success, result.transfer_bytes) for result in results])
+            told.append([(result.success, None if OLD else result.transfer_bytes) for result in results])
             stat = engine.tier._tier.stat()
             told.append((stat["stored"], stat["present"], stat["stored_bytes"]))
             del fetch, watch
         finally:
             engine.close()
-    assert told == [[(True, 16 * CHUNK)], (16, 0, 16 * CHUNK), [(True, 0)], (0, 16, 0)]
+    said = [None, None] if OLD else [16 * CHUNK, 0]
+    assert told == [[(True, said[0])], (16, 0, 16 * CHUNK), [(True, said[1])], (0, 16, 0)]
 
 
 def test_tenants_and_other_weights_never_meet(pool):
@@ -311,7 +341,8 @@ def test_a_reset_with_jobs_on_their_way_and_a_cpu_tier_of_one_chunk(pool):
         assert engine.manager.lookup(key(0), context) is not base.LookupResult.HIT
         engine.step()
         engine.manager.reset_cache()
-        engine.manager.on_reset_flushed()
+        if not OLD:
+            engine.manager.on_reset_flushed()
         engine.manager.on_request_finished(context)
         assert engine.load([3]) == [3]
     finally:
@@ -352,7 +383,8 @@ def test_a_kill_loses_nothing_that_was_flushed_and_serves_nothing_wrong(pool):
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(pool), os.path.dirname(__file__)], stdout=subprocess.PIPE, text=True)
     try:
         for start in range(0, 96, 8):
-            assert child.stdout.readline() == f"{start}\n"
+            # vLLM's log is between.
+            assert f"{start}\n" in child.stdout, f"the child ended before {start}"
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()

@@ -20,12 +20,24 @@ pub fn pytest(
     site: &[&Path],
     limit: Duration,
 ) -> Result<Outcome> {
+    pytest_files(shared, name, python, &[tests], site, limit)
+}
+
+/// As [`pytest`], on several files.
+pub fn pytest_files(
+    shared: &Shared,
+    name: &str,
+    python: &PyEnv,
+    tests: &[&Path],
+    site: &[&Path],
+    limit: Duration,
+) -> Result<Outcome> {
     let mut command = Command::new(&python.python);
     command
         .args(["-m", "pytest", "-p", "no:cacheprovider", "-rsfE", "--color=no", "--tb=short", "-q"])
         .arg("--basetemp")
         .arg(shared.folder("pytest")?.join(name))
-        .arg(tests)
+        .args(tests)
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .env("HF_HUB_OFFLINE", "1")
         .env("NVTIER_SUITE", name);

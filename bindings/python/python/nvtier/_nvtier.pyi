@@ -294,9 +294,20 @@ class KvBlocks:
 @final
 class KvTier:
     def __init__(
-        self, store: KvStore, memory: Any, address: int, rows: int, row_bytes: int, fingerprint: bytes, threads: int, deadline: float
-    ) -> None: ...
+        self,
+        store: KvStore,
+        memory: Any,
+        device: str,
+        planes: Sequence[Tuple[int, int]],
+        shape: _Shape,
+        block_bytes: int,
+        fingerprint: bytes,
+        threads: int,
+        deadline: float,
+    ) -> None:
+        """Private: the addresses must be of ``memory``."""
     def lookup(self, request: str, tenant: str, key: bytes) -> Optional[bool]: ...
+    def prefix(self, request: str, tenant: str, keys: Sequence[bytes]) -> Optional[int]: ...
     def forget(self, request: str) -> None: ...
     def store(self, job: int, tenant: str, keys: Sequence[bytes], places: Sequence[int]) -> None: ...
     def load(self, job: int, tenant: str, keys: Sequence[bytes], places: Sequence[int]) -> None: ...
@@ -306,6 +317,23 @@ class KvTier:
     def stat(self) -> Dict[str, Any]: ...
     def trouble(self) -> Optional[str]: ...
     def close(self) -> List[Tuple[int, bool, List[bool], float, int]]: ...
+
+@final
+class KvClient:
+    def __init__(self, store: KvStore, threads: int, deadline: float) -> None: ...
+    def event_fd(self) -> int: ...
+    def submit(
+        self,
+        op: str,
+        owners: Sequence[Tuple[bytes, str, Sequence[int]]],
+        keys: Sequence[bytes],
+        views: Sequence[Tuple[int, int]],
+        memory: Any,
+    ) -> int:
+        """Private: the addresses must be of ``memory``."""
+    def finished(self) -> List[Tuple[int, bool, str, Optional[List[bool]]]]: ...
+    def stat(self) -> Dict[str, Any]: ...
+    def close(self) -> None: ...
 
 class KvPlanner:
     """What computing and loading cost, as measured lately. May be shared by threads; for one model on one device."""

@@ -1,29 +1,35 @@
-"""vLLM's secondary tier in a pool; see ``nvtier.vllm``. Imported where vLLM has tiers (0.33) only."""
+"""vLLM's secondary tier in a pool; see ``nvtier.vllm``. Imported where vLLM has tiers (from 0.26 on) only."""
 
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 from collections.abc import Collection, Iterable
+from dataclasses import fields
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
+import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
-    Medium,
     OffloadingCounterMetadata,
     OffloadingGaugeMetadata,
     OffloadKey,
     ReqContext,
     RequestOffloadingContext,
 )
-from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
+
+try:
+    from vllm.v1.kv_offload.base import Medium
+except ImportError:  # 0.26 counts all tiers alike
+    Medium = None
 
 from . import _nvtier, kv
 from ._errors import InvalidArgument
+from ._vllm_weights import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +48,8 @@ _COUNTERS = {
     "hits": "Chunks that were asked for and are there.",
     "misses": "Chunks that were asked for and are not there.",
 }
+#: Whether vLLM is of the line that knows less of tiers: no layout in their configuration, no parts of jobs in their results.
+_FEWER = "successful_keys" not in {field.name for field in fields(JobResult)}
 _QUEUED = "vllm:nvtier_tier_queued"
 
 
@@ -49,53 +57,11 @@ def _metric(name: str) -> str:
     return f"vllm:nvtier_tier_{name}"
 
 
-class _Tenant:
-    """Whose a request is: read once."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def weights_digest(model: str) -> bytes:
-    """A digest of a model's weight files, whatever they are called: of their bytes, or where they lie in Hugging Face's cache, of the digests
-    that they are named by there."""
-    folder = model
-    if not os.path.isdir(folder):
-        try:
-            from huggingface_hub import snapshot_download
-
-            folder = snapshot_download(model, local_files_only=True)
-        except Exception as error:
-            raise InvalidArgument(
-                f"the weights of {model!r} are not on this machine ({error}), and blocks are not to meet other weights of the same name:"
-                ' set "fingerprint" of the tier to something that changes with the weights'
-            ) from error
-    names = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".bin", ".pt", ".gguf")))
-    if not names:
-        raise InvalidArgument(f'{folder} has no weights: set "fingerprint" of the tier to something that changes with the weights')
-    parts: List[Any] = []
-    for name in names:
-        path = os.path.realpath(os.path.join(folder, name))
-        blob = os.path.basename(path)
-        if os.path.basename(os.path.dirname(path)) == "blobs" and len(blob) == 64:
-            parts.append(["sha256", blob])
-            continue
-        size = os.path.getsize(path)
-        if not size:
-            parts.append(["empty"])
-            continue
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            view = np.frombuffer(mapped, dtype=np.uint8)
-            parts.append(["bytes", *_nvtier.kv_digest_memory("cpu", [(view.ctypes.data, size)])])
-            del view
-    return kv.fingerprint(weights=parts)
-
-
 class NvtierTier(SecondaryTierManager):
     """Chunks of vLLM's CPU tier in a KV store of a pool. Threads of the binding move them; no call here waits for a drive but ``drain_jobs``
     and ``shutdown``."""
 
-    medium = Medium.STORAGE
+    medium = None if Medium is None else Medium.STORAGE
 
     def __init__(
         self,
@@ -116,15 +82,21 @@ class NvtierTier(SecondaryTierManager):
         write_bytes_per_day: Optional[int] = None,
         second_offer: Optional[int] = None,
         locality: Optional[str] = None,
+        module_path: Optional[str] = None,
     ) -> None:
-        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        rows, row = primary_kv_view.shape[0], self._block_size_bytes
+        # In 0.26 there is neither back-pressure nor a module path, which is left in the tier's configuration then.
+        detector = () if _FEWER else (backpressure_detector,)
+        super().__init__(offloading_spec, primary_kv_view, tier_type, *detector)
+        rows, row = len(primary_kv_view), (primary_kv_view.strides or (0,))[0]
+        self._row = row
         if not primary_kv_view.c_contiguous or primary_kv_view.nbytes != rows * row:
             raise InvalidArgument("vLLM's CPU tier is not one piece of memory: nvtier does not fit this vLLM")
         # A pool is on drives of this machine; drives that are behind a network can be said to be REMOTE.
         self.locality = Locality.LOCAL if locality is None else Locality(locality)
         self._tenant_key = tenant_key
         self._print = self._fingerprint(fingerprint)
+        if _FEWER and "PYTHONHASHSEED" not in os.environ:
+            logger.warning("PYTHONHASHSEED is not set: this vLLM calls blocks by other names in each process, and finds nothing after a restart")
         # What vLLM has in its CPU tier need not be in memory twice.
         self._store = kv.Store(
             pool,
@@ -139,8 +111,9 @@ class NvtierTier(SecondaryTierManager):
         )
         try:
             memory = np.frombuffer(primary_kv_view, dtype=np.uint8)
+            planes, shape = [(memory.ctypes.data, rows * row)], (rows, row, 1, row, 1, row, row)
             self._tier = _nvtier.KvTier(
-                self._store._inner, primary_kv_view, memory.ctypes.data, rows, row, self._print, threads, float(deadline)
+                self._store._inner, primary_kv_view, "cpu", planes, shape, row, self._print, threads, float(deadline)
             )
             del memory
         except BaseException:
@@ -158,28 +131,26 @@ class NvtierTier(SecondaryTierManager):
         if not parallel.is_parallelism_agnostic:
             # The bytes of a chunk depend on how the model is cut.
             apart = [parallel.world_size, parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size, parallel.rank]
+        if not hasattr(config, "kv_cache_layout"):
+            # vLLM does not say how bytes lie in a chunk: another version may have another way.
+            apart = [apart, vllm.__version__, os.environ.get("VLLM_KV_CACHE_LAYOUT")]
         return kv.fingerprint(
             layout="nvtier vllm 1",
             weights=given if given is not None else weights_digest(config.model.name),
             dtype=config.model.dtype,
-            groups=[[group.tokens_per_block, list(group.layer_names), group.group_id] for group in config.groups],
+            groups=[[group.tokens_per_block, list(group.layer_names), getattr(group, "group_id", None)] for group in config.groups],
             tokens_per_hash=config.cache.tokens_per_hash,
             blocks_per_chunk=config.cache.blocks_per_chunk,
             bytes_per_block=config.worker_kv_bytes_per_block,
-            chunk=self._block_size_bytes,
-            kv_layout=config.kv_cache_layout,
-            canonical=config.canonical_layout,
-            replicated=config.replicated_layout,
+            chunk=self._row,
+            kv_layout=getattr(config, "kv_cache_layout", None),
+            canonical=getattr(config, "canonical_layout", None),
+            replicated=getattr(config, "replicated_layout", None),
             parallel=apart,
         )
 
     def _tenant(self, req_context: ReqContext) -> str:
-        tenant = req_context.get_state(_Tenant)
-        if tenant is None:
-            named = (req_context.kv_transfer_params or {}).get(self._tenant_key, "")
-            tenant = _Tenant(named if isinstance(named, str) else str(named))
-            req_context.set_state(tenant)
-        return tenant.name
+        return str((req_context.kv_transfer_params or {}).get(self._tenant_key, ""))
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
@@ -190,15 +161,15 @@ class NvtierTier(SecondaryTierManager):
             return LookupResult.RETRY
         return LookupResult.HIT if there else LookupResult.MISS
 
-    def submit_store(self, job_metadata: TransferJob) -> None:
+    def submit_store(self, job_metadata: Any) -> None:
         self._submit(self._tier.store, job_metadata)
 
-    def submit_load(self, job_metadata: TransferJob) -> None:
+    def submit_load(self, job_metadata: Any) -> None:
         self._loads[job_metadata.job_id] = tuple(job_metadata.keys)
         self._submit(self._tier.load, job_metadata)
 
-    def _submit(self, start: Any, job: TransferJob) -> None:
-        start(job.job_id, self._tenant(job.req_context), list(job.keys), job.chunk_ids.tolist())
+    def _submit(self, start: Any, job: Any) -> None:
+        start(job.job_id, self._tenant(job.req_context), list(job.keys), (job.block_ids if _FEWER else job.chunk_ids).tolist())
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         if not self._open:
@@ -210,6 +181,9 @@ class NvtierTier(SecondaryTierManager):
 
     def _result(self, job: int, success: bool, good: List[bool], seconds: float, moved: int) -> JobResult:
         keys = self._loads.pop(job, None)
+        if _FEWER:
+            # What came is asked for again, alone.
+            return JobResult(job_id=job, success=success)
         came: Optional[Collection[OffloadKey]] = None
         if keys is not None and not success:
             came = tuple(key for key, there in zip(keys, good) if there) or None
