@@ -653,9 +653,9 @@ pub struct Kv {
     pub command: KvCommand,
     #[command(flatten)]
     pub pool: KvPool,
-    /// Name of the store
-    #[arg(long, global = true, value_name = "NAME", default_value = "default")]
-    pub store: String,
+    /// Name of the store [default: default; of `top`: all]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub store: Option<String>,
 }
 
 /// The pool, before or after what to do.
@@ -671,6 +671,8 @@ pub struct KvPool {
 pub enum KvCommand {
     /// Say what it holds: blocks, namespaces, tenants, bytes written
     Stat,
+    /// Show what stores do, while a mount or another program has them open: hits, misses, evictions, tenants, write budget
+    Top(KvTop),
     /// List its blocks, in the order in which they came
     Ls(KvSelect),
     /// Read every block and compare it with its checksum; what is bad is dropped
@@ -687,6 +689,13 @@ pub enum KvCommand {
     Import(KvImport),
     /// Remove the store with all of its blocks, while nobody has it open
     Drop,
+}
+
+/// `nvtier kv top`
+#[derive(Debug, Args)]
+pub struct KvTop {
+    #[command(flatten)]
+    pub look: Look,
 }
 
 /// Which blocks.
@@ -813,6 +822,16 @@ pub enum VerifyMode {
 pub struct Top {
     #[command(flatten)]
     pub pool: PoolArg,
+    #[command(flatten)]
+    pub look: Look,
+    /// Bytes that each drive is rated to be written in its life [default: a table of drives, or what the drive says of its wear]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub tbw: Option<u64>,
+}
+
+/// How a live view is shown.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Look {
     /// Look twice, print, and end
     #[arg(long)]
     pub once: bool,
@@ -1003,6 +1022,8 @@ mod tests {
             "train --env_config E --exp_config X",
             "train --env-config E --exp-config X --pool P --run r --vram 20GiB --ram 64GiB --fresh --python python3",
             "train --env_config E --exp_config X --plain --resume --seed 1 --clip-grad-norm 1.0 --commit-every 5 --check --json",
+            "top --once --json --interval 50 --tbw 600TB --pool P",
+            "kv top --once --json --interval 50 --store s --pool P",
             "version",
             "bench --rw=read --bs=1m job.fio",
             "completions bash",
