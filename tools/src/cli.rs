@@ -374,6 +374,30 @@ pub struct DiskUndo {
     pub yes: bool,
 }
 
+/// What lies between drives and pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// Nothing: the pool stripes over the drives itself
+    #[default]
+    Raw,
+    /// An XFS on each drive; the pool stripes over a directory on each
+    Xfs,
+    /// One XFS on a logical volume that is striped over the drives
+    Lvm,
+}
+
+impl Layout {
+    /// As it is written on the command line.
+    pub fn word(self) -> &'static str {
+        match self {
+            Layout::Raw => "raw",
+            Layout::Xfs => "xfs",
+            Layout::Lvm => "lvm",
+        }
+    }
+}
+
 /// What `apply` is to do.
 #[derive(Debug, Args)]
 pub struct DiskTarget {
@@ -383,6 +407,9 @@ pub struct DiskTarget {
     /// A name for the pool's unit and record, of letters, digits, `-` and `_`
     #[arg(long, value_name = "NAME", default_value = "nvtier", value_parser = parse_disk_name)]
     pub name: String,
+    /// What lies between the drives and the pool; with a file system reads may bypass the daemon, and its space can be used otherwise, too
+    #[arg(long, value_enum, value_name = "LAYOUT", default_value_t = Layout::Raw)]
+    pub layout: Layout,
     /// Where it is mounted [default: /mnt/NAME]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub mountpoint: Option<PathBuf>,
@@ -993,7 +1020,7 @@ mod tests {
             "format P --size 8GiB --member A --member B --force",
             "disk plan",
             "disk plan /dev/a /dev/b --owner u --json",
-            "disk apply /dev/a --mountpoint /m --name n --unit-dir /u --state-dir /s --force --no-start --yes",
+            "disk apply /dev/a --layout xfs --mountpoint /m --name n --unit-dir /u --state-dir /s --force --no-start --yes",
             "disk undo n --yes --state-dir /s",
             "mount P M --foreground --ram 8GiB --read-only --allow-other --verify always --threads 4",
             "umount M",
