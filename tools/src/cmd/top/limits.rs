@@ -91,6 +91,7 @@ impl Known {
             limit(format!("drive {name}, writes"), rate(name, "writes of all programs"), found.drive_write);
         }
         if let Some(found) = self.ceilings.values().next() {
+            limit("pool, reads checked".into(), rate("pool", "reads"), found.pool_read);
             limit("mount, reads served".into(), rate("mount", "reads served"), found.mount_read);
             limit("copies in memory".into(), rate("RAM", "chunks found"), found.memory_copy);
         }
