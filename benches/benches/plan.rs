@@ -256,10 +256,11 @@ fn main() {
         let rate =
             |name: &str| ceilings[name].as_f64().map_or("-".into(), |rate| format!("{:.2}", rate / 1e9));
         println!(
-            "round {round}: ceilings, GB/s: drive {}, pool {}, memory {} | load: planned {planned_load:.3} s, took {load:.3} s ({command_seconds:.3} s with its command) | restore: planned {planned_restore:.3} s, took {restored:.3} s",
+            "round {round}: ceilings, GB/s: drive {}, pool {}, memory {} (fresh {}) | load: planned {planned_load:.3} s, took {load:.3} s ({command_seconds:.3} s with its command) | restore: planned {planned_restore:.3} s, took {restored:.3} s",
             rate("drive_read"),
             rate("pool_read"),
             rate("memory_copy"),
+            rate("memory_fresh"),
         );
     }
     for (what, list) in ["load", "load, whole command", "restore"].into_iter().zip(&ratios) {

@@ -226,7 +226,7 @@ fn what_is_measured_is_what_is_planned_with() {
 
     let measured =
         nvtier(&["doctor", "--measure", "--measure-bytes", "64MiB", place.to_str().unwrap()]).ok().json();
-    for rate in ["drive_read", "drive_write", "pool_read", "memory_copy"] {
+    for rate in ["drive_read", "drive_write", "pool_read", "memory_copy", "memory_fresh"] {
         assert!(measured[rate].as_f64().is_some_and(|rate| rate > 0.0), "{rate}: {measured}");
     }
     assert_eq!(measured["written_bytes"], 2 * (64u64 << 20));

@@ -37,6 +37,10 @@ pub struct Ceilings {
     pub mount_read: Option<f64>,
     /// Copies in host memory.
     pub memory_copy: Option<f64>,
+    /// Copies into memory that was not used before: what is loaded into memory goes there, and the kernel, in a virtual machine also its host, has to
+    /// find each page.
+    #[serde(default)]
+    pub memory_fresh: Option<f64>,
     /// The first GPU.
     pub device: Option<DeviceCeilings>,
     /// Bytes that were written to the drive for it.
@@ -73,6 +77,7 @@ impl Store {
             &mut found.pool_read,
             &mut found.mount_read,
             &mut found.memory_copy,
+            &mut found.memory_fresh,
         ] {
             *rate = rate.filter(|rate| sane(*rate));
         }

@@ -261,16 +261,18 @@ pub(crate) fn speed(
 
 /// Without a GPU nothing is known of computing; what is loaded goes into memory.
 fn into_memory(model: &Model, request: &Request, placed: &Placed, machine: &Machine) -> Speed {
-    let time = |bytes: f64| {
-        let drives = (machine.read() > 0.0).then(|| term("drives", bytes / machine.read())).flatten();
-        Time::longest(drives.into_iter().chain(term("memory", bytes / machine.ram_copy.value)).collect())
-    };
+    let drives =
+        |bytes: f64| (machine.read() > 0.0).then(|| term("drives", bytes / machine.read())).flatten();
     let in_ram: u64 =
         placed.parts[3..].iter().filter(|part| part.name.starts_with("weights")).map(|part| part.ram).sum();
-    let restore = time(session_bytes(model, request, request.context) as f64);
+    // Blocks are read into buffers that are there; weights are copied into memory that is new.
+    let restore =
+        Time::longest(drives(session_bytes(model, request, request.context) as f64).into_iter().collect());
+    let copied = term("memory", in_ram as f64 / machine.ram_copy.value);
+    let load = Time::longest(drives(in_ram as f64).into_iter().chain(copied).collect());
     let first_token =
         FirstToken { compute: None, load: restore, both_seconds: None, both_computed_tokens: 0 };
-    Speed { load: time(in_ram as f64), first_token, step: None, tokens_per_second: None }
+    Speed { load, first_token, step: None, tokens_per_second: None }
 }
 
 /// The best split of a prompt: tokens before it are computed while the keys and values behind it are loaded.

@@ -97,6 +97,7 @@ fn existing(path: &Path) -> Outcome<PathBuf> {
 
 fn all(global: &Global, workspace: &mut Workspace, bytes: u64, found: &mut Ceilings) -> Outcome {
     found.memory_copy = Some(copies());
+    found.memory_fresh = Some(fresh());
     interrupt::check()?;
     match device() {
         Ok(device) => found.device = Some(device),
@@ -198,6 +199,18 @@ fn copies() -> f64 {
     best
 }
 
+/// Copies into new memory by one thread, bytes per second. One long allocation: what the allocator keeps of it is not counted twice.
+fn fresh() -> f64 {
+    let source = vec![0x5au8; COPY_BYTES / 16];
+    let mut target = Vec::with_capacity(COPY_BYTES);
+    let before = Instant::now();
+    for _ in 0..16 {
+        target.extend_from_slice(&source);
+    }
+    std::hint::black_box(&mut target);
+    COPY_BYTES as f64 / before.elapsed().as_secs_f64().max(1e-9)
+}
+
 /// Copies between pinned memory and the first GPU.
 fn device() -> Result<DeviceCeilings, String> {
     let driver = gpudirect::driver::open("cuda:0").map_err(|error| error.to_string())?;
@@ -225,6 +238,7 @@ pub fn text(found: &Ceilings) -> String {
     line("pool, reads, checked", found.pool_read);
     line("mount, reads, cold", found.mount_read);
     line("copies in memory", found.memory_copy);
+    line("into fresh memory", found.memory_fresh);
     if let Some(device) = &found.device {
         line("to the GPU", Some(device.htod));
         line("from the GPU", Some(device.dtoh));

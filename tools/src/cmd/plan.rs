@@ -120,7 +120,12 @@ fn machine(args: &cli::Plan, measured: Option<&Ceilings>) -> Outcome<(Machine, V
             Failure::failed("read /proc/meminfo").hint("say how much memory there is with --ram")
         })?,
     };
-    let ram_copy = match measured.and_then(|measured| measured.memory_copy) {
+    // Without a GPU the end of a load is memory that was not used before.
+    let copies = |found: &Ceilings| match (found.memory_copy, found.memory_fresh) {
+        (Some(copy), Some(fresh)) if gpu.is_none() => Some(copy.min(fresh)),
+        (copy, _) => copy,
+    };
+    let ram_copy = match measured.and_then(copies) {
         Some(rate) if args.ram.is_none() => Figure::new(rate, Origin::Measured),
         _ => Figure::new(MEMORY_COPY, Origin::Nominal),
     };

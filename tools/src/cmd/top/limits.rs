@@ -160,7 +160,7 @@ pub fn binding(limits: &[Limit]) -> String {
 /// A line of a drive.
 pub fn wear_line(view: &WearView) -> String {
     let wear = &view.wear;
-    let per_day = view.written_bytes_per_day.map_or("unknown".into(), |bytes| terabytes(bytes));
+    let per_day = view.written_bytes_per_day.map_or("unknown".into(), terabytes);
     let rated = match wear.rated {
         Some((bytes, who)) => {
             let who = match who {
