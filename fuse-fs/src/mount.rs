@@ -505,7 +505,14 @@ fn mount_failed(mountpoint: &Path, error: io::Error) -> Error {
         io::ErrorKind::NotFound | io::ErrorKind::Unsupported => ErrorKind::NotSupported,
         _ => ErrorKind::Io,
     };
-    Error::new(kind, format!("cannot mount at {}", mountpoint.display())).with_source(error)
+    // fuser asks fusermount where mount(2) is refused: what is missing then is not the mount point.
+    let why = match error.kind() {
+        io::ErrorKind::NotFound if mountpoint.exists() && !has_fusermount() => {
+            ": this process may not mount (CAP_SYS_ADMIN; of a container, `--cap-add SYS_ADMIN`), and there is no fusermount3 that may"
+        }
+        _ => "",
+    };
+    Error::new(kind, format!("cannot mount at {}{why}", mountpoint.display())).with_source(error)
 }
 
 fn unmount_failed(path: &Path, error: Os) -> Error {

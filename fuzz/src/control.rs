@@ -193,7 +193,7 @@ fn kv_request(source: &mut Source<'_>) -> Request {
         12 => Request::KvFlush,
         13 => Request::KvStat,
         _ => {
-            let order = match source.u8() % 9 {
+            let order = match source.u8() % 10 {
                 0 => Order::Names,
                 1 => Order::Stat,
                 2 => Order::List(select(source)),
@@ -202,6 +202,7 @@ fn kv_request(source: &mut Source<'_>) -> Request {
                 5 => Order::Remove(select(source)),
                 6 => Order::Export(select(source)),
                 7 => Order::Import { tenant: path(source) },
+                9 => Order::Watch,
                 _ => Order::Drop,
             };
             Request::Kv { store: store(source), order }

@@ -52,12 +52,17 @@ struct Machine {
 impl Machine {
     /// With so many blank drives; `None` (said aloud) where there are no loop devices.
     fn new(drives: usize) -> Option<Machine> {
+        Machine::of(drives, 64 * MIB)
+    }
+
+    /// With so many blank drives of that size.
+    fn of(drives: usize, bytes: u64) -> Option<Machine> {
         let folder = scratch();
         fs::create_dir(folder.path().join("units")).unwrap();
         let images: Vec<PathBuf> = (0..drives).map(|n| folder.path().join(format!("image-{n}"))).collect();
         let mut loops = Vec::new();
         for image in &images {
-            File::create(image).unwrap().set_len(64 * MIB).unwrap();
+            File::create(image).unwrap().set_len(bytes).unwrap();
             loops.push(Loop::attach(image, &[])?);
         }
         let point = folder.path().join("mnt");
@@ -508,19 +513,28 @@ fn a_terminal_is_asked() {
     machine.is_as_before();
 }
 
+fn has_systemd_analyze() -> bool {
+    let probe = Command::new("systemd-analyze").arg("--version").output();
+    let there = probe.is_ok_and(|out| out.status.success());
+    if !there {
+        skip("there is no systemd-analyze here");
+    }
+    there
+}
+
+fn verify(unit: &Path) {
+    let ran = run(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(unit));
+    // It also tells what is wrong with this machine's other units. It writes names as they are, escapes and all.
+    let name = unit.file_name().unwrap().to_str().unwrap();
+    let about: Vec<&str> = ran.stderr.lines().filter(|line| line.contains(name)).collect();
+    assert!(about.is_empty(), "{about:#?}\n{}", fs::read_to_string(unit).unwrap());
+}
+
 #[test]
 fn the_units_are_what_systemd_takes() {
-    let probe = Command::new("systemd-analyze").arg("--version").output();
-    if !probe.is_ok_and(|out| out.status.success()) {
-        return skip("there is no systemd-analyze here");
+    if !has_systemd_analyze() {
+        return;
     }
-    let verify = |unit: &Path| {
-        let ran = run(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(unit));
-        // It also tells what is wrong with this machine's other units.
-        let name = unit.file_name().unwrap().to_str().unwrap();
-        let about: Vec<&str> = ran.stderr.lines().filter(|line| line.contains(name)).collect();
-        assert!(about.is_empty(), "{about:#?}\n{}", fs::read_to_string(unit).unwrap());
-    };
     let folder = scratch();
     let text =
         fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/systemd/nvtier@.service"))
@@ -560,4 +574,199 @@ fn a_service_manager_is_told_when_it_is_mounted() {
     assert_eq!(&said[..len.expect("nothing was said")], b"READY=1");
     assert!(there, "it said so before it was mounted");
     assert!(status.success(), "{status}");
+}
+
+/// Unmounts what a failed test may have left, so that loop devices can be detached.
+struct Unmount(Vec<PathBuf>);
+
+impl Drop for Unmount {
+    fn drop(&mut self) {
+        for point in self.0.iter().filter(|point| nvtier_tests::mounted_at(point)) {
+            let _ = Command::new("umount").arg(point).status();
+        }
+    }
+}
+
+/// A machine that XFS can be made on; `None` (said aloud) where it cannot.
+fn for_xfs(drives: usize) -> Option<Machine> {
+    let has = |name: &str| {
+        ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].iter().any(|at| Path::new(at).join(name).is_file())
+    };
+    if !has("mkfs.xfs") {
+        skip("there is no mkfs.xfs here: install xfsprogs");
+        return None;
+    }
+    let machine = Machine::of(drives, 1024 * MIB)?;
+    // Only trying tells whether this kernel mounts it.
+    let probe = machine.at("probe");
+    fs::create_dir(&probe).unwrap();
+    let drive = &machine.drives[0].0;
+    run(Command::new("mkfs.xfs").arg("-q").arg(drive)).ok();
+    let mounted = run(Command::new("mount").args(["-t", "xfs"]).arg(drive).arg(&probe));
+    if mounted.code != 0 {
+        skip(&format!("XFS cannot be mounted here: {}", mounted.stderr.trim()));
+        return None;
+    }
+    run(Command::new("umount").arg(&probe)).ok();
+    fs::remove_dir(&probe).unwrap();
+    put(drive, 0, &vec![0; MIB as usize]);
+    Some(machine)
+}
+
+fn xfs_uuid(drive: &Loop) -> Option<Vec<u8>> {
+    let mut head = [0; 48];
+    File::open(&drive.0).unwrap().read_exact(&mut head).unwrap();
+    head.starts_with(b"XFSB").then(|| head[32..].to_vec())
+}
+
+#[test]
+fn a_file_system_on_each_drive_made_mounted_and_taken_back() {
+    let Some(machine) = for_xfs(2) else { return };
+    let points: Vec<PathBuf> = (0..2).map(|n| machine.at(&format!("state/test.fs/{n}"))).collect();
+    let _unmount = Unmount(points.clone());
+    let xfs = ["--layout", "xfs"];
+    let plan = machine.disk("plan", &[&xfs[..], &["--json"]].concat()).ok().json();
+    let steps = plan["steps"].to_string();
+    for word in ["mkfs.xfs -d su=", machine.drives[1].node(), "state/test.fs/1", "-1.mount", "striped over 2"]
+    {
+        assert!(steps.contains(word), "{word} is not in {steps}");
+    }
+    machine.is_as_before();
+    assert!(xfs_uuid(&machine.drives[0]).is_none(), "the plan made a file system");
+
+    let apply = [&xfs[..], &["--yes", "--json"]].concat();
+    let applied = machine.disk("apply", &apply).ok().json();
+    let volumes = applied["record"]["volumes"].as_array().unwrap().clone();
+    assert_eq!(volumes.len(), 2, "{applied:#}");
+    let units: Vec<PathBuf> = volumes.iter().map(|volume| volume["unit"].as_str().unwrap().into()).collect();
+    let pool_unit = fs::read_to_string(machine.at("units/nvtier-test.service")).unwrap();
+    for (unit, point) in units.iter().zip(&points) {
+        assert!(nvtier_tests::mounted_at(point), "{} is not mounted", point.display());
+        assert!(fs::read_to_string(unit).unwrap().contains(&format!("Where={}\n", point.display())));
+        assert!(pool_unit.contains(&format!(" {}", point.display())), "{pool_unit}");
+        assert!(point.join("pool").is_dir());
+    }
+    if has_systemd_analyze() {
+        units.iter().for_each(|unit| verify(unit));
+        verify(&machine.at("units/nvtier-test.service"));
+        // A mount unit has to be named after its path.
+        let escaped = run(Command::new("systemd-escape").args(["--path", "--suffix=mount"]).arg(&points[0]));
+        assert_eq!(units[0].file_name().unwrap().to_str().unwrap(), escaped.ok().stdout.trim());
+    }
+    machine.mounted.mount(&[]).ok();
+    let bytes = pattern(4, 9_000_000);
+    fs::write(machine.at("mnt/f"), &bytes).unwrap();
+    machine.disk("undo", &["--yes"]).refused(4, &["in use by process"]);
+    machine.mounted.umount().ok();
+
+    // Another layout under that name is refused; the same again changes nothing, also after a boot that mounted nothing.
+    machine.disk("apply", &["--yes"]).refused(1, &["another layout"]);
+    let uuids: Vec<_> = machine.drives.iter().map(xfs_uuid).collect();
+    run(Command::new("umount").arg(&points[0])).ok();
+    machine.disk("apply", &apply).ok();
+    assert_eq!(machine.drives.iter().map(xfs_uuid).collect::<Vec<_>>(), uuids);
+    machine.mounted.mount(&[]).ok();
+    assert_eq!(fs::read(machine.at("mnt/f")).unwrap(), bytes);
+    machine.mounted.umount().ok();
+
+    // What somebody keeps beside the pool is not lost.
+    fs::write(points[1].join("precious"), "precious").unwrap();
+    machine.disk("undo", &["--yes"]).refused(1, &["precious"]);
+    assert!(machine.record().is_some() && units[0].exists());
+    fs::remove_file(points[1].join("precious")).unwrap();
+    machine.disk("undo", &["--yes"]).ok();
+    machine.is_as_before();
+    assert!(machine.drives.iter().all(|drive| xfs_uuid(drive).is_none()), "a file system was left");
+    assert!(!machine.at("state/test.fs").exists() && units.iter().all(|unit| !unit.exists()));
+    assert_eq!(machine.disk("plan", &["--json"]).ok().json()["drives"][1]["verdict"], "safe");
+}
+
+#[test]
+fn file_systems_are_made_on_from_where_a_killed_apply_left_off() {
+    let Some(machine) = for_xfs(2) else { return };
+    let points: Vec<PathBuf> = (0..2).map(|n| machine.at(&format!("state/test.fs/{n}"))).collect();
+    let _unmount = Unmount(points.clone());
+    let apply = ["--layout", "xfs", "--yes", "--json"];
+    let first = machine.disk("apply", &apply).ok().json();
+    // As if it had been killed when the first drive had its file system and the second had nothing.
+    let record = machine.at("state/test.json");
+    let text =
+        fs::read_to_string(&record).unwrap().replace("\"state\": \"done\"", "\"state\": \"formatting\"");
+    fs::write(&record, text).unwrap();
+    for point in &points {
+        run(Command::new("umount").arg(point)).ok();
+    }
+    let kept = xfs_uuid(&machine.drives[0]);
+    put(&machine.drives[1].0, 0, &vec![0; MIB as usize]);
+    let again = machine.disk("apply", &apply).ok().json();
+    assert_eq!(again["record"]["pool_id"], first["record"]["pool_id"]);
+    assert_eq!(xfs_uuid(&machine.drives[0]), kept, "a file system that was there is made again");
+    machine.mounted.mount(&[]).ok();
+    fs::write(machine.at("mnt/f"), pattern(5, 1_000_000)).unwrap();
+    machine.mounted.umount().ok();
+    // A drive that was given something else since is left alone.
+    for point in &points {
+        run(Command::new("umount").arg(point)).ok();
+    }
+    let head = fs::File::open(&machine.drives[1].0).and_then(|mut file| {
+        let mut head = vec![0; 4096];
+        file.read_exact(&mut head).map(|()| head)
+    });
+    let head = head.unwrap();
+    put(&machine.drives[1].0, 0, &[0; 4096]);
+    put(&machine.drives[1].0, 4086, b"SWAPSPACE2");
+    machine.disk("undo", &["--yes"]).refused(1, &["swap space", "no longer"]);
+    put(&machine.drives[1].0, 0, &head);
+    machine.disk("undo", &["--yes"]).ok();
+    machine.is_as_before();
+}
+
+#[test]
+fn layouts_that_cannot_be_made_are_refused_before_anything_is_done() {
+    let Some(machine) = Machine::new(1) else { return };
+    // Nowhere is a PATH, but for the folders of the administrator's programs, which are always looked into.
+    if ["/usr/sbin/mkfs.xfs", "/sbin/mkfs.xfs"].iter().any(|path| Path::new(path).exists()) {
+        machine.disk("apply", &["--layout", "xfs", "--yes"]).refused(2, &["1.0 GiB", "--layout raw"]);
+    } else {
+        machine.disk("apply", &["--layout", "xfs", "--yes"]).refused(7, &["mkfs.xfs", "xfsprogs"]);
+    }
+    machine.is_as_before();
+    assert!(machine.record().is_none());
+    let Some(large) = Machine::of(1, 1024 * MIB) else { return };
+    let misc = fs::read_to_string("/proc/misc").unwrap_or_default();
+    let plan = large.disk("plan", &["--layout", "lvm"]);
+    if !Path::new("/usr/sbin/lvcreate").exists() && !Path::new("/sbin/lvcreate").exists() {
+        plan.refused(7, &["install the package"]);
+    } else if !misc.contains("device-mapper") {
+        plan.refused(7, &["device mapper", "dm_mod"]);
+    } else {
+        plan.ok();
+    }
+    assert!(large.record().is_none());
+}
+
+#[test]
+fn one_file_system_on_a_striped_volume_made_and_taken_back() {
+    let misc = fs::read_to_string("/proc/misc").unwrap_or_default();
+    if !misc.contains("device-mapper") {
+        return skip("the kernel has no device mapper, so that no logical volume can be made");
+    }
+    if !Path::new("/usr/sbin/lvcreate").exists() && !Path::new("/sbin/lvcreate").exists() {
+        return skip("there is no lvcreate here: install lvm2");
+    }
+    let Some(machine) = for_xfs(2) else { return };
+    let point = machine.at("state/test.fs/0");
+    let _unmount = Unmount(vec![point.clone()]);
+    let apply = ["--layout", "lvm", "--yes", "--json"];
+    let applied = machine.disk("apply", &apply).ok().json();
+    assert_eq!(applied["record"]["volumes"].as_array().unwrap().len(), 1, "{applied:#}");
+    machine.disk("apply", &apply).ok();
+    machine.mounted.mount(&[]).ok();
+    let bytes = pattern(6, 9_000_000);
+    fs::write(machine.at("mnt/f"), &bytes).unwrap();
+    assert_eq!(fs::read(machine.at("mnt/f")).unwrap(), bytes);
+    machine.mounted.umount().ok();
+    machine.disk("undo", &["--yes"]).ok();
+    machine.is_as_before();
+    assert_eq!(machine.disk("plan", &["--json"]).ok().json()["drives"][1]["verdict"], "safe");
 }

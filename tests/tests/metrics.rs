@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 use nvtier_tests::{Kind, LIMIT, Mounted, format, nvtier_path, pattern, run, scratch};
 
@@ -149,4 +149,109 @@ fn a_command_that_owns_the_pool_serves_them_and_one_that_does_not_says_who_does(
     let owner = mounted.daemon().as_raw_nonzero().to_string();
     verify(&["--metrics", "0"]).refused(4, &["process", &owner, "nvtier mount --metrics"]);
     mounted.finish();
+}
+
+/// Starts a command with metrics and waits for their address.
+fn started(words: &[&str], pool: &Path) -> (Child, BufReader<std::process::ChildStderr>, String) {
+    let mut command = Command::new(nvtier_path());
+    command.args(words).args(["--metrics", "0", "--progress", "none", "--pool"]).arg(pool);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    lines.read_line(&mut line).unwrap();
+    let address = line.split("http://").nth(1).and_then(|rest| rest.split('/').next());
+    let address = address.unwrap_or_else(|| panic!("no address in {line:?}")).to_owned();
+    (child, lines, address)
+}
+
+#[test]
+fn an_import_can_be_scraped_while_it_runs() {
+    let folder = scratch();
+    let pool = format(Kind::Directory, folder.path());
+    let bytes = pattern(51, 3 << 20);
+    // A server that gives half of what is asked for, and the rest when it is told to: so long the import runs.
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = std::format!("http://{}/weights.bin", server.local_addr().unwrap());
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let content = bytes.clone();
+    let serving = std::thread::spawn(move || {
+        let mut held = false;
+        while let Ok((mut stream, _)) = server.accept() {
+            let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            let mut head = Vec::new();
+            while let Some(Ok(line)) = lines.next() {
+                if line.is_empty() {
+                    break;
+                }
+                head.push(line.to_lowercase());
+            }
+            let Some(first) = head.first() else { return };
+            if first.starts_with("quit") {
+                return;
+            }
+            let range = head.iter().find_map(|line| line.strip_prefix("range: bytes="));
+            let bounds = range.and_then(|range| range.split_once('-'));
+            let (from, to) = bounds.map_or((0, content.len()), |(from, to)| {
+                let to = to.parse::<usize>().map_or(content.len(), |last| (last + 1).min(content.len()));
+                (from.parse().unwrap(), to)
+            });
+            let part = &content[from..to];
+            let status = if range.is_some() { "206 Partial Content" } else { "200 OK" };
+            let answer = std::format!(
+                "HTTP/1.1 {status}\r\nContent-Length: {}\r\nContent-Range: bytes {from}-{}/{}\r\nAccept-Ranges: bytes\r\nETag: \"x\"\r\nConnection: close\r\n\r\n",
+                part.len(),
+                to.saturating_sub(1),
+                content.len()
+            );
+            let _ = stream.write_all(answer.as_bytes());
+            if first.starts_with("head") {
+                continue;
+            }
+            let half = part.len() / 2;
+            let _ = stream.write_all(&part[..half]);
+            if !held && part.len() > 1 {
+                held = true;
+                let _ = wait.recv_timeout(LIMIT);
+            }
+            let _ = stream.write_all(&part[half..]);
+        }
+    });
+    let (mut child, mut rest, address) = started(&["import", &url, "weights.bin"], &pool);
+    let answer = get(&address, "/metrics");
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("nvtier_pool_used_bytes"), "{answer}");
+    assert!(child.try_wait().unwrap().is_none(), "the import ended before its source did");
+    go.send(()).unwrap();
+    let status = child.wait().unwrap();
+    let mut text = String::new();
+    rest.read_to_string(&mut text).unwrap();
+    assert!(status.success(), "{text}");
+    assert!(TcpStream::connect(&address).is_err(), "the port is still open");
+    let _ = TcpStream::connect(url.trim_start_matches("http://").split('/').next().unwrap())
+        .and_then(|mut stream| stream.write_all(b"QUIT\r\n\r\n"));
+    serving.join().unwrap();
+    let out = folder.path().join("out");
+    run(Command::new(nvtier_path()).args(["export", "weights.bin"]).arg(&out).arg("--pool").arg(&pool)).ok();
+    assert!(fs::read(&out).unwrap() == bytes);
+}
+
+#[test]
+fn a_verification_can_be_scraped_while_it_runs() {
+    let folder = scratch();
+    let pool = format(Kind::Directory, folder.path());
+    let source = folder.path().join("source");
+    fs::write(&source, pattern(52, 64 << 20)).unwrap();
+    run(Command::new(nvtier_path()).arg("import").arg(&source).args(["f", "--pool"]).arg(&pool)).ok();
+    // It may have ended before anybody asks: then once more.
+    let scraped = (0..50).any(|_| {
+        let (mut child, _rest, address) = started(&["verify"], &pool);
+        let answer = TcpStream::connect(&address).and_then(|mut stream| {
+            stream.set_read_timeout(Some(LIMIT))?;
+            stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).map(|_| answer)
+        });
+        assert!(child.wait().unwrap().success());
+        answer.is_ok_and(|text| text.starts_with("HTTP/1.1 200 ") && text.contains("nvtier_pool_regions 1"))
+    });
+    assert!(scraped, "nobody answered in fifty runs");
 }

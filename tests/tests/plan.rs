@@ -226,7 +226,7 @@ fn what_is_measured_is_what_is_planned_with() {
 
     let measured =
         nvtier(&["doctor", "--measure", "--measure-bytes", "64MiB", place.to_str().unwrap()]).ok().json();
-    for rate in ["drive_read", "drive_write", "memory_copy"] {
+    for rate in ["drive_read", "drive_write", "pool_read", "memory_copy", "memory_fresh"] {
         assert!(measured[rate].as_f64().is_some_and(|rate| rate > 0.0), "{rate}: {measured}");
     }
     assert_eq!(measured["written_bytes"], 2 * (64u64 << 20));
@@ -236,8 +236,22 @@ fn what_is_measured_is_what_is_planned_with() {
 
     let after = drive(&nvtier(&planned));
     assert_eq!(after["read"]["origin"], "measured");
-    let saved = measured["drive_read"].as_f64().unwrap();
+    let measured = |rate: &str| measured[rate].as_f64().unwrap();
+    let saved = measured("drive_read").min(measured("pool_read"));
     assert!((after["read"]["value"].as_f64().unwrap() / saved - 1.0).abs() < 1e-9, "{after} is not {saved}");
+    // Without a GPU a plan says how long loading into memory takes: what the slower of drive, engine and memory needs.
+    let loaded = nvtier(&planned).json();
+    let parts = loaded["parts"].as_array().unwrap();
+    let weights: f64 = parts
+        .iter()
+        .filter(|part| part["name"].as_str().unwrap().starts_with("weights"))
+        .map(|part| part["ram"].as_f64().unwrap())
+        .sum();
+    let copies = loaded["machine"]["ram_copy"]["value"].as_f64().unwrap();
+    let wanted = weights / saved.min(copies);
+    let load = loaded["infer"]["load"]["seconds"].as_f64().unwrap();
+    assert!(weights > 1e9 && (load / wanted - 1.0).abs() < 1e-6, "{load} s is not {wanted} s: {loaded}");
+    assert!(loaded["infer"]["first_token"]["load"]["seconds"].as_f64().unwrap() > 0.0, "{loaded}");
 
     let ran = nvtier(&["doctor", "--measure", "--measure-bytes", "1MiB", place.to_str().unwrap()]);
     ran.refused(2, &["at least 64.0 MiB"]);

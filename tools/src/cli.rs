@@ -374,6 +374,30 @@ pub struct DiskUndo {
     pub yes: bool,
 }
 
+/// What lies between drives and pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// Nothing: the pool stripes over the drives itself
+    #[default]
+    Raw,
+    /// An XFS on each drive; the pool stripes over a directory on each
+    Xfs,
+    /// One XFS on a logical volume that is striped over the drives
+    Lvm,
+}
+
+impl Layout {
+    /// As it is written on the command line.
+    pub fn word(self) -> &'static str {
+        match self {
+            Layout::Raw => "raw",
+            Layout::Xfs => "xfs",
+            Layout::Lvm => "lvm",
+        }
+    }
+}
+
 /// What `apply` is to do.
 #[derive(Debug, Args)]
 pub struct DiskTarget {
@@ -383,6 +407,9 @@ pub struct DiskTarget {
     /// A name for the pool's unit and record, of letters, digits, `-` and `_`
     #[arg(long, value_name = "NAME", default_value = "nvtier", value_parser = parse_disk_name)]
     pub name: String,
+    /// What lies between the drives and the pool; with a file system reads may bypass the daemon, and its space can be used otherwise, too
+    #[arg(long, value_enum, value_name = "LAYOUT", default_value_t = Layout::Raw)]
+    pub layout: Layout,
     /// Where it is mounted [default: /mnt/NAME]
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub mountpoint: Option<PathBuf>,
@@ -653,9 +680,9 @@ pub struct Kv {
     pub command: KvCommand,
     #[command(flatten)]
     pub pool: KvPool,
-    /// Name of the store
-    #[arg(long, global = true, value_name = "NAME", default_value = "default")]
-    pub store: String,
+    /// Name of the store [default: default; of `top`: all]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub store: Option<String>,
 }
 
 /// The pool, before or after what to do.
@@ -671,6 +698,8 @@ pub struct KvPool {
 pub enum KvCommand {
     /// Say what it holds: blocks, namespaces, tenants, bytes written
     Stat,
+    /// Show what stores do, while a mount or another program has them open: hits, misses, evictions, tenants, write budget
+    Top(KvTop),
     /// List its blocks, in the order in which they came
     Ls(KvSelect),
     /// Read every block and compare it with its checksum; what is bad is dropped
@@ -687,6 +716,13 @@ pub enum KvCommand {
     Import(KvImport),
     /// Remove the store with all of its blocks, while nobody has it open
     Drop,
+}
+
+/// `nvtier kv top`
+#[derive(Debug, Args)]
+pub struct KvTop {
+    #[command(flatten)]
+    pub look: Look,
 }
 
 /// Which blocks.
@@ -813,6 +849,16 @@ pub enum VerifyMode {
 pub struct Top {
     #[command(flatten)]
     pub pool: PoolArg,
+    #[command(flatten)]
+    pub look: Look,
+    /// Bytes that each drive is rated to be written in its life [default: a table of drives, or what the drive says of its wear]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero)]
+    pub tbw: Option<u64>,
+}
+
+/// How a live view is shown.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Look {
     /// Look twice, print, and end
     #[arg(long)]
     pub once: bool,
@@ -974,7 +1020,7 @@ mod tests {
             "format P --size 8GiB --member A --member B --force",
             "disk plan",
             "disk plan /dev/a /dev/b --owner u --json",
-            "disk apply /dev/a --mountpoint /m --name n --unit-dir /u --state-dir /s --force --no-start --yes",
+            "disk apply /dev/a --layout xfs --mountpoint /m --name n --unit-dir /u --state-dir /s --force --no-start --yes",
             "disk undo n --yes --state-dir /s",
             "mount P M --foreground --ram 8GiB --read-only --allow-other --verify always --threads 4",
             "umount M",
@@ -1003,6 +1049,8 @@ mod tests {
             "train --env_config E --exp_config X",
             "train --env-config E --exp-config X --pool P --run r --vram 20GiB --ram 64GiB --fresh --python python3",
             "train --env_config E --exp_config X --plain --resume --seed 1 --clip-grad-norm 1.0 --commit-every 5 --check --json",
+            "top --once --json --interval 50 --tbw 600TB --pool P",
+            "kv top --once --json --interval 50 --store s --pool P",
             "version",
             "bench --rw=read --bs=1m job.fio",
             "completions bash",

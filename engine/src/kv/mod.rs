@@ -248,9 +248,8 @@ impl Store {
     pub fn share(pool: &Pool, options: StoreOptions, wait: Duration) -> Result<Store> {
         let deadline = Instant::now() + wait;
         loop {
-            let open = lock(&pool.inner.shared.kv_open).get(&options.name).and_then(Weak::upgrade);
-            if let Some(inner) = open.filter(|inner| !inner.shared.stop.load(Relaxed)) {
-                return Ok(Store { inner });
+            if let Some(store) = Store::opened(pool, &options.name) {
+                return Ok(store);
             }
             match Store::open(pool, options.clone()) {
                 // Somebody is opening or closing it; both end.
@@ -260,6 +259,12 @@ impl Store {
                 other => return other,
             }
         }
+    }
+
+    /// The store of that name that this process has open, if it has.
+    fn opened(pool: &Pool, name: &str) -> Option<Store> {
+        let open = lock(&pool.inner.shared.kv_open).get(name).and_then(Weak::upgrade);
+        open.filter(|inner| !inner.shared.stop.load(Relaxed)).map(|inner| Store { inner })
     }
 
     fn open_inner(pool: &Pool, mut options: StoreOptions) -> Result<Store> {
@@ -635,6 +640,8 @@ impl Shared {
             budget_bytes: self.budget,
             namespaces: state.namespaces.len() as u64,
             failed: self.failed.get().cloned().unwrap_or_default(),
+            written_today_bytes: state.written_on_the_day_of(self.options.clock.now()),
+            write_bytes_per_day: self.options.write_bytes_per_day,
             ..state.stat.clone()
         }
     }

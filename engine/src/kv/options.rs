@@ -204,6 +204,9 @@ pub struct StoreStat {
     pub written_today_bytes: u64,
     /// Bytes of blocks written ever.
     pub written_bytes: u64,
+    /// Bytes of blocks that may be written in a day (UTC), see [`StoreOptions::write_bytes_per_day`].
+    #[serde(default)]
+    pub write_bytes_per_day: Option<u64>,
     /// Why nothing can be stored any more; empty: it can.
     pub failed: String,
 }

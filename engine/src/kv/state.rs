@@ -441,6 +441,11 @@ impl State {
         }
     }
 
+    /// Bytes of blocks written in the day of a moment that is not before the last put.
+    pub(crate) fn written_on_the_day_of(&self, now: u64) -> u64 {
+        if (now / SECS_PER_DAY) as u32 == self.day { self.stat.written_today_bytes } else { 0 }
+    }
+
     /// Whether a block may be written, and where to. The name counts as being written until [`publish`](Self::publish) or
     /// [`give_up`](Self::give_up).
     pub(crate) fn reserve(

@@ -20,7 +20,7 @@ impl Session {
         file: Option<&File>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Report> {
-        if *order != Order::Names {
+        if !matches!(order, Order::Names | Order::Watch) {
             self.writable("open a KV store")?;
         }
         match &self.inner {

@@ -30,10 +30,17 @@ pub struct Ceilings {
     pub drive_read: Option<f64>,
     /// Writes past the page cache, flushed at the end.
     pub drive_write: Option<f64>,
+    /// Reads of a pool through the engine, past the page cache, every checksum compared.
+    #[serde(default)]
+    pub pool_read: Option<f64>,
     /// Reads of a file of a mounted pool, not cached, through the kernel's passthrough or the daemon.
     pub mount_read: Option<f64>,
     /// Copies in host memory.
     pub memory_copy: Option<f64>,
+    /// Copies into memory that was not used before: what is loaded into memory goes there, and the kernel, in a virtual machine also its host, has to
+    /// find each page.
+    #[serde(default)]
+    pub memory_fresh: Option<f64>,
     /// The first GPU.
     pub device: Option<DeviceCeilings>,
     /// Bytes that were written to the drive for it.
@@ -64,9 +71,14 @@ impl Store {
     pub fn get(&self, path: &Path) -> Option<Ceilings> {
         let mut found: Ceilings = self.kept.get(&key(path)?)?;
         let sane = |rate: f64| rate.is_finite() && rate > 0.0;
-        for rate in
-            [&mut found.drive_read, &mut found.drive_write, &mut found.mount_read, &mut found.memory_copy]
-        {
+        for rate in [
+            &mut found.drive_read,
+            &mut found.drive_write,
+            &mut found.pool_read,
+            &mut found.mount_read,
+            &mut found.memory_copy,
+            &mut found.memory_fresh,
+        ] {
             *rate = rate.filter(|rate| sane(*rate));
         }
         found.device = found.device.filter(|device| sane(device.htod) && sane(device.dtoh));

@@ -14,6 +14,7 @@ mod checks;
 pub mod disks;
 mod system;
 mod tables;
+pub mod wear;
 
 use std::path::{Path, PathBuf};
 

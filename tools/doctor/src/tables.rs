@@ -79,6 +79,22 @@ pub(crate) fn cpu(found: &str) -> Option<CpuRow> {
     best(found, cpus(), |row| row.model)
 }
 
+/// Bytes that a drive's maker rates it for. `model`: as the drive says, which begins with the name of the line. `bytes`: its length.
+pub(crate) fn rated_bytes(model: &str, bytes: u64) -> Option<u64> {
+    let line = rows(include_str!("../data/drives.csv"))
+        .filter(|row| model.strip_prefix(row[0]).is_some_and(|rest| rest.is_empty() || rest.starts_with(' ')))
+        .filter_map(|row| Some((row[0], row[1].parse::<u64>().ok()?, row[2].parse::<u64>().ok()?)));
+    let lines: Vec<_> = line.collect();
+    // `980 PRO` begins with `980`, too.
+    let longest = lines.iter().map(|(name, ..)| name.len()).max()?;
+    // A drive of 2 TB has 2 000 398 934 016 bytes.
+    let fits = |gigabytes: u64| (bytes / 1_000_000_000).abs_diff(gigabytes) <= gigabytes / 20;
+    lines
+        .iter()
+        .find(|(name, gigabytes, _)| name.len() == longest && fits(*gigabytes))
+        .map(|(_, _, terabytes)| terabytes * 1_000_000_000_000)
+}
+
 fn words(name: &str) -> Vec<String> {
     let clean = name.replace("(R)", " ").replace("(TM)", " ").to_lowercase();
     clean
@@ -113,6 +129,18 @@ mod tests {
         assert_eq!((gpus().len(), cpus().len()), (28, 12));
         assert!(gpus().iter().all(|row| row.memory_bytes >= 16_000_000_000 && row.bandwidth > 0));
         assert!(cpus().iter().all(|row| row.pcie_lanes >= 20));
+    }
+
+    #[test]
+    fn ratings_are_of_the_line_and_the_size() {
+        let terabytes = |model, bytes| rated_bytes(model, bytes).map(|rated| rated / 1_000_000_000_000);
+        assert_eq!(terabytes("Samsung SSD 990 PRO 2TB", 2_000_398_934_016), Some(1200));
+        assert_eq!(terabytes("Samsung SSD 980 PRO 2TB", 2_000_398_934_016), Some(1200));
+        assert_eq!(terabytes("Samsung SSD 980 2TB", 2_000_398_934_016), None, "there is none of that size");
+        assert_eq!(terabytes("Samsung SSD 970 EVO Plus 250GB", 250_059_350_016), Some(150));
+        assert_eq!(terabytes("WD_BLACK SN850X 4000GB", 4_000_787_030_016), Some(2400));
+        assert_eq!(terabytes("Samsung SSD 9800", 1_000_204_886_016), None);
+        assert_eq!(terabytes("", 1_000_204_886_016), None);
     }
 
     #[test]

@@ -218,11 +218,7 @@ pub(crate) fn speed(
     placed: &Placed,
     machine: &Machine,
 ) -> Speed {
-    let Some(gpu) = &machine.gpu else {
-        let first_token =
-            FirstToken { compute: None, load: None, both_seconds: None, both_computed_tokens: 0 };
-        return Speed { load: None, first_token, step: None, tokens_per_second: None };
-    };
+    let Some(gpu) = &machine.gpu else { return into_memory(model, request, placed, machine) };
     let from_drives = |bytes: f64| -> Vec<Term> {
         let drives = (machine.read() > 0.0).then(|| term("drives", bytes / machine.read())).flatten();
         drives.into_iter().chain(term("PCIe", bytes / gpu.htod.value)).collect()
@@ -261,6 +257,22 @@ pub(crate) fn speed(
     let step = if gpu.bandwidth.is_some() { Time::longest(terms) } else { None };
     let tokens_per_second = step.as_ref().map(|step| batch / step.seconds);
     Speed { load, first_token, step, tokens_per_second }
+}
+
+/// Without a GPU nothing is known of computing; what is loaded goes into memory.
+fn into_memory(model: &Model, request: &Request, placed: &Placed, machine: &Machine) -> Speed {
+    let drives =
+        |bytes: f64| (machine.read() > 0.0).then(|| term("drives", bytes / machine.read())).flatten();
+    let in_ram: u64 =
+        placed.parts[3..].iter().filter(|part| part.name.starts_with("weights")).map(|part| part.ram).sum();
+    // Blocks are read into buffers that are there; weights are copied into memory that is new.
+    let restore =
+        Time::longest(drives(session_bytes(model, request, request.context) as f64).into_iter().collect());
+    let copied = term("memory", in_ram as f64 / machine.ram_copy.value);
+    let load = Time::longest(drives(in_ram as f64).into_iter().chain(copied).collect());
+    let first_token =
+        FirstToken { compute: None, load: restore, both_seconds: None, both_computed_tokens: 0 };
+    Speed { load, first_token, step: None, tokens_per_second: None }
 }
 
 /// The best split of a prompt: tokens before it are computed while the keys and values behind it are loaded.

@@ -227,7 +227,10 @@ pub fn make(model: &Model, request: &Request, machine: &Machine) -> Result<Plan,
         );
     }
     if machine.gpu.is_none() {
-        notes.push("no GPU: nothing is said about times; name one with --gpu".into());
+        notes.push(match request.task {
+            Task::Infer => "no GPU: times are those of loading into memory, nothing is said about computing; name one with --gpu".into(),
+            _ => "no GPU: nothing is said about times; name one with --gpu".into(),
+        });
     } else if machine.gpu.as_ref().is_some_and(|gpu| gpu.flops.is_none()) {
         notes.push(
             "how fast this GPU computes is not in the table: give --tflops for times that need it".into(),

@@ -97,6 +97,7 @@ fn existing(path: &Path) -> Outcome<PathBuf> {
 
 fn all(global: &Global, workspace: &mut Workspace, bytes: u64, found: &mut Ceilings) -> Outcome {
     found.memory_copy = Some(copies());
+    found.memory_fresh = Some(fresh());
     interrupt::check()?;
     match device() {
         Ok(device) => found.device = Some(device),
@@ -111,15 +112,21 @@ fn all(global: &Global, workspace: &mut Workspace, bytes: u64, found: &mut Ceili
     found.written_bytes += bytes;
     let read = [&direct[..], &["--rw=read"]].concat();
     found.drive_read = Some(best(|| bench(&file, "read", &read))?);
-    say(global, "the drive is measured; now a mount");
-    match mount(workspace, &file) {
+    say(global, "the drive is measured; now a pool, and its mount");
+    let pool = workspace.path().join("pool");
+    own(&[OsStr::new("format"), pool.as_os_str()])?;
+    own(&[OsStr::new("import"), file.as_os_str(), "file".as_ref(), "--pool".as_ref(), pool.as_os_str()])?;
+    found.written_bytes += bytes;
+    let of_pool = format!("--pool={}", pool.display());
+    let read = ["--rw=read", "--bs=1m", "--ioengine=pool", "--iodepth=16", "--pool_ram=0", &of_pool];
+    found.pool_read = Some(best(|| bench(Path::new("file"), "read", &read))?);
+    match mount(workspace, &pool) {
         Ok(rate) => found.mount_read = Some(rate),
         Err(failure) if failure.code == code::UNSUPPORTED || failure.kind == "PermissionDenied" => {
             found.skipped.push(format!("mount: {}", failure.message));
         }
         Err(failure) => return Err(failure),
     }
-    found.written_bytes += bytes;
     Ok(())
 }
 
@@ -132,14 +139,11 @@ fn best(mut run: impl FnMut() -> Outcome<f64>) -> Outcome<f64> {
     Ok(best)
 }
 
-/// A pool on the drive, the file in it, and reads of it through the mount, not cached.
-fn mount(workspace: &mut Workspace, file: &Path) -> Outcome<f64> {
-    let pool = workspace.path().join("pool");
-    own(&[OsStr::new("format"), pool.as_os_str()])?;
-    own(&[OsStr::new("import"), file.as_os_str(), "file".as_ref(), "--pool".as_ref(), pool.as_os_str()])?;
-    let mountpoint = workspace.mount(&pool)?;
+/// Reads of the pool's file through a mount, not cached.
+fn mount(workspace: &mut Workspace, pool: &Path) -> Outcome<f64> {
+    let mountpoint = workspace.mount(pool)?;
     let rate = best(|| {
-        crate::demo::drop_below(&pool)
+        crate::demo::drop_below(pool)
             .map_err(|error| Failure::io("drop the pool's files from the page cache", &error))?;
         bench(&mountpoint.join("file"), "read", &["--rw=read", "--bs=1m", "--ioengine=pread"])
     });
@@ -195,6 +199,18 @@ fn copies() -> f64 {
     best
 }
 
+/// Copies into new memory by one thread, bytes per second. One long allocation: what the allocator keeps of it is not counted twice.
+fn fresh() -> f64 {
+    let source = vec![0x5au8; COPY_BYTES / 16];
+    let mut target = Vec::with_capacity(COPY_BYTES);
+    let before = Instant::now();
+    for _ in 0..16 {
+        target.extend_from_slice(&source);
+    }
+    std::hint::black_box(&mut target);
+    COPY_BYTES as f64 / before.elapsed().as_secs_f64().max(1e-9)
+}
+
 /// Copies between pinned memory and the first GPU.
 fn device() -> Result<DeviceCeilings, String> {
     let driver = gpudirect::driver::open("cuda:0").map_err(|error| error.to_string())?;
@@ -219,8 +235,10 @@ pub fn text(found: &Ceilings) -> String {
     };
     line("drive, reads", found.drive_read);
     line("drive, writes", found.drive_write);
+    line("pool, reads, checked", found.pool_read);
     line("mount, reads, cold", found.mount_read);
     line("copies in memory", found.memory_copy);
+    line("into fresh memory", found.memory_fresh);
     if let Some(device) = &found.device {
         line("to the GPU", Some(device.htod));
         line("from the GPU", Some(device.dtoh));

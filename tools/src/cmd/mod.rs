@@ -9,6 +9,7 @@ pub mod format;
 pub mod import;
 pub mod info;
 pub mod kv;
+pub mod live;
 pub mod load;
 pub mod ls;
 pub mod man;

@@ -4,7 +4,7 @@ use engine::{FormatOptions, OpenOptions, Pool, ROOT, SetAttr};
 use serde_json::json;
 
 use super::record::{Record, State, lock, write_whole};
-use super::{Request, confirm, unit, unit_name};
+use super::{Request, confirm, layout, unit, unit_names};
 use crate::cli::{DiskApply, Global};
 use crate::failure::{Failure, Outcome};
 use crate::output;
@@ -28,9 +28,15 @@ pub fn run(global: &Global, args: &DiskApply) -> Outcome {
     let folder = &request.state_dir;
     if record.state == State::Formatting {
         record.save(folder)?;
+        layout::make(&record)?;
         format(&request, &record)?;
         record.state = State::Formatted;
         record.save(folder)?;
+    }
+    // After a boot without systemd nobody has mounted them.
+    record.volumes.iter().try_for_each(layout::Volume::mount)?;
+    for volume in &record.volumes {
+        write_whole(&volume.unit, &volume.unit_text, 0o644)?;
     }
     std::fs::create_dir_all(&record.mountpoint).map_err(|error| {
         Failure::io(format!("make the mount point {}", record.mountpoint.display()), &error)
@@ -47,10 +53,11 @@ pub fn run(global: &Global, args: &DiskApply) -> Outcome {
     let reachable = unit::reachable(&record.unit);
     let started = request.start && reachable.is_ok();
     if started {
-        let name = unit_name(&record);
         unit::systemctl(&["daemon-reload"])?;
-        unit::systemctl(&["enable", &name])?;
-        unit::systemctl(&["start", &name])?;
+        for name in unit_names(&record) {
+            unit::systemctl(&["enable", &name])?;
+            unit::systemctl(&["start", &name])?;
+        }
     }
     record.state = State::Done;
     record.save(folder)?;
@@ -67,7 +74,7 @@ fn format(request: &Request, record: &Record) -> Outcome {
     let whole = Pool::probe(&record.pool).is_ok_and(|info| info.id == record.pool_id);
     if !whole {
         let options = FormatOptions {
-            members: record.drives.iter().map(|drive| drive.node.clone()).collect(),
+            members: record.members(),
             id: Some(record.pool_bytes()?),
             // What may be lost was judged above, drive by drive.
             force: true,
@@ -99,6 +106,10 @@ fn said(record: &Record, started: bool, why_not: Option<String>) -> String {
         format!("  named by  {}", pool.display()),
         format!("  unit      {}", unit.display()),
     ];
+    for volume in &record.volumes {
+        let (node, place) = (volume.node.display(), volume.mountpoint.display());
+        lines.push(format!("  XFS       {node} on {place}"));
+    }
     lines.push(match (started, why_not) {
         (true, _) => format!("  mounted   {}", mountpoint.display()),
         (false, why) => format!(

@@ -2,7 +2,9 @@
 
 mod apply;
 mod judge;
+mod layout;
 mod record;
+mod tool;
 mod undo;
 mod unit;
 
@@ -11,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::cli::{Disk, DiskCommand, DiskPlace, DiskTarget, Global};
+use crate::cli::{Disk, DiskCommand, DiskPlace, DiskTarget, Global, Layout};
 use crate::failure::{Failure, Outcome};
 use crate::output::{self, Align, Table};
 use crate::size;
@@ -107,7 +109,7 @@ impl Request {
         let program = std::env::current_exe().map_err(|error| Failure::io("find this program", &error))?;
         // Others than the daemon's user are let in where the pool is to belong to one of them; the kernel checks modes and owners then.
         let options: &[&str] = if record.owner.is_some() { &["--allow-other"] } else { &[] };
-        record.unit_text = unit::text(&program, &unit_name, &record.pool, &record.mountpoint, options)?;
+        record.layout = target.layout;
         record.drives = drives
             .iter()
             .map(|drive| record::Drive {
@@ -119,6 +121,17 @@ impl Request {
             })
             .collect();
         let earlier = Record::load(&state_dir, name)?;
+        let unit_dir = record.unit.parent().unwrap_or(Path::new("/"));
+        record.volumes = match &earlier {
+            // Identifiers are chosen once.
+            Some(earlier) if earlier.layout == record.layout && nodes(earlier) == nodes(&record) => {
+                earlier.volumes.clone()
+            }
+            _ => layout::volumes(&record, unit_dir)?,
+        };
+        let below: Vec<&Path> = record.volumes.iter().map(|volume| volume.mountpoint.as_path()).collect();
+        record.unit_text =
+            unit::text(&program, &unit_name, &record.pool, &record.mountpoint, options, &below)?;
         Ok(Self { drives, record, earlier, state_dir, force: target.force, start: !target.no_start })
     }
 
@@ -130,6 +143,7 @@ impl Request {
         for drive in &self.drives {
             drive.check(self.force)?;
         }
+        layout::check(&self.record)?;
         self.check_places()
     }
 
@@ -164,7 +178,13 @@ impl Request {
             ))
             .hint("name the folder of units with --unit-dir; where there is no systemd, any folder does"));
         }
-        for (what, path) in [("unit", unit), ("pool's directory", pool)] {
+        let places = [("unit", unit), ("pool's directory", pool)].into_iter();
+        let below = self
+            .record
+            .volumes
+            .iter()
+            .flat_map(|volume| [("unit", &volume.unit), ("mount point", &volume.mountpoint)]);
+        for (what, path) in places.chain(below) {
             if path.exists() {
                 let message =
                     format!("make the {what} {}: it is there already, and not of an `apply`", path.display());
@@ -187,6 +207,7 @@ impl Request {
         let now = &self.record;
         let differs = [
             ("drives", nodes(earlier) != nodes(now)),
+            ("layout", earlier.layout != now.layout),
             ("mount point", earlier.mountpoint != now.mountpoint),
             ("owner", earlier.owner != now.owner),
             ("folder of units", earlier.unit != now.unit),
@@ -196,8 +217,8 @@ impl Request {
                 format!("apply `{name}`: that name was applied with another {what} ({})", shown(earlier));
             return Err(Failure::new(crate::failure::code::FAILED, "Exists", message).hint(undo));
         }
-        for drive in &self.drives {
-            let ours = drive.pool_id.as_ref() == Some(&earlier.pool_id);
+        for (index, drive) in self.drives.iter().enumerate() {
+            let ours = layout::is_ours(earlier, index);
             match earlier.state {
                 // Half-way: it may be as it was, or wiped, or ours.
                 record::State::Formatting if !ours => drive.check(self.force)?,
@@ -231,11 +252,11 @@ impl Request {
             steps.push(format!("write what is done to the record {}", record_path.display()));
         }
         if state.is_none_or(|state| state == record::State::Formatting) {
-            let lost: Vec<String> = self
-                .drives
-                .iter()
-                .filter_map(|drive| Some(format!("{} on {}", drive.holds.as_ref()?, drive.disk.node)))
-                .collect();
+            let lost = |drive: &Judged| {
+                let holds = drive.holds.as_ref()?;
+                Some(format!("{holds} on {}", drive.disk.node))
+            };
+            let lost: Vec<String> = self.drives.iter().filter_map(lost).collect();
             let lost = if lost.is_empty() { String::new() } else { format!("; LOST: {}", lost.join(", ")) };
             let striped = match self.drives.len() {
                 1 => String::new(),
@@ -244,7 +265,20 @@ impl Request {
                     size::human(engine::pool::DEFAULT_STRIPE_UNIT)
                 ),
             };
-            steps.push(format!("format {} as a pool{striped}{lost}", nodes(&self.record).join(" ")));
+            let members: Vec<String> =
+                self.record.members().iter().map(|member| member.display().to_string()).collect();
+            let striped = if members.len() == 1 { String::new() } else { striped };
+            match self.record.layout {
+                Layout::Raw => steps.push(format!("format {} as a pool{striped}{lost}", members.join(" "))),
+                Layout::Xfs | Layout::Lvm => {
+                    let mut below = layout::steps(&self.record);
+                    if let Some(first) = below.first_mut() {
+                        first.push_str(&lost);
+                    }
+                    steps.extend(below);
+                    steps.push(format!("format {} as a pool{striped}", members.join(" ")));
+                }
+            }
             steps.push(format!("make the directory {} that names the pool", pool.display()));
             if let Some(owner) = owner {
                 steps.push(format!(
@@ -301,7 +335,10 @@ impl Request {
         lines.extend(self.steps().iter().enumerate().map(|(index, step)| format!("  {}. {step}", index + 1)));
         if self.earlier.is_none() {
             lines.push("the unit:".to_owned());
-            lines.extend(self.record.unit_text.lines().map(|line| format!("  {line}").trim_end().to_owned()));
+            let texts = self.record.volumes.iter().map(|volume| &volume.unit_text);
+            for text in texts.chain([&self.record.unit_text]) {
+                lines.extend(text.lines().map(|line| format!("  {line}").trim_end().to_owned()));
+            }
         }
         lines.join("\n")
     }
@@ -309,6 +346,11 @@ impl Request {
 
 fn nodes(record: &Record) -> Vec<String> {
     record.drives.iter().map(|drive| drive.node.display().to_string()).collect()
+}
+
+/// Names of all units of a record, those of file systems first.
+fn unit_names(record: &Record) -> Vec<String> {
+    record.volumes.iter().map(layout::Volume::unit_name).chain([unit_name(record)]).collect()
 }
 
 fn unit_name(record: &Record) -> String {

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use super::layout::Volume;
+use crate::cli::Layout;
 use crate::failure::{Failure, Outcome, code};
 
 /// Version of the file.
@@ -66,6 +68,12 @@ pub struct Record {
     pub unit: PathBuf,
     pub unit_text: String,
     pub drives: Vec<Drive>,
+    /// What lies between the drives and the pool.
+    #[serde(default)]
+    pub layout: Layout,
+    /// File systems of the layout.
+    #[serde(default)]
+    pub volumes: Vec<Volume>,
 }
 
 impl Record {
@@ -84,6 +92,8 @@ impl Record {
             unit,
             unit_text: String::new(),
             drives: Vec::new(),
+            layout: Layout::Raw,
+            volumes: Vec::new(),
         }
     }
 
@@ -134,6 +144,14 @@ impl Record {
     pub fn remove(&self, folder: &Path) -> Outcome {
         let path = path(folder, &self.name);
         fs::remove_file(&path).map_err(|error| Failure::io(format!("remove {}", path.display()), &error))
+    }
+
+    /// Where the pool's bytes lie.
+    pub fn members(&self) -> Vec<PathBuf> {
+        match self.layout {
+            Layout::Raw => self.drives.iter().map(|drive| drive.node.clone()).collect(),
+            Layout::Xfs | Layout::Lvm => self.volumes.iter().map(Volume::member).collect(),
+        }
     }
 
     /// The pool's id, as the engine takes it.

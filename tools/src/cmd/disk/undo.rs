@@ -11,15 +11,20 @@ use nvme::{Device, DeviceOptions};
 use serde_json::json;
 
 use super::record::{self, Record, State, lock};
-use super::{confirm, shown, unit, unit_name};
-use crate::cli::{DiskUndo, Global};
+use super::{confirm, layout, shown, unit, unit_name, unit_names};
+use crate::cli::{DiskUndo, Global, Layout};
 use crate::failure::{Failure, Outcome, code};
 use crate::output;
+
+/// Bytes at the start of a file system that `undo` takes away.
+const WIPED: usize = 1 << 20;
 
 /// What a drive is now.
 enum Now {
     /// It carries the pool: claimed, to be wiped.
     Ours(Arc<dyn Device>),
+    /// It carries a file system of ours, or is part of our volume group.
+    Below,
     /// Nothing is on it.
     Blank,
     /// `apply` was killed before its pool was there; this is.
@@ -57,15 +62,20 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
         record.save(&folder)?;
     }
     let mut done = Vec::new();
-    if record.unit.exists() {
-        std::fs::remove_file(&record.unit)
-            .map_err(|error| Failure::io(format!("remove the unit {}", record.unit.display()), &error))?;
-        if unit::reachable(&record.unit).is_ok() {
-            unit::systemctl(&["daemon-reload"])?;
-        }
-        done.push(format!("removed the unit {}", record.unit.display()));
+    let units = record.volumes.iter().map(|volume| &volume.unit).chain([&record.unit]);
+    for unit in units.filter(|unit| unit.exists()) {
+        std::fs::remove_file(unit)
+            .map_err(|error| Failure::io(format!("remove the unit {}", unit.display()), &error))?;
+        done.push(format!("removed the unit {}", unit.display()));
     }
-    for (drive, now) in record.drives.iter().zip(&drives) {
+    if unit::reachable(&record.unit).is_ok() {
+        unit::systemctl(&["daemon-reload"])?;
+    }
+    record.volumes.iter().try_for_each(layout::Volume::umount)?;
+    if record.layout == Layout::Lvm {
+        done.extend(layout::remove_group(&record)?);
+    }
+    for (index, (drive, now)) in record.drives.iter().zip(&drives).enumerate() {
         let node = drive.node.display();
         match now {
             Now::Ours(device) => {
@@ -73,11 +83,31 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
                     .map_err(|error| Failure::from(error).while_doing(format!("wipe {node}")))?;
                 done.push(format!("wiped {node}"));
             }
+            Now::Below if record.layout == Layout::Lvm => {}
+            Now::Below => {
+                let device = record.volumes[index].device();
+                let wipe = || -> engine::Result<()> {
+                    let device = nvme::open(&device, &DeviceOptions::default())?;
+                    // Whoever looks next sees nothing: what looks for signatures looks here.
+                    device.write_at(0, &vec![0; (WIPED as u64).min(device.len()) as usize])?;
+                    erase_device(&*device)
+                };
+                wipe().map_err(|error| Failure::from(error).while_doing(format!("wipe {node}")))?;
+                done.push(format!("wiped {node}"));
+            }
             Now::Blank => done.push(format!("left {node}: nothing is on it")),
             Now::Untouched(holds) => done.push(format!("left {node}: it holds {holds}, and no pool yet")),
         }
     }
     drop(drives);
+    let mut places: Vec<PathBuf> = record.volumes.iter().map(|volume| volume.mountpoint.clone()).collect();
+    places.extend(layout::folder(&record));
+    for place in places.iter().filter(|place| place.exists()) {
+        match std::fs::remove_dir(place) {
+            Ok(()) => done.push(format!("removed {}", place.display())),
+            Err(why) => done.push(format!("left {}: {why}", place.display())),
+        }
+    }
     for path in [&record.pool, &record.mountpoint] {
         let ours = path == &record.pool || record.made_mountpoint;
         if ours && path.exists() {
@@ -107,17 +137,23 @@ fn check(record: &Record) -> Outcome {
 
 /// The unit is the one that was written, or gone.
 fn check_unit(record: &Record) -> Outcome {
-    match std::fs::read_to_string(&record.unit) {
-        Ok(text) if text == record.unit_text => Ok(()),
-        Ok(_) => Err(Failure::new(
-            code::FAILED,
-            "Changed",
-            format!("undo `{}`: the unit {} was changed since", record.name, record.unit.display()),
-        )
-        .hint("move it away if you want to keep it, then run this again")),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Failure::io(format!("read the unit {}", record.unit.display()), &error)),
+    let volumes = record.volumes.iter().map(|volume| (&volume.unit, &volume.unit_text));
+    for (unit, written) in volumes.chain([(&record.unit, &record.unit_text)]) {
+        match std::fs::read_to_string(unit) {
+            Ok(text) if text == *written => {}
+            Ok(_) => {
+                return Err(Failure::new(
+                    code::FAILED,
+                    "Changed",
+                    format!("undo `{}`: the unit {} was changed since", record.name, unit.display()),
+                )
+                .hint("move it away if you want to keep it, then run this again"));
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Failure::io(format!("read the unit {}", unit.display()), &error)),
+        }
     }
+    Ok(())
 }
 
 fn is_active(record: &Record) -> bool {
@@ -128,7 +164,11 @@ fn is_active(record: &Record) -> bool {
 /// Unmounts by stopping the unit, where systemd knows it.
 fn stop(record: &Record) -> Outcome {
     if record.unit.exists() && unit::reachable(&record.unit).is_ok() {
-        unit::systemctl(&["disable", "--now", &unit_name(record)])?;
+        // Only the pool's is stopped: its files are looked at before they go. A file system that is unmounted later ends its unit.
+        unit::systemctl(&["stop", &unit_name(record)])?;
+        for name in unit_names(record) {
+            unit::systemctl(&["disable", &name])?;
+        }
     }
     Ok(())
 }
@@ -141,12 +181,37 @@ fn look(record: &Record) -> Outcome<Vec<Now>> {
         return Err(Failure::new(code::BUSY, "Busy", message)
             .hint(format!("unmount it first: `nvtier umount {}`", record.mountpoint.display())));
     }
+    if record.layout != Layout::Raw {
+        layout::check_undo(record)?;
+        let drives = record.drives.iter().enumerate();
+        return drives.map(|(index, drive)| look_below(record, index, drive)).collect();
+    }
     // The kernel numbers NVMe drives anew at each boot: a pool that is whole says where its members are now.
     let found: Vec<PathBuf> =
         pool.into_iter().flat_map(|info| info.members).map(|member| member.path).collect();
     let nodes =
         record.drives.iter().enumerate().map(|(index, drive)| found.get(index).unwrap_or(&drive.node));
     record.drives.iter().zip(nodes).map(|(drive, node)| look_at(record, drive, node)).collect()
+}
+
+/// Of a drive with a file system on it.
+fn look_below(record: &Record, index: usize, drive: &record::Drive) -> Outcome<Now> {
+    let node = &drive.node;
+    if layout::is_ours(record, index) {
+        return Ok(Now::Below);
+    }
+    let tried = || format!("undo `{}`: look at {}", record.name, node.display());
+    let holds = foreign::in_device(node).map_err(|error| Failure::from(error).while_doing(tried()))?;
+    match holds {
+        None => Ok(Now::Blank),
+        Some(holds) if record.state == State::Formatting => Ok(Now::Untouched(holds)),
+        Some(holds) => Err(Failure::new(
+            code::FAILED,
+            "Changed",
+            format!("{}: it is no longer what `apply` left: it holds {holds}", tried()),
+        )
+        .hint("nothing was wiped; if that is right, wipe it yourself and remove the record")),
+    }
 }
 
 fn look_at(record: &Record, drive: &record::Drive, node: &Path) -> Outcome<Now> {

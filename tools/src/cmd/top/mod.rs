@@ -1,40 +1,39 @@
 //! `nvtier top`: what a pool's owner does at this moment.
 
+mod limits;
 mod sample;
 mod screen;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::cli::{Global, Top};
+use crate::cmd::live;
 use crate::config::Config;
 use crate::failure::{Failure, Outcome};
-use crate::{interrupt, output, size};
+use crate::{output, size};
 use sample::{View, Watched};
 
 /// Shows it until it is told to stop, or once.
 pub fn run(global: &Global, config: &Config, args: &Top) -> Outcome {
     let pool = config.pool(args.pool.pool.as_ref())?;
-    let interval = Duration::from_millis(args.interval);
-    let watched = open(&pool)?;
-    if !args.once && !global.json {
-        return screen::run(&pool, &watched, interval);
+    let interval = Duration::from_millis(args.look.interval);
+    let watched = open(&pool, args.tbw)?;
+    if !args.look.once && !global.json {
+        let doing = format!("watch the pool {}", pool.display());
+        return live::run(&doing, interval, || screen::Screen::open(watched));
     }
     let before = watched.sample()?;
-    let start = Instant::now();
-    while start.elapsed() < interval {
-        interrupt::check()?;
-        std::thread::sleep(Duration::from_millis(10).min(interval));
-    }
+    live::pause(interval)?;
     let view = watched.view(&before, &watched.sample()?, &watched.holdings()?);
     if global.json { output::json(&view) } else { output::line(&text(&view).join("\n")) }
 }
 
-fn open(pool: &Path) -> Outcome<Watched> {
+fn open(pool: &Path, tbw: Option<u64>) -> Outcome<Watched> {
     let tried = |failure: Failure| failure.while_doing(format!("watch the pool {}", pool.display()));
     // Whatever is wrong with the pool itself is told first.
     engine::Pool::probe(pool).map_err(|error| tried(error.into()))?;
-    Watched::open(pool).map_err(|failure| {
+    Watched::open(pool, tbw).map_err(|failure| {
         tried(failure)
             .hint("only a pool that a mount or another program serves can be watched: `nvtier mount` does")
     })
@@ -119,6 +118,16 @@ fn memory(view: &View) -> Vec<String> {
     ]
 }
 
+fn limits(view: &View) -> Vec<String> {
+    let mut lines = vec![limits::binding(&view.limits)];
+    match view.wear.is_empty() {
+        true => lines.push("wear unknown: the kernel names no drive below the members".into()),
+        false => lines.extend(view.wear.iter().map(limits::wear_line)),
+    }
+    lines.extend(view.write_budgets.iter().map(limits::budget_line));
+    lines.into_iter().map(|line| output::printable(&line)).collect()
+}
+
 fn holdings(view: &View) -> Vec<String> {
     let line = |holding: &sample::Holding| {
         format!(
@@ -137,6 +146,7 @@ fn text(view: &View) -> Vec<String> {
         ("throughput", throughput(view)),
         ("queues and times", waiting(view)),
         ("tiers", memory(view)),
+        ("limits and wear", limits(view)),
         ("what it holds", holdings(view)),
     ] {
         lines.push(format!("\n{title}"));

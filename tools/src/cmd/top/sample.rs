@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use engine::control::Client;
+use engine::kv::admin::{Order, Report, Watched as WatchedStore};
 use engine::{NodeKind, PoolInfo, PoolStat};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::limits::{self, Budget, Known, Limit, WearView};
 use crate::failure::Outcome;
 use crate::runtime::MountRecord;
 
@@ -21,6 +23,7 @@ pub struct Sample {
     /// `mount` of a mount's stats.json, when the owner is a mount of this user.
     mount: Option<Value>,
     drives: BTreeMap<String, Drive>,
+    stores: Vec<WatchedStore>,
 }
 
 /// Counts of the kernel since boot, `/sys/dev/block/*/stat` (Documentation/block/stat.rst).
@@ -42,19 +45,27 @@ pub struct Watched {
     mountpoint: Option<PathBuf>,
     /// Names of drives below the members, and their files of counts.
     drives: BTreeMap<String, PathBuf>,
+    known: Known,
 }
 
 impl Watched {
-    /// Connects to the owner of a pool.
-    pub fn open(path: &Path) -> Outcome<Self> {
+    /// Connects to the owner of a pool. `tbw`: what each drive is rated to be written, where the user says so.
+    pub fn open(path: &Path, tbw: Option<u64>) -> Outcome<Self> {
         let client = Client::connect(path)?;
         let info = client.info()?;
         let mountpoint = MountRecord::all()
             .into_iter()
             .find(|record| record.pid == client.owner_pid() && record.is_running())
             .map(|record| record.mountpoint);
-        let drives = info.members.iter().filter_map(|member| drive_of(&member.path)).collect();
-        Ok(Self { client, info, mountpoint, drives })
+        let mut members = Vec::new();
+        let mut drives = BTreeMap::new();
+        for member in &info.members {
+            let Some(Below { name, device, counts }) = drive_of(&member.path) else { continue };
+            members.push((name.clone(), device, member.path.as_path()));
+            drives.insert(name, counts);
+        }
+        let known = Known::look(&members, tbw);
+        Ok(Self { client, info, mountpoint, drives, known })
     }
 
     /// Looks once.
@@ -66,7 +77,12 @@ impl Watched {
         });
         let drives =
             self.drives.iter().filter_map(|(name, path)| Some((name.clone(), Drive::read(path)?))).collect();
-        Ok(Sample { at: Instant::now(), stat, mount, drives })
+        // An owner of an older version does not know the question.
+        let stores = match self.client.kv("", &Order::Watch, &[], None, &mut |_| {}) {
+            Ok(Report::Watched(stores)) => stores,
+            _ => Vec::new(),
+        };
+        Ok(Sample { at: Instant::now(), stat, mount, drives, stores })
     }
 
     /// Top-level names with the regions and bytes below them, the largest first.
@@ -136,6 +152,12 @@ impl Watched {
                 ),
             });
         }
+        let of = |tier: &str, purpose: &str| {
+            let found = throughput.iter().find(|flow: &&Flow| flow.tier == tier && flow.purpose == purpose);
+            found.map(|flow| flow.bytes_per_second)
+        };
+        let limits = self.known.limits(of);
+        let wear = self.known.wear(|device| of(device, "writes of all programs"));
         let share =
             |hits: u64, misses: u64| (hits + misses > 0).then(|| hits as f64 / (hits + misses) as f64);
         View {
@@ -156,6 +178,9 @@ impl Watched {
             capacity_bytes: new.capacity_bytes,
             used_bytes: new.used_bytes,
             corrupt_chunks: new.corrupt_chunks,
+            limits,
+            wear,
+            write_budgets: limits::budgets(&now.stores),
             holdings: holdings.to_vec(),
         }
     }
@@ -177,14 +202,24 @@ impl Drive {
     }
 }
 
+/// What a member lies on.
+struct Below {
+    /// As /sys names it.
+    name: String,
+    /// `major:minor`.
+    device: String,
+    /// The file of its counts.
+    counts: PathBuf,
+}
+
 /// The block device that a member lies on; `None` where the kernel names none (network and overlay file systems).
-fn drive_of(member: &Path) -> Option<(String, PathBuf)> {
+fn drive_of(member: &Path) -> Option<Below> {
     let metadata = fs::metadata(member).ok()?;
     let device = if metadata.file_type().is_block_device() { metadata.rdev() } else { metadata.dev() };
-    let folder =
-        PathBuf::from(format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
+    let device = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let folder = Path::new("/sys/dev/block").join(&device);
     let name = fs::read_link(&folder).ok()?.file_name()?.to_str()?.to_owned();
-    Some((name, folder.join("stat")))
+    Some(Below { name, device, counts: folder.join("stat") })
 }
 
 /// All that is shown, and what `--json` prints.
@@ -214,6 +249,12 @@ pub struct View {
     pub used_bytes: u64,
     /// Chunks that did not match their checksum since the pool was opened.
     pub corrupt_chunks: u64,
+    /// Rates beside the ceilings that `nvtier doctor --measure` saved, the nearest first; empty where none were measured.
+    pub limits: Vec<Limit>,
+    /// Drives below the members.
+    pub wear: Vec<WearView>,
+    /// KV stores that somebody has open.
+    pub write_budgets: Vec<Budget>,
     /// Top-level names.
     pub holdings: Vec<Holding>,
 }

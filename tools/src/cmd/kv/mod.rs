@@ -1,5 +1,7 @@
 //! `nvtier kv`: the KV stores of a pool, whether this process owns it or a mount or an inference server does.
 
+mod top;
+
 use std::fs::{self, File};
 use std::path::Path;
 
@@ -17,13 +19,18 @@ use crate::{interrupt, size, time};
 
 /// Opens the pool and does what is asked.
 pub fn run(global: &Global, config: &Config, args: &Kv) -> Outcome {
-    let pool = Pool::open(&config.pool(args.pool.pool.as_ref())?, false)?;
+    let path = config.pool(args.pool.pool.as_ref())?;
+    if let KvCommand::Top(top) = &args.command {
+        return top::run(global, &path, args.store.as_deref(), top);
+    }
+    let pool = Pool::open(&path, false)?;
     let done = carry_out(global, &pool, args);
     pool.close()?;
     done
 }
 
 fn carry_out(global: &Global, pool: &Pool, args: &Kv) -> Outcome {
+    let store = args.store.as_deref().unwrap_or("default");
     let ask = |order: Order, keys: &[Key], file: Option<&File>| -> Outcome<Report> {
         let watch = &mut |_| {
             if interrupt::requested() {
@@ -32,7 +39,7 @@ fn carry_out(global: &Global, pool: &Pool, args: &Kv) -> Outcome {
                 std::process::exit(code::INTERRUPTED.into());
             }
         };
-        let report = pool.session().kv(&args.store, &order, keys, file, watch);
+        let report = pool.session().kv(store, &order, keys, file, watch);
         report.map_err(|error| match error.kind() {
             ErrorKind::InvalidArgument => Failure::usage(error.chain()),
             _ => error.into(),
@@ -81,11 +88,12 @@ fn carry_out(global: &Global, pool: &Pool, args: &Kv) -> Outcome {
                 other => Err(odd(&other)),
             }
         }
+        KvCommand::Top(_) => unreachable!("done by `run`"),
         KvCommand::Drop => {
             ask(Order::Drop, &[], None)?;
             match global.json {
-                true => output::json(&json!({ "dropped": args.store })),
-                false => output::line(&format!("KV store {} is dropped", output::printable(&args.store))),
+                true => output::json(&json!({ "dropped": store })),
+                false => output::line(&format!("KV store {} is dropped", output::printable(store))),
             }
         }
     }
