@@ -8,11 +8,12 @@ that a layer has not used for longest makes room.
 from __future__ import annotations
 
 import collections
+import contextlib
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from ._errors import Closed, InvalidArgument
+from ._errors import Closed, Error, InvalidArgument
 
 _ALIGN = 256
 
@@ -150,7 +151,9 @@ class Experts:
         for layer in self.layers:
             for slot in layer.there.values():
                 if slot.ticket is not None:
-                    slot.ticket.wait()
+                    # What came for nothing may have failed: who needs something hears of it.
+                    with contextlib.suppress(Error):
+                        slot.ticket.wait()
             layer.there.clear()
         self.free = []
 

@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 
-from .._errors import Closed, InvalidArgument, OutOfDeviceMemory
+from .._errors import Closed, Error, InvalidArgument, OutOfDeviceMemory
 from ._blocks import Block, Param, gradient_plane, moment_planes, weight_plane
 from ._planes import FULL, SPLIT, Place, join, low_parts, split
 from ._ranks import Alone, Ranks
@@ -298,7 +298,9 @@ class Manager:
         """After an interrupted pass: everything goes but what stays."""
         for block in self.blocks:
             for tensor, ticket in block.coming.values():
-                ticket.wait()
+                # What came for nothing may have failed: who needs something hears of it.
+                with contextlib.suppress(Error):
+                    ticket.wait()
                 self._count(tensor, -1)
             block.coming.clear()
             for tensor in block.incoming.values():
