@@ -17,7 +17,7 @@ use crate::kv::{
 /// How long a store that is being closed is waited for.
 const OPEN_WAIT: Duration = Duration::from_secs(5);
 /// Lanes that are kept for the next call.
-const IDLE: usize = 8;
+const IDLE: usize = 16;
 
 /// A namespace of a KV store and a tenant. May be shared by threads. Keeps a pool that this process owns open.
 #[derive(Debug)]

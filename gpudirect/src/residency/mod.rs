@@ -34,17 +34,17 @@ use queue::{Kind, Op, Queues};
 /// How a [`Residency`] works.
 #[derive(Clone, Copy, Debug)]
 pub struct ResidencyOptions {
-    /// Threads that fetch. Default: 4, so that the drive has enough to do while some of them check and copy what they read.
+    /// Threads that fetch. Default: 8, so that the drive has enough to do while some of them check and copy what they read.
     pub readers: usize,
     /// Threads that write back. Default: 4.
     pub writers: usize,
-    /// Blocks that a thread moves at a time. Default: 4.
+    /// Blocks that a thread moves at a time. Default: 2.
     pub batch: usize,
 }
 
 impl Default for ResidencyOptions {
     fn default() -> ResidencyOptions {
-        ResidencyOptions { readers: 4, writers: 4, batch: 4 }
+        ResidencyOptions { readers: 8, writers: 4, batch: 2 }
     }
 }
 
