@@ -2,6 +2,7 @@
 //! derive from `FileNotFoundError` and friends as well.
 
 use std::error::Error as _;
+use std::time::Duration;
 
 use engine::{Error, ErrorKind};
 use pyo3::prelude::*;
@@ -117,6 +118,14 @@ pub fn closed(what: &str) -> PyErr {
 /// A wrong argument.
 pub fn invalid(text: String) -> PyErr {
     raise("InvalidArgument", text)
+}
+
+/// A deadline in seconds, more than 0.
+pub fn deadline_of(seconds: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|deadline| !deadline.is_zero())
+        .ok_or_else(|| invalid(format!("deadline={seconds}: seconds, more than 0")))
 }
 
 /// What this version, type or machine cannot do.

@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::error::{IntoPy, closed, invalid, to_py};
+use crate::error::{IntoPy, closed, deadline_of, invalid, to_py};
 use crate::kv::{Got, Inside, KvStore, Maker, Outside};
 use crate::pool::to_dict;
 use crate::process::Mine;
@@ -313,10 +313,7 @@ type OwnerArgs = (Vec<u8>, String, Vec<usize>);
 impl KvClient {
     #[new]
     fn new(py: Python<'_>, store: &KvStore, threads: usize, deadline: f64) -> PyResult<KvClient> {
-        let deadline = Duration::try_from_secs_f64(deadline)
-            .ok()
-            .filter(|deadline| !deadline.is_zero())
-            .ok_or_else(|| invalid(format!("deadline={deadline}: seconds, more than 0")))?;
+        let deadline = deadline_of(deadline)?;
         if !(1..=64).contains(&threads) {
             return Err(invalid(format!("threads={threads}: 1 to 64")));
         }

@@ -20,7 +20,7 @@ use nvme::{Arena, ArenaOptions, Buffer};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::error::{IntoPy, closed, invalid, to_py};
+use crate::error::{IntoPy, closed, deadline_of, invalid, to_py};
 use crate::lanes;
 use crate::memory::{self, Foreign, HostPlanes};
 use crate::pool::{Pool, to_dict};
@@ -68,10 +68,7 @@ impl KvStore {
         second_offer: Option<usize>,
         deadline: f64,
     ) -> PyResult<KvStore> {
-        let deadline = Duration::try_from_secs_f64(deadline)
-            .ok()
-            .filter(|deadline| !deadline.is_zero())
-            .ok_or_else(|| invalid(format!("deadline={deadline}: seconds, more than 0")))?;
+        let deadline = deadline_of(deadline)?;
         let settings = Settings {
             name,
             budget_bytes: budget,

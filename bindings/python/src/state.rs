@@ -11,7 +11,7 @@ use nvme::{Arena, ArenaOptions};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::error::{IntoPy, closed, invalid, to_py};
+use crate::error::{IntoPy, closed, deadline_of, invalid, to_py};
 use crate::memory::Foreign;
 use crate::pool::Pool;
 use crate::process::{Born, Mine, may_use};
@@ -96,10 +96,7 @@ impl State {
         hold: bool,
         at: Option<u64>,
     ) -> PyResult<State> {
-        let deadline = Duration::try_from_secs_f64(deadline)
-            .ok()
-            .filter(|deadline| !deadline.is_zero())
-            .ok_or_else(|| invalid(format!("deadline={deadline}: seconds, more than 0")))?;
+        let deadline = deadline_of(deadline)?;
         let session = pool.get().session()?;
         let options = StateOptions { name, budget_bytes: budget, block_bytes, deadline };
         let residency = py.detach(|| -> PyResult<Residency> {

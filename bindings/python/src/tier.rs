@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use serde::Serialize;
 
-use crate::error::{IntoPy, closed, invalid, to_py};
+use crate::error::{IntoPy, closed, deadline_of, invalid, to_py};
 use crate::kv::{Got, Inside, KvStore, Maker, Outside, ShapeArgs};
 use crate::pool::to_dict;
 use crate::process::Mine;
@@ -420,10 +420,7 @@ impl KvTier {
         threads: usize,
         deadline: f64,
     ) -> PyResult<KvTier> {
-        let deadline = Duration::try_from_secs_f64(deadline)
-            .ok()
-            .filter(|deadline| !deadline.is_zero())
-            .ok_or_else(|| invalid(format!("deadline={deadline}: seconds, more than 0")))?;
+        let deadline = deadline_of(deadline)?;
         if threads > 64 || (threads == 0) != planes.is_empty() || block_bytes == 0 {
             return Err(invalid(format!(
                 "threads={threads}, {} planes, blocks of {block_bytes} bytes: 1 to 64 threads, and some memory",

@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from ._errors import Closed, Error, InvalidArgument
+from ._units import fetch, store
 
 _ALIGN = 256
 
@@ -92,7 +93,6 @@ class Experts:
 
     def __init__(self, layers: List[Layer], state: Any, device: torch.device, slots: int) -> None:
         self.layers, self.state, self.device = layers, state, device
-        self.name = "cpu" if device.type == "cpu" else f"cuda:{device.index}"
         self.bytes = max(layer.bytes for layer in layers)
         self.free = [Slot(torch.empty(self.bytes, dtype=torch.uint8, device=device)) for _ in range(slots)]
         self.slots = slots
@@ -103,22 +103,11 @@ class Experts:
         self._index: Tuple[Any, int] = (None, -1)
         self._closed = False
 
-    def units(self) -> List[int]:
-        """Lengths of the units of all experts, layer by layer."""
-        return [layer.bytes for layer in self.layers for _ in range(layer.count)]
-
     def number(self, first: int) -> None:
         """The state's number of the first unit."""
         for layer in self.layers:
             layer.first = first
             first += layer.count
-
-    def _event(self) -> Any:
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
 
     def take_in(self) -> None:
         """Puts all experts into their units."""
@@ -132,9 +121,7 @@ class Experts:
                 memory.zero_()
                 for key, param in layer.params.items():
                     layer.view(memory, key).copy_(param.data[expert])
-                event = self._event()
-                handle = event.cuda_event if event is not None else 0
-                leaving.append(self.state.store(layer.first + expert, self.name, memory.data_ptr(), handle, (memory, event), True))
+                leaving.append(store(self.state, layer.first + expert, memory[: layer.bytes], True))
                 number += 1
         for ticket in leaving:
             ticket.wait()
@@ -193,9 +180,7 @@ class Experts:
             slot = self._slot(layer)
             if slot is None:
                 return
-            event = self._event()
-            handle = event.cuda_event if event is not None else 0
-            slot.ticket = self.state.fetch(layer.first + expert, self.name, slot.memory.data_ptr(), handle, (slot.memory, event))
+            slot.ticket = fetch(self.state, layer.first + expert, slot.memory[: layer.bytes])
             layer.there[expert] = slot
             layer.misses += 1
 

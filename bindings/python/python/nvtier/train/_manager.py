@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 import torch
 
 from .._errors import Closed, Error, InvalidArgument, OutOfDeviceMemory
+from .._units import fetch, name_of, store
 from ._blocks import Block, Param, gradient_plane, moment_planes, weight_plane
 from ._planes import FULL, SPLIT, Place, join, low_parts, split
 from ._ranks import Alone, Ranks
@@ -49,7 +50,6 @@ class Manager:
         self.closes: Any = None
         #: Where inputs of blocks wait for the backward pass, if they do.
         self.spill: Optional[Spill] = None
-        self.name = "cpu" if device.type == "cpu" else f"cuda:{device.index}"
         self.pending: Optional[Pending] = None
         #: Whether a block is updated as soon as its gradients are there; and the step that is carried out so, until ``step()`` says that it was one.
         self.steps_in_backward = False
@@ -93,26 +93,13 @@ class Manager:
         self.device_bytes += more
         self.device_peak = max(self.device_peak, self.device_bytes)
 
-    def _event(self) -> Any:
-        """After what was started on the device so far; None where there is nothing to wait for."""
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
     def _fetch(self, block: Block, plane: str) -> None:
         tensor = self._empty(*block.layout.room(plane))
-        event = self._event()
-        handle = event.cuda_event if event is not None else 0
-        ticket = self.state.fetch(block.units[plane], self.name, block.part(plane, tensor).data_ptr(), handle, (tensor, event))
-        block.coming[plane] = (tensor, ticket)
+        block.coming[plane] = (tensor, fetch(self.state, block.units[plane], block.part(plane, tensor)))
 
     def _store(self, block: Block, plane: str) -> None:
         tensor, part = block.planes[plane], block.mine(plane)
-        event = self._event()
-        handle = event.cuda_event if event is not None else 0
-        ticket = self.state.store(block.units[plane], self.name, part.data_ptr(), handle, (tensor, event), self.write_at_once)
+        ticket = store(self.state, block.units[plane], part, self.write_at_once)
         block.stored.add(plane)
         self._leaving.append([tensor, ticket, False])
         if self.write_at_once or plane not in block.in_ram:
@@ -163,7 +150,7 @@ class Manager:
                 self._reap(wait=True)
             elif not self._give_up_ahead():
                 raise OutOfDeviceMemory(
-                    f"nvtier: {more} bytes more of training state than the budget of {self.vram} bytes on {self.name}: {self.device_bytes} are in use"
+                    f"nvtier: {more} bytes more of training state than the budget of {self.vram} bytes on {name_of(self.device)}: {self.device_bytes} are in use"
                 )
 
     def _fits(self, more: int) -> bool:

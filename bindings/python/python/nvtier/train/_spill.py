@@ -15,6 +15,7 @@ import torch
 from .. import _nvtier
 from .._errors import Closed, NoSpace
 from .._nvtier import Pool
+from .._units import fetch, store
 from ._blocks import Block, Param
 from ._planes import seen
 
@@ -239,10 +240,7 @@ class Spill:
         self._of[block] = [*references, weakref.ref(slot)]
         tensor = slot.tensor
         assert tensor is not None
-        event = self._manager._event()
-        handle = event.cuda_event if event is not None else 0
-        keep = (tensor, event)
-        slot.ticket = self._state.store(slot.unit, self._manager.name, tensor.data_ptr(), handle, keep, not self._in_ram[slot.unit])
+        slot.ticket = store(self._state, slot.unit, tensor, not self._in_ram[slot.unit])
         self._leaving.append(slot)
         while len(self._leaving) > _LEAVING:
             self._leaving[0].ticket.wait(copied=True)
@@ -275,9 +273,8 @@ class Spill:
         slot.counted = slot.bytes
         manager._count(tensor, 1)
         self._hold(slot.bytes)
-        event = manager._event()
-        handle = event.cuda_event if event is not None else 0
-        slot.coming = (tensor, self._state.fetch(slot.unit, manager.name, tensor.data_ptr(), handle, (tensor, event)))
+        assert slot.unit is not None
+        slot.coming = (tensor, fetch(self._state, slot.unit, tensor))
 
     def _gone(self, slot: Slot) -> None:
         """Autograd needs it no more."""
