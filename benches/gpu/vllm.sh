@@ -49,10 +49,14 @@ check() {
     echo "== $name: exit ${PIPESTATUS[0]}, $(date +%T)"
 }
 
-untar() { python3 -c "
+# Once, also where the archive is still there at the next call.
+untar() {
+    mark=$PLACE/unpacked-$(basename "$1")-$(stat -c %s "$1")
+    [ -e "$mark" ] || { python3 -c "
 import sys, tarfile
 with tarfile.open(sys.argv[1], 'r:xz') as tar:
-    tar.extractall(sys.argv[2], filter='tar')" "$1" "$2"; }
+    tar.extractall(sys.argv[2], filter='tar')" "$1" "$2" && : > "$mark"; }
+}
 
 # Everything of a transfer at once: unpacking is one thread's work for each archive.
 unpack() {
