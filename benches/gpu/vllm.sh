@@ -53,9 +53,12 @@ check() {
 untar() {
     mark=$PLACE/unpacked-$(basename "$1")-$(stat -c %s "$1")
     [ -e "$mark" ] || { python3 -c "
-import sys, tarfile
-with tarfile.open(sys.argv[1], 'r:xz') as tar:
-    tar.extractall(sys.argv[2], filter='tar')" "$1" "$2" && : > "$mark"; }
+import os, sys, tarfile
+with tarfile.open(sys.argv[1], 'r|xz') as tar:
+    for file in tar:
+        # Others make the same folders meanwhile.
+        os.makedirs(os.path.dirname(os.path.join(sys.argv[2], file.name)), exist_ok=True)
+        tar.extract(file, sys.argv[2], filter='tar')" "$1" "$2" && : > "$mark"; }
 }
 
 # Everything of a transfer at once: unpacking is one thread's work for each archive.
