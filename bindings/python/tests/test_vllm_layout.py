@@ -41,6 +41,7 @@ def test_every_layout_gives_its_blocks_back(tmp_path, name, device):
     expected = {layer: cache.clone() for layer, cache in caches.items()}
     layout = Layout(caches, blocks)
     assert layout.block_bytes == 3 * 2 * 3 * 16 * 8 * 4
+    assert f"12 blocks of {layout.block_bytes} bytes" in layout.describe() and layout.device in layout.describe()
 
     def index(block):
         """The block's part of a tensor."""

@@ -467,6 +467,7 @@ class _Worker(_Counted):
 
     def register(self, caches: Dict[str, torch.Tensor]) -> None:
         self._layout = Layout(caches, self._blocks)
+        logger.info("nvtier: %s", self._layout.describe())
         # Before the scheduler does: where it is another process, who moves the blocks is to own the pool, and who asks is to be its guest.
         self._shared = _Shared.take(self._options)
 
@@ -503,6 +504,8 @@ class _Worker(_Counted):
         start(self._next, transfer.tenant, [_of_rank(key, self._rank) for key in transfer.keys], transfer.blocks)
 
     def load(self, meta: NvtierMetadata) -> None:
+        # Nothing is waited for on the device. vLLM gives a block to a load when no step that still runs can write to it (its scheduler defers
+        # frees for that), and a load is told when its bytes are there, before the step that reads them is begun.
         self._begin(meta.fingerprint)
         self.computes = False
         for transfer in meta.loads:

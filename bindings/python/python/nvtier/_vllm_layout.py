@@ -39,8 +39,15 @@ class Layout:
         self.planes = planes
         self.shape = (blocks, stride, 1, page, 1, page, page)
         self.block_bytes = page * len(planes)
+        first = self.keep[0]
+        self._first = f"{tuple(first.shape)}, strides {tuple(first.stride())}, {first.dtype}"
         #: Equal where a block's bytes mean the same.
         self.digest = _nvtier.kv_digest(json.dumps([self.device.split(":")[0], told]).encode())
+
+    def describe(self) -> str:
+        """What was found, for a log."""
+        blocks = self.shape[0]
+        return f"{blocks} blocks of {self.block_bytes} bytes in {len(self.planes)} planes on {self.device}; the first layer's: {self._first}"
 
 
 def _pages(name: str, cache: torch.Tensor, blocks: int) -> Tuple[List[int], int, int, List[Any]]:
