@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ class Run:
         self.disk = pathlib.Path(args.disk)
         self.report = {"what": args.what, "model": args.model, "small": args.small, "engines": {}, "checks": [], "loads": []}
         env = {
-            "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_WORKER_MULTIPROC_METHOD": "fork", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_WORKER_MULTIPROC_METHOD": "fork", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         if args.small:
@@ -192,9 +193,10 @@ def serve(run):
     names = [name for name in prompts if name != "warm"]
     short = names if args.small else names[:-1]
     longest = max(spec["length"] for spec in prompts.values())
+    # Room for two of the longest: blocks of one that are being stored are not in the way of the next one.
     settings = {
         "dtype": "float32" if args.small else "bfloat16", "max_model_len": longest + 256, "max_num_seqs": 4, "max_num_batched_tokens": step,
-        "enable_prefix_caching": False, "num_gpu_blocks_override": longest // BLOCK + 400,
+        "enable_prefix_caching": False, "num_gpu_blocks_override": 2 * longest // BLOCK + 400,
     }  # fmt: skip
     if not args.small:
         settings["gpu_memory_utilization"] = 0.5
@@ -373,6 +375,8 @@ def main():
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    # `timeout` ends it so: engines are ended, and what is known is written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("vllm_serve: told to end"))
     run = Run(args)
     try:
         {"serve": serve, "crowd": crowd, "real": real}[args.what](run)
