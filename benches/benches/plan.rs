@@ -1,10 +1,10 @@
 //! What `nvtier plan` says of loading a model and restoring a KV cache, beside what loading and restoring take here.
 //!
-//!     cargo build --release && cargo bench -p nvtier-benches --bench plan -- [--dir DIR] [--layers N] [--rounds N] [--measure-mib MIB]
+//!     cargo build --release && cargo bench -p nvtier-benches --bench plan -- [--dir DIR] [--device cpu|cuda:0] [--layers N] [--rounds N] [--measure-mib MIB]
 //!
 //! Each round measures ceilings (`nvtier doctor --measure`), asks for a plan of a checkpoint with the shape of Llama 3.2 1B (random bytes in bf16),
-//! loads it cold from a pool into memory (`nvtier load --device cpu`), and restores the keys and values of as many tokens as the plan speaks of, from a
-//! KV store, cold, in batches of 32 blocks of 2 MiB. All of it is in turns, because rates of a shared machine drift. Two figures of a load: its own
+//! loads it cold from a pool to a device (`nvtier load --device D`), and restores the keys and values of as many tokens as the plan speaks of, from a
+//! KV store, cold, 32 blocks of 2 MiB at a time, to the host. All of it is in turns, because rates of a shared machine drift. Two figures of a load: its own
 //! time, and that of the whole command. Needs root, which empties the page cache. `NVTIER_BIN` names the command (default: target/release/nvtier).
 
 use std::fs::{self, File};
@@ -30,18 +30,21 @@ const HEAD: u64 = 64;
 
 struct Args {
     dir: PathBuf,
+    device: String,
     layers: u64,
     rounds: usize,
     measure_mib: u64,
 }
 
 fn args() -> Args {
-    let mut args = Args { dir: "/var/tmp".into(), layers: 16, rounds: 5, measure_mib: 1024 };
+    let mut args =
+        Args { dir: "/var/tmp".into(), device: "cpu".into(), layers: 16, rounds: 5, measure_mib: 1024 };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().expect("a value");
         match word.as_str() {
             "--dir" => args.dir = value().into(),
+            "--device" => args.device = value(),
             "--layers" => args.layers = value().parse().expect("a number"),
             "--rounds" => args.rounds = value().parse().expect("a number"),
             "--measure-mib" => args.measure_mib = value().parse().expect("a number"),
@@ -177,13 +180,17 @@ fn restore(pool: &Path, blocks: u64) -> f64 {
         let mut lane = store.lane(Some(arena)).expect("a lane");
         let mut spare = buffers(arena);
         let start = Instant::now();
-        for first in (0..blocks).step_by(BATCH) {
-            let numbers = first..(first + BATCH as u64).min(blocks);
-            let gets = numbers.map(|n| Get { key: key(n), buffer: spare.pop().expect("a buffer"), start: 0 });
-            for done in lane.get(view, gets.collect()).expect("gets") {
-                assert!(done.result.is_ok(), "{:?}", done.result);
-                spare.extend(done.buffer);
-            }
+        let mut next = 0;
+        loop {
+            let gets = (next..blocks)
+                .zip(spare.drain(..))
+                .map(|(n, buffer)| (n, Get { key: key(n), buffer, start: 0 }));
+            let gets: Vec<(u64, Get)> = gets.collect();
+            next += gets.len() as u64;
+            lane.begin_gets(view, gets).expect("gets");
+            let Some((_, done)) = lane.next_get().expect("gets") else { break };
+            assert!(done.result.is_ok(), "{:?}", done.result);
+            spare.extend(done.buffer);
         }
         start.elapsed().as_secs_f64()
     })
@@ -235,13 +242,16 @@ fn main() {
     for round in 0..args.rounds {
         let (ceilings, _) =
             nvtier.run(&["doctor", "--measure", "--measure-bytes", &measure_bytes], &[scratch.path()]);
-        let words = ["plan", "--gpu", "none", "--context", &context, "--path"];
+        let mut words = vec!["plan", "--context", &context, "--path"];
+        if args.device == "cpu" {
+            words.splice(1..1, ["--gpu", "none"]);
+        }
         let (plan, _) = nvtier.run(&words, &[scratch.path(), &model]);
         let seconds = |value: &Value| value["seconds"].as_f64().expect("a time");
         let planned_load = seconds(&plan["infer"]["load"]);
         let planned_restore = seconds(&plan["infer"]["first_token"]["load"]);
         cold();
-        let words = ["load", "--device", "cpu", "model.safetensors", "--pool"];
+        let words = ["load", "--device", &args.device, "model.safetensors", "--pool"];
         let (report, command_seconds) = nvtier.run(&words, &[&pool]);
         let load = seconds(&report["load"]);
         cold();

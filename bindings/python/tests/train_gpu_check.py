@@ -112,12 +112,13 @@ def exact(folder):
     return found
 
 
-def drive(nvtier_bin, folder):
-    """GB/s that the drive reads and writes now, by nvtier bench."""
+def drive(nvtier_bin, folder, ways=("write", "read"), keep=False):
+    """GB/s that the drive reads and writes now, by nvtier bench. ``keep``: the file stays, for a later call that only reads: a drive that has just been
+    written to may read more slowly for seconds."""
     if nvtier_bin is None:
         return None
     speeds = {}
-    for way in ("write", "read"):
+    for way in ways:
         command = [nvtier_bin, "bench", f"--name={way}", f"--rw={way}", "--bs=4m", "--iodepth=16", "--direct=1", "--ioengine=io_uring"]
         command += [f"--filename={folder}/ceiling", "--size=6g", "--runtime=5", "--time_based", "--output-format=json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -125,7 +126,8 @@ def drive(nvtier_bin, folder):
             print("bench:", done.stderr[-500:])
             return None
         speeds[way] = json.loads(done.stdout)["jobs"][0][way]["bw_bytes"] / 1e9
-    os.remove(os.path.join(folder, "ceiling"))
+    if not keep:
+        os.remove(os.path.join(folder, "ceiling"))
     return speeds
 
 

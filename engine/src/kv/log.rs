@@ -42,6 +42,20 @@ pub(crate) struct Log {
     next: u64,
     /// Pages that a new log has for changes at least.
     pub spare: u64,
+    /// The checkpoint that is written beside commits.
+    pub under_way: Option<UnderWay>,
+    /// The epoch in which there was no space for one beside the changes.
+    pub no_space: u64,
+}
+
+/// A checkpoint that is written a step at a time, with commits between the steps. What they change counts after what it has.
+#[derive(Debug)]
+pub(crate) struct UnderWay {
+    pub checkpoint: Checkpoint,
+    /// The entry to go on with.
+    pub next: u32,
+    /// What was committed since it began.
+    pub since: Vec<Record>,
 }
 
 /// A region of the pool that nobody else is meant to look into.
@@ -208,6 +222,11 @@ impl Log {
         Ok(bad)
     }
 
+    /// Counts checkpoints; 0: there was none.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
     /// Which of the two is in use.
     pub(crate) fn current(&self) -> usize {
         self.current
@@ -238,10 +257,20 @@ impl Log {
         let Some(region) = self.regions[self.current].as_ref().filter(|_| self.epoch > 0) else {
             return false;
         };
-        let changes = self.next.saturating_sub(1 + self.checkpoint_pages);
         let pages = Log::pages_of(records);
         self.next + pages <= region.len() / PAGE as u64
-            && changes + pages <= self.checkpoint_pages.max(self.spare)
+            && (self.under_way.is_some() || self.changes() + pages <= self.checkpoint_pages.max(self.spare))
+    }
+
+    /// Pages of changes.
+    fn changes(&self) -> u64 {
+        self.next.saturating_sub(1 + self.checkpoint_pages)
+    }
+
+    /// Whether a checkpoint is due that can be written while there is room for changes still.
+    pub(crate) fn wants_checkpoint(&self) -> bool {
+        let limit = self.checkpoint_pages.max(self.spare);
+        self.epoch > self.no_space && self.under_way.is_none() && self.changes() >= limit - limit / 4
     }
 
     /// Adds records, durably.
@@ -310,14 +339,20 @@ impl Log {
         Ok(Checkpoint { target, region, nonce, next: 1, writer: PageWriter::new(nonce, 1), buffered: 0 })
     }
 
-    /// The checkpoint is the log from here on. `before_header` makes durable what it speaks of.
+    /// The checkpoint is the log from here on, with the changes `since`. `before_header` makes durable what it speaks of.
     pub(crate) fn finish(
         &mut self,
         mut checkpoint: Checkpoint,
+        since: &[Record],
         header: impl FnOnce() -> (u64, u32),
         before_header: impl FnOnce() -> Result<()>,
         pool: [u8; 16],
     ) -> Result<()> {
+        checkpoint.write_out()?;
+        let checkpoint_pages = checkpoint.next - 1;
+        for record in since {
+            checkpoint.push(record)?;
+        }
         checkpoint.write_out()?;
         let (next_generation, next_slab) = header();
         before_header()?;
@@ -326,7 +361,7 @@ impl Log {
             pool,
             epoch: self.next_epoch(),
             nonce: checkpoint.nonce,
-            checkpoint_pages: checkpoint.next - 1,
+            checkpoint_pages,
             next_generation,
             next_slab,
         };
@@ -343,6 +378,7 @@ impl Log {
 }
 
 /// A checkpoint being written.
+#[derive(Debug)]
 pub(crate) struct Checkpoint {
     target: usize,
     region: Arc<Slab>,

@@ -21,6 +21,7 @@
 //!
 //! One process at a time has a store: the owner of its pool. Others put and get through it, see [`Session::blocks`](crate::Session::blocks).
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -60,7 +61,7 @@ pub use record::{FINGERPRINT_MAX, TENANT_MAX};
 pub use transfer::Moved;
 pub use view::{BlockInfo, View};
 
-use log::Log;
+use log::{Log, UnderWay};
 use record::Record;
 use state::State;
 
@@ -70,8 +71,6 @@ pub const DIRECTORY: &str = ".nvtier-kv";
 const LASTING: &str = "lasting";
 /// Largest block.
 pub const BLOCK_MAX: u32 = 256 << 20;
-/// Entries that a checkpoint writes between two looks at what else is wanted.
-const CHECKPOINT_STEP: u32 = 16 << 10;
 
 /// The name of a store, which is open once.
 #[derive(Debug)]
@@ -412,6 +411,12 @@ impl Store {
         self.shared().commit_with(true)
     }
 
+    /// Writes some of a checkpoint that is under way, or begins one where it is due; says whether there is more to do. Commits go on in between. A
+    /// store with a window does so by itself.
+    pub fn checkpoint_some(&self) -> Result<bool> {
+        self.shared().go_on_with_checkpoint()
+    }
+
     /// What it holds, and what happened since it was opened.
     pub fn stat(&self) -> StoreStat {
         self.shared().stat()
@@ -506,7 +511,11 @@ impl Shared {
         let done = if whole || !log.has_room(&batch.records) {
             self.checkpoint(log, &batch)
         } else {
-            self.flush_data(&batch).and_then(|()| log.append(&batch.records))
+            self.flush_data(&batch).and_then(|()| log.append(&batch.records)).map(|()| {
+                if let Some(under_way) = &mut log.under_way {
+                    under_way.since.extend(batch.records.iter().cloned());
+                }
+            })
         };
         match done {
             Ok(()) => {
@@ -523,15 +532,29 @@ impl Shared {
         log::flush(&slabs)
     }
 
-    /// Writes the index whole into the other log. What changes meanwhile is in the next batch, and is durable when that is.
+    /// Writes the index whole into the other log, or the rest of it where that has begun. What changes meanwhile is in the next batch, and is durable
+    /// when that is.
     fn checkpoint(&self, log: &mut Log, batch: &state::Batch) -> Result<()> {
+        let mut under_way = match log.under_way.take() {
+            Some(mut under_way) => {
+                under_way.since.extend(batch.records.iter().cloned());
+                under_way
+            }
+            None => self.begin_checkpoint(log, true)?,
+        };
+        while self.checkpoint_step(&mut under_way)? {}
+        self.finish_checkpoint(log, under_way, &batch.dirty)
+    }
+
+    /// `make_room`: blocks go where there is no space for it.
+    fn begin_checkpoint(&self, log: &mut Log, make_room: bool) -> Result<UnderWay> {
         let (described, pages) = {
             let state = self.state();
             // Blocks that come while it is written go to slots that are there now.
             (state.describe(), state.pages_for(state.slots()))
         };
         let mut checkpoint = match log.begin(&self.pool, self.dir, pages) {
-            Err(error) if error.kind() == ErrorKind::NoSpace => {
+            Err(error) if make_room && error.kind() == ErrorKind::NoSpace => {
                 self.make_room_for_log()?;
                 log.begin(&self.pool, self.dir, pages)?
             }
@@ -541,23 +564,30 @@ impl Shared {
         for record in &described {
             checkpoint.push(record)?;
         }
-        let mut next = 0;
-        loop {
-            let step: Vec<Record> = {
-                let state = self.state();
-                let end = state.table.bound().min(next + CHECKPOINT_STEP);
-                let blocks = (next..end).filter_map(|entry| state.table.get(entry));
-                let step = blocks.map(|block| Record::Put(table::Table::stored(block))).collect();
-                if next >= end && end == state.table.bound() {
-                    break;
-                }
-                next = end;
-                step
-            };
-            for record in &step {
-                checkpoint.push(record)?;
+        Ok(UnderWay { checkpoint, next: 0, since: Vec::new() })
+    }
+
+    /// Writes some more entries; `false`: there are none.
+    fn checkpoint_step(&self, under_way: &mut UnderWay) -> Result<bool> {
+        let step: Vec<Record> = {
+            let state = self.state();
+            let end =
+                state.table.bound().min(under_way.next.saturating_add(self.options.checkpoint_step.max(1)));
+            if under_way.next >= end {
+                return Ok(false);
             }
+            let blocks = (under_way.next..end).filter_map(|entry| state.table.get(entry));
+            let step = blocks.map(|block| Record::Put(table::Table::stored(block))).collect();
+            under_way.next = end;
+            step
+        };
+        for record in &step {
+            under_way.checkpoint.push(record)?;
         }
+        Ok(true)
+    }
+
+    fn finish_checkpoint(&self, log: &mut Log, under_way: UnderWay, dirty: &BTreeSet<u32>) -> Result<()> {
         let header = || {
             let state = self.state();
             (state.next_generation, state.next_slab)
@@ -565,24 +595,63 @@ impl Shared {
         let everything = || {
             let slabs = {
                 let state = self.state();
-                let mut dirty = batch.dirty.clone();
+                let mut dirty = dirty.clone();
                 dirty.extend(state.dirty_now());
                 state.slabs_of(&dirty)
             };
             log::flush(&slabs)
         };
-        log.finish(checkpoint, header, everything, self.pool.inner.shared.pool_id)?;
+        let UnderWay { checkpoint, since, .. } = under_way;
+        log.finish(checkpoint, &since, header, everything, self.pool.inner.shared.pool_id)?;
         self.state().stat.checkpoints += 1;
         Ok(())
+    }
+
+    /// Does something for a checkpoint that is under way or due, beside commits: puts wait for those, and an index of millions of blocks takes seconds.
+    /// Says whether there is more to do.
+    fn go_on_with_checkpoint(&self) -> Result<bool> {
+        let log = &mut *lock(&self.log);
+        self.check_failed()?;
+        let mut under_way = match log.under_way.take() {
+            Some(under_way) => under_way,
+            None if log.wants_checkpoint() => match self.begin_checkpoint(log, false) {
+                Ok(under_way) => under_way,
+                // Space is made when there is no other way.
+                Err(error) if error.kind() == ErrorKind::NoSpace => {
+                    log.no_space = log.epoch();
+                    return Ok(false);
+                }
+                Err(error) => return Err(self.fail(error.context("writing the KV store's index"))),
+            },
+            None => return Ok(false),
+        };
+        let done = match self.checkpoint_step(&mut under_way) {
+            Ok(true) => {
+                log.under_way = Some(under_way);
+                return Ok(true);
+            }
+            Ok(false) => self.finish_checkpoint(log, under_way, &Default::default()),
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(()) => Ok(false),
+            // More came meanwhile than the log that was made ready has room for.
+            Err(error) if error.kind() == ErrorKind::NoSpace => {
+                log.no_space = log.epoch();
+                Ok(false)
+            }
+            Err(error) => Err(self.fail(error.context("writing the KV store's index"))),
+        }
     }
 
     /// The committer.
     fn run(&self) {
         let half = (self.options.window / 2).max(Duration::from_millis(1));
+        let mut busy = false;
         loop {
-            {
+            let due = {
                 let mut state = self.state();
-                while state.is_clean() && !self.stop.load(Relaxed) {
+                while !busy && state.is_clean() && !self.stop.load(Relaxed) {
                     state = match self.wake.wait_timeout(state, Duration::from_secs(3600)) {
                         Ok((state, _)) => state,
                         Err(poisoned) => poisoned.into_inner().0,
@@ -592,17 +661,25 @@ impl Shared {
                     return;
                 }
                 let due = state.pending_since.map_or(half, |since| half.saturating_sub(since.elapsed()));
-                if !due.is_zero() {
+                if !busy && !due.is_zero() {
                     state = match self.wake.wait_timeout_while(state, due, |_| !self.stop.load(Relaxed)) {
                         Ok((state, _)) => state,
                         Err(poisoned) => poisoned.into_inner().0,
                     };
                 }
+                let due = !busy || due.is_zero();
                 drop(state);
+                due
+            };
+            if due {
+                self.evict_ahead();
+                if self.commit().is_err() {
+                    return;
+                }
             }
-            self.evict_ahead();
-            if self.commit().is_err() {
-                return;
+            match self.go_on_with_checkpoint() {
+                Ok(more) => busy = more,
+                Err(_) => return,
             }
         }
     }

@@ -65,6 +65,8 @@ pub struct StoreOptions {
     pub slab_bytes: Option<u64>,
     /// Pages of 4 KiB that the log has at least for changes after a checkpoint. Default: 1024.
     pub log_pages: u64,
+    /// Entries of the index that a checkpoint writes before commits have their turn. Default: 16,384, a MiB.
+    pub checkpoint_step: u32,
     /// What time it is. Default: the system's.
     pub clock: Clock,
     /// The blocks are state that somebody relies on, not a cache: every block is pinned as it is put, none goes to make room, none is dropped
@@ -85,6 +87,7 @@ impl Default for StoreOptions {
             write_bytes_per_day: None,
             slab_bytes: None,
             log_pages: 1024,
+            checkpoint_step: 16 << 10,
             clock: Clock::default(),
             lasting: false,
         }

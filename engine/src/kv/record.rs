@@ -245,6 +245,7 @@ impl Record {
 }
 
 /// Fills pages with records.
+#[derive(Debug)]
 pub(crate) struct PageWriter {
     nonce: u64,
     first: u64,

@@ -144,6 +144,8 @@ pub enum Act {
         first: u64,
         count: u64,
     },
+    /// Some of a checkpoint of the KV store, where one is under way or due.
+    KvStep,
     /// Makes the KV store durable; `whole`: with a checkpoint.
     KvFlush {
         whole: bool,
@@ -199,6 +201,7 @@ impl fmt::Display for Act {
             Act::KvPut { space, first, count } => write!(f, "KV {space}: put {count} from {first}"),
             Act::KvGet { space, first, count } => write!(f, "KV {space}: get {count} from {first}"),
             Act::KvRemove { space, first, count } => write!(f, "KV {space}: remove {count} from {first}"),
+            Act::KvStep => f.write_str("KV step of a checkpoint"),
             Act::KvFlush { whole: false } => f.write_str("KV flush"),
             Act::KvFlush { whole: true } => f.write_str("KV checkpoint"),
             Act::Reopen => f.write_str("close and open the pool"),
@@ -340,7 +343,8 @@ fn draw_kv(rng: &mut SimRng) -> Act {
     let space = [0, 0, 0, 1, 2][rng.in_range(0..5) as usize];
     // Few blocks, so that they meet again; more than fit, so that some make room.
     let (first, count) = (rng.in_range(0..50), rng.in_range(1..9));
-    match rng.in_range(0..20) {
+    match rng.in_range(0..28) {
+        20.. => Act::KvStep,
         0..=9 => Act::KvPut { space, first, count },
         10..=12 => Act::KvGet { space, first, count },
         13 => Act::KvRemove { space, first, count },

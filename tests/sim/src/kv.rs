@@ -50,6 +50,7 @@ fn options(config: &Config) -> StoreOptions {
         budget_bytes: Some(config.capacity().min(1 << 20) / 4),
         slab_bytes: Some(32 << 10),
         log_pages: 4,
+        checkpoint_step: 3,
         window: Duration::ZERO,
         clock: Clock::Manual(Default::default()),
         ..StoreOptions::default()
@@ -180,6 +181,14 @@ impl Kv {
         match self.views[space].lookup(&keys) {
             0 => Ok(()),
             _ => violation("a KV block that was taken out is there"),
+        }
+    }
+
+    /// Some of a checkpoint that is written beside everything else.
+    pub fn step(&mut self) -> Done {
+        match self.store.checkpoint_some() {
+            Ok(_) => Ok(()),
+            Err(error) => violation(format!("a step of a KV checkpoint fails: {}", error.chain())),
         }
     }
 

@@ -47,6 +47,7 @@ enum Act {
     KvPut { space: usize, first: u64, count: u64 },
     KvGet { space: usize, first: u64, count: u64 },
     KvRemove { space: usize, first: u64, count: u64 },
+    KvStep,
     KvFlush { whole: bool },
 }
 
@@ -55,7 +56,7 @@ impl Act {
         let mut below = |end: u64| rng.in_range(0..end);
         let (file, fill) = (below(FILES), below(1 << 16));
         let len = [1, 4096, most / 3, most][below(4) as usize].max(1) - below(2) as usize;
-        match below(if kv { 20 } else { 14 }) {
+        match below(if kv { 21 } else { 14 }) {
             0..=3 => Act::Put { file, len, fill, fsync: below(3) == 0 },
             4 | 5 => Act::Write { file, offset: below(most as u64) as usize, len, fill },
             6 | 7 => Act::Import { file, len, fill },
@@ -65,6 +66,7 @@ impl Act {
             13 => Act::Sync,
             14..=16 => Act::KvPut { space: below(2) as usize, first: below(30), count: below(8) + 1 },
             17 => Act::KvGet { space: below(2) as usize, first: below(30), count: 4 },
+            20 => Act::KvStep,
             18 => Act::KvRemove { space: below(2) as usize, first: below(30), count: 2 },
             _ => Act::KvFlush { whole: below(2) == 0 },
         }
@@ -174,6 +176,7 @@ impl Worker<'_> {
                 kv.get(space, &numbers, promise).map(drop)
             }),
             Act::KvRemove { space, first, count } => self.with_kv(|kv, _| kv.remove(space, first, count)),
+            Act::KvStep => self.with_kv(|kv, _| kv.step()),
             Act::KvFlush { whole } => self.with_kv(|kv, promise| kv.flush(whole, promise)),
         }
     }

@@ -353,6 +353,7 @@ impl World {
                 kv.get(*space, &numbers, promise).map(drop)
             }),
             Act::KvRemove { space, first, count } => self.with_kv(|kv, _| kv.remove(*space, *first, *count)),
+            Act::KvStep => self.with_kv(|kv, _| kv.step()),
             Act::KvFlush { whole } => self.with_kv(|kv, promise| kv.flush(*whole, promise)),
             Act::Reopen => unreachable!("handled above"),
             Act::Count => {

@@ -269,3 +269,43 @@ fn checkpoints_and_logs_take_turns() {
     let view = store.view(PRINT, BLOCK, "").unwrap();
     assert_eq!(hits(&mut store.lane(None).unwrap(), &view, 0..200), [true; 200]);
 }
+
+/// Commits go on while a checkpoint is written beside them, and what they made durable is there whether or not it came to its end.
+#[test]
+fn commits_do_not_wait_for_a_checkpoint() {
+    for finish in [false, true] {
+        let rig = Rig::new(1, 16 << 20);
+        let options = || StoreOptions { log_pages: 64, checkpoint_step: 4, ..rig.options() };
+        let store = Store::open(&rig.pool(), options()).unwrap();
+        let view = store.view(PRINT, BLOCK, "").unwrap();
+        let mut lane = store.lane(None).unwrap();
+        let mut next = 0;
+        while !store.checkpoint_some().unwrap() {
+            assert!(next < 400, "none is ever due");
+            assert!(all_new(&put(&mut lane, &view, [next])));
+            store.flush().unwrap();
+            next += 1;
+        }
+        let before = store.stat().checkpoints;
+        // Blocks that it has written already go, their slots are used again, and more come, commit after commit.
+        for n in 0..3 {
+            view.remove(&[key(n)]);
+            store.flush().unwrap();
+            assert!(all_new(&put(&mut lane, &view, [1000 + n])));
+            store.flush().unwrap();
+            assert!(store.checkpoint_some().unwrap(), "it came to its end too soon to show anything");
+        }
+        assert_eq!(store.stat().checkpoints, before);
+        while finish && store.checkpoint_some().unwrap() {}
+        assert_eq!(store.stat().checkpoints, before + u64::from(finish));
+        assert!(all_new(&put(&mut lane, &view, [2000])));
+        store.flush().unwrap();
+        kill(&store, (view, lane));
+        let store = Store::open(&rig.pool(), options()).unwrap();
+        let view = store.view(PRINT, BLOCK, "").unwrap();
+        let mut lane = store.lane(None).unwrap();
+        assert_eq!(hits(&mut lane, &view, 0..3), [false; 3]);
+        assert!(!hits(&mut lane, &view, (3..next).chain(1000..1003).chain([2000])).contains(&false));
+        assert_eq!((store.stat().blocks, store.stat().bad_index_pages), (next - 3 + 4, 0));
+    }
+}
