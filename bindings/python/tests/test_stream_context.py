@@ -123,7 +123,7 @@ def test_generate_takes_it(pool, family, attention):
         said = []
         for make in (
             lambda: DynamicCache(config=model.config),
-            lambda: nvtier.stream.Cache(model, pool=pool, vram=vram, ram="40KiB", room="16MiB", chunk_tokens=4),
+            lambda vram=vram: nvtier.stream.Cache(model, pool=pool, vram=vram, ram="40KiB", room="16MiB", chunk_tokens=4),
         ):
             torch.manual_seed(3)
             cache = make()
