@@ -101,6 +101,8 @@ class _Tokens:
             raise InvalidArgument("nvtier.stream.Cache is for inference: call the model under torch.no_grad()")
         if key.dtype != value.dtype or key.device != value.device or key.dim() != 4 or value.dim() != 4:
             raise NotSupported(f"nvtier.stream.Cache: keys {key.dtype} {tuple(key.shape)} and values {value.dtype} {tuple(value.shape)}")
+        if self._tier.device not in (None, key.device):
+            raise NotSupported(f"nvtier.stream.Cache for a model on several devices: layers before are on {self._tier.device}, this one is on {key.device}")
         if self._rows is not None:
             wanted = (self._rows.sequences, self._rows.heads[0], self.dtype, self.device)
             found = (key.shape[0], (key.shape[1], key.shape[3]), key.dtype, key.device)
