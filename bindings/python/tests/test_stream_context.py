@@ -123,7 +123,7 @@ def test_generate_takes_it(pool, family, attention):
         said = []
         for make in (
             lambda: DynamicCache(config=model.config),
-            lambda: nvtier.stream.Cache(model, pool=pool, vram=vram, ram="40KiB", room="16MiB", chunk_tokens=4),
+            lambda vram=vram: nvtier.stream.Cache(model, pool=pool, vram=vram, ram="40KiB", room="16MiB", chunk_tokens=4),
         ):
             torch.manual_seed(3)
             cache = make()
@@ -169,6 +169,31 @@ def test_what_fits_stays_on_the_device(pool):
         assert torch.equal(says(model, cache, ids), wanted)
         held = cache.stats()["held"]
         assert 2 * 100 * ROW < held["pool"] < 4 * 112 * ROW and cache.stats()["device_peak_bytes"] <= vram, cache.stats()
+
+
+@pytest.mark.parametrize("order", [range(6), (0, 2, 4, 1, 3, 5)])
+def test_the_next_layer_comes_while_one_computes(pool, order):
+    """In the order in which they were used the last time, and after the last one the first."""
+    model = tiny()
+    model.model.layers = torch.nn.ModuleList(model.model.layers[number] for number in order)
+    seen = []
+
+    def look(number):
+        def hook(*args):
+            following = order[(list(order).index(number) + 1) % 6]
+            there = [segment.coming is not None or segment.memory is not None for segment in cache._tier.lists[following]]
+            gone = [segment.memory is None and segment.coming is None for segment in cache._tier.lists[number]]
+            seen.append((all(there), sum(gone), len(there)))
+
+        return hook
+
+    with nvtier.stream.Cache(model, pool=pool, vram=ROW * (2 * 112 + 6 * 4 + 20), room="16MiB", chunk_tokens=4) as cache:
+        says(model, cache, prompt(), steps=2)
+        for number, layer in zip(order, model.model.layers):
+            layer.mlp.register_forward_hook(look(number))
+        says(model, cache, prompt(1, 1), steps=3)
+    # Four passes. Of the layer itself most is gone: a segment may stay, or be on its way out.
+    assert len(seen) == 4 * 6 and all(there and gone > count / 2 > 1 for there, gone, count in seen), seen
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

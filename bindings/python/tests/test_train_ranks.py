@@ -110,6 +110,23 @@ def pool_of(folder, name="pool"):
     return path
 
 
+def from_files(folder):
+    """A model on the meta device: both take it from its files."""
+    where = os.path.join(folder, "model")
+    if dist.get_rank() == 0:
+        single.llama(tie=False, dropout=0.0).save_pretrained(where)
+    dist.barrier()
+    reference = hf.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).train()
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.from_pretrained(where), dtype=torch.float32).train()
+    plain = torch.optim.AdamW(reference.parameters(), fused=True, **ADAMW)
+    wanted = train(torch.nn.parallel.DistributedDataParallel(reference), plain, 3)
+    model, optimizer = nvtier.train.offload(model, torch.optim.AdamW, pool=pool_of(folder), weights=where, device="cpu", accumulate=False, **ADAMW)
+    assert train(model, optimizer, 3) == wanted
+    single.compare(reference, plain, optimizer)
+    optimizer.close()
+
+
 def like_ddp(folder):
     """One micro-batch, no clipping: stock DistributedDataParallel."""
     for number, (precision, tied) in enumerate([("fp32", True), ("mixed", False), ("bf16", False)]):
@@ -366,7 +383,7 @@ def kill(children):
             pass
 
 
-@pytest.mark.parametrize("what", ["like_ddp", "like_plain", "other_experts", "refused"])
+@pytest.mark.parametrize("what", ["like_ddp", "like_plain", "other_experts", "from_files", "refused"])
 def test_two_ranks(begin, tmp_path, what):
     codes, said = begin(what, tmp_path)[1]()
     assert codes == [0, 0], "\n\n".join(said)

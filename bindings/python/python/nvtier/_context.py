@@ -58,8 +58,8 @@ class _Tokens:
 
     def __init__(self, tier: Tier, number: int, chunk_tokens: Optional[int], windows: List[Optional[int]]) -> None:
         #: ``windows``: tokens that each layer of the cache keeps at most.
-        self._tier, self._number, self._chunk, self._windows = tier, number, chunk_tokens, windows
-        self._chosen = chunk_tokens is not None
+        self._tier, self._number, self._windows = tier, number, windows
+        self._chunk, self._chosen = chunk_tokens or 0, chunk_tokens is not None
         self._segments = tier.lists[number]
         #: Bytes of the largest segment so far.
         self._largest = 0
@@ -77,7 +77,7 @@ class _Tokens:
         self._rows = _Rows(key.shape[0], key, value)
         tier, row = self._tier, self._rows.width * self.dtype.itemsize
         tier.device = self.device
-        if self._chunk is None:
+        if not self._chunk:
             most = _CHUNK_BYTES if tier.vram is None else min(_CHUNK_BYTES, tier.vram // _TAILS // len(tier.lists))
             self._chunk = 1 << max(most // row, 1).bit_length() - 1
         if not any(tier.lists):
@@ -101,6 +101,8 @@ class _Tokens:
             raise InvalidArgument("nvtier.stream.Cache is for inference: call the model under torch.no_grad()")
         if key.dtype != value.dtype or key.device != value.device or key.dim() != 4 or value.dim() != 4:
             raise NotSupported(f"nvtier.stream.Cache: keys {key.dtype} {tuple(key.shape)} and values {value.dtype} {tuple(value.shape)}")
+        if self._tier.device not in (None, key.device):
+            raise NotSupported(f"nvtier.stream.Cache for a model on several devices: layers before are on {self._tier.device}, this one is on {key.device}")
         if self._rows is not None:
             wanted = (self._rows.sequences, self._rows.heads[0], self.dtype, self.device)
             found = (key.shape[0], (key.shape[1], key.shape[3]), key.dtype, key.device)
@@ -402,9 +404,10 @@ class Cache(DynamicCache):
                 opened.close()
             raise
         windows = [getattr(layer, "sliding_window", None) for layer in found]
-        self.layers = [
+        self._own: List[Any] = [
             (_FullLayer if window is None else _SlidingLayer)(self._tier, number, chunk_tokens, windows) for number, window in enumerate(windows)
         ]
+        self.layers = self._own
         self._finalizer = weakref.finalize(self, self._tier.close, "was dropped")
         caches = model.__dict__.get("_nvtier_caches")
         if caches is not None:
@@ -413,7 +416,7 @@ class Cache(DynamicCache):
     def close(self) -> None:
         """Gives memory and space back. Once more is fine."""
         self._finalizer.detach()
-        for layer in self.layers:
+        for layer in self._own:
             layer._tail = None
         self._tier.close()
 
@@ -446,7 +449,7 @@ class Cache(DynamicCache):
         self._select(torch.arange(self._sequences(), device=indices.device)[indices])
 
     def _sequences(self) -> int:
-        return max((layer._rows.sequences for layer in self.layers if layer._rows is not None), default=0)
+        return max((layer._rows.sequences for layer in self._own if layer._rows is not None), default=0)
 
     def _select(self, index: torch.Tensor) -> None:
         self._tier.check()
@@ -455,7 +458,7 @@ class Cache(DynamicCache):
         with self._tier.guard(), _plain():
             made: Dict[Any, torch.Tensor] = {}
             index = index.to(self._tier.device)
-            for layer in self.layers:
+            for layer in self._own:
                 layer.select(index, made)
 
     def __iter__(self) -> Iterator[Any]:

@@ -185,9 +185,9 @@ def offload(
     return model, optimizer
 
 
-def _replaced(params: Any, made: Dict[torch.nn.Parameter, torch.nn.Parameter]) -> List[Any]:
+def _replaced(params: Any, made: Dict[Any, Any]) -> List[Any]:
     """A group's parameters, or names and parameters, with those that took the place of others."""
-    listed = [params] if isinstance(params, torch.Tensor) else list(params)
+    listed: List[Any] = [params] if isinstance(params, torch.Tensor) else list(params)
     return [(entry[0], made.get(entry[1], entry[1])) if isinstance(entry, tuple) else made.get(entry, entry) for entry in listed]
 
 
