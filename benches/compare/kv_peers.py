@@ -4,7 +4,7 @@
 
 FOLDER is on the disk that is measured; everything in a folder of its own there is removed at the end. Rounds go through all rows in turns, begun
 by another row each time, with new blocks. A row's files are flushed after its puts, and dropped from the page cache before its gets; every byte
-that comes is compared, outside the measured time. Prints medians and (min..max). Needs LMCache, or vLLM with tiers, and nvtier."""
+that comes is compared, outside the measured time. A row by fio says what the drive gives meanwhile. Prints medians and (min..max). Needs LMCache, or vLLM with tiers, and nvtier."""
 
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ import resource
 import select
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -110,6 +111,30 @@ class LmCache:
         self.adapter.close()
 
 
+class Fio:
+    """What the drive gives with blocks of the size, by fio: no tier, a ceiling."""
+
+    def __init__(self, folder, size, count, config):
+        self.folder, self.size, self.count = folder, size, count
+        self.rows = np.zeros((count, size), dtype=np.uint8)
+
+    def _run(self, rw, first):
+        command = ["fio", "--name=r", f"--rw={rw}", f"--bs={self.size}", f"--size={self.count * self.size}", f"--filename={self.folder}/{first}",
+                   "--direct=1", "--ioengine=io_uring", "--iodepth=16", "--refill_buffers", "--output-format=json"]  # fmt: skip
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT_S).stdout)["jobs"][0]
+        way = found["read" if "read" in rw else "write"]
+        return way["bw_bytes"], found["usr_cpu"] + found["sys_cpu"]
+
+    def put(self, first):
+        return self._run("write", first)
+
+    def get(self, first):
+        return self._run("randread", first)
+
+    def close(self):
+        pass
+
+
 class Vllm:
     """A secondary tier of vLLM's, as its manager calls it."""
 
@@ -186,14 +211,17 @@ def plugin(folder, size):
     return {"type": "native_plugin", "module_path": "nvtier.lmcache", "class_name": "NvtierClient", "adapter_params": pool(folder)}
 
 
+FIO = "fio, no tier"
 ROWS = {
     "lmcache": {
+        FIO: None,
         "nvtier (native_plugin)": plugin,
         "fs": lambda folder, size: {"type": "fs", "base_path": str(folder)},
         "fs_native, O_DIRECT": lambda folder, size: {"type": "fs_native", "base_path": str(folder), "num_workers": THREADS, "use_odirect": True},
         "raw_block, io_uring, on a file": raw,
     },
     "vllm": {
+        FIO: None,
         "nvtier (NvtierTier)": lambda folder, size: {"type": "NvtierTier", **pool(folder)},
         "fs": lambda folder, size: {"type": "fs", "root_dir": str(folder), "n_read_threads": THREADS, "n_write_threads": THREADS},
     },
@@ -207,13 +235,22 @@ def measure(kind, folder, size, count, rounds):
             home = folder / name.split(" ")[0].strip(",")
             home.mkdir()
             try:
-                made[name] = ({"lmcache": LmCache, "vllm": Vllm}[kind](home, size, count, config), home)
+                how = Fio if name == FIO else {"lmcache": LmCache, "vllm": Vllm}[kind]
+                made[name] = (how(home, size, count, config), home)
             except Exception as error:
                 print(f"skipped: {kind}, {name}: {error}", file=sys.stderr)
         names = list(made)
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 row, home = made[name]
+                moved = count * size / 1e6
+                if name == FIO:
+                    put, get = row.put(turn * count), row.get(turn * count)
+                    (home / str(turn * count)).unlink()
+                    # Percent of a core while so many bytes a second go through.
+                    used = [1e7 * busy / rate for rate, busy in (put, get)]
+                    found.setdefault(name, []).append((put[0] / 1e6, put[0] / 1e6, get[0] / 1e6, *used))
+                    continue
                 blocks = np.random.default_rng(turn).integers(0, 256, (count, size), dtype=np.uint8)
                 row.rows[:] = blocks
                 times = [time.perf_counter()]
@@ -232,7 +269,6 @@ def measure(kind, folder, size, count, rounds):
                 used.append(cpu() - start)
                 if not (row.rows == blocks).all():
                     raise RuntimeError(f"{name}: what came is not what was put")
-                moved = count * size / 1e6
                 found.setdefault(name, []).append(
                     (moved / (times[1] - times[0]), moved / (times[2] - times[0]), moved / (times[4] - times[3]), *(1e3 * u / moved for u in used))
                 )

@@ -68,9 +68,9 @@ import train_gpu_check
 found = train_gpu_check.exact(tempfile.mkdtemp(dir=sys.argv[1]))
 json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
     small) train small --no-exact --runs ram,ram-backward --steps 6 ;;
-    stream) check stream python3 $tests/stream_gpu_check.py --dir "$DISK" --out "$OUT/stream.json" --nvtier "$NVTIER" ;;
+    stream) check stream python3 $tests/stream_gpu_check.py --dir "$DISK" --out "$OUT/stream.json" --nvtier "$NVTIER" --rounds 5 ;;
     ranks) check ranks python3 -m torch.distributed.run --standalone --nproc-per-node 2 $tests/ranks_gpu_check.py --dir "$DISK" --out "$OUT/ranks.json" ;;
-    part) train part --no-exact "${big[@]}" --runs part --batch 1 --vram 3 --cap 8 --steps 3 ;;
+    part) train part --no-exact "${big[@]}" --runs part --vram 3 --cap 8 --steps 3 ;;
     ram) train ram --no-exact "${big[@]}" --layers 16 --runs ram,ram-backward --batch 1 --vram 3 --cap 8 --steps 6 ;;
     large)
         train large --no-exact --no-plain "${big[@]}" --layers 37 --batch 1 --runs large --vram 12 --cap 24 --steps 2

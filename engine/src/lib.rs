@@ -42,7 +42,7 @@ pub use pool::{
 pub use region_read::Resident;
 pub use repair::{RepairReport, RepairedChunk};
 pub use scrub::{ScrubOptions, ScrubStat};
-pub use session::{Blocks, Entry, RegionReader, RegionWriter, Session, SessionOptions, WriterOptions};
+pub use session::{Blocks, Entry, Loads, RegionReader, RegionWriter, Session, SessionOptions, WriterOptions};
 pub use types::{
     Access, Allocate, Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Seek, SetAttr, Timestamp,
     XattrSet,

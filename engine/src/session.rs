@@ -22,12 +22,14 @@ use crate::verify::{VerifyProgress, VerifyReport};
 
 mod blocks;
 mod kv;
+mod loads;
 pub(crate) mod local;
 pub(crate) mod partial;
 mod reader;
 mod writer;
 
 pub use blocks::Blocks;
+pub use loads::Loads;
 pub use reader::RegionReader;
 pub use writer::RegionWriter;
 

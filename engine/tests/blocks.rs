@@ -164,3 +164,64 @@ fn what_makes_no_sense_is_refused() {
         Session::open(&path, SessionOptions { read_only: true, ..SessionOptions::default() }).unwrap();
     assert_eq!(looking.blocks(&settings(), b"", BLOCK, "", None).unwrap_err().kind(), ErrorKind::ReadOnly);
 }
+
+/// Loads that go on: each block comes once, right, whoever owns the pool, and what nobody waits for harms no later call.
+#[test]
+fn loads_go_on_while_what_came_is_used() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("pool");
+    Pool::format(&path, &FormatOptions::default()).unwrap();
+    let (owner, client) = (open(&path), open(&path));
+    let (here, there) = (blocks(&owner, "t"), blocks(&client, "t"));
+    assert!(put(&here, 0..60).iter().all(|stored| matches!(stored, Stored::New)));
+    let mut wanted = vec![0; BLOCK as usize];
+    for (blocks, lanes) in [(&here, 1), (&here, 3), (&there, 1), (&there, 2)] {
+        let ask =
+            |n: u64| (n, Get { key: key(n), buffer: Buffer::heap(blocks.slot_bytes()).unwrap(), start: 0 });
+        let mut loads = blocks.loads(lanes).unwrap();
+        assert!(loads.next().is_none() && loads.try_next().is_none());
+        // 60 to 69 are not there.
+        let mut left = (0..70).map(ask);
+        let mut came = vec![0; 70];
+        loop {
+            while loads.under_way() < 9
+                && let Some(get) = left.next()
+            {
+                loads.begin(vec![get], soon());
+            }
+            let Some((n, done)) = loads.next() else { break };
+            came[n as usize] += 1;
+            assert_eq!((done.key, done.result.is_ok()), (key(n), n < 60), "{n}");
+            if n < 60 {
+                fill(&mut wanted, n);
+                assert!(done.buffer.unwrap()[..BLOCK as usize] == wanted, "block {n}");
+            }
+        }
+        assert!(came.iter().all(|times| *times == 1), "{came:?}");
+        // Too late is a miss; other loads are not.
+        loads.begin(vec![ask(1)], Instant::now());
+        loads.begin(vec![ask(2), ask(3)], soon());
+        let mut good: Vec<(u64, bool)> =
+            std::iter::from_fn(|| loads.next()).map(|(n, done)| (n, done.result.is_ok())).collect();
+        good.sort_unstable();
+        assert_eq!(good, [(1, false), (2, true), (3, true)]);
+        // Bad arguments come back as misses.
+        let small = Get { key: key(4), buffer: Buffer::heap(4096).unwrap(), start: 0 };
+        if !blocks.is_remote() {
+            loads.begin(vec![(4, small)], soon());
+            let (n, done) = loads.next().unwrap();
+            assert!(
+                n == 4
+                    && matches!(done.result, Err(Miss::Failed(error)) if error.kind() == ErrorKind::InvalidArgument)
+            );
+        }
+        // Nobody waits for these.
+        loads.begin((10..30).map(ask).collect(), soon());
+        drop(loads);
+        assert!(get(blocks, 0..60, soon()).iter().all(Result::is_ok));
+        assert!(put(blocks, 0..1).iter().all(|stored| matches!(stored, Stored::Present)));
+    }
+    drop((here, there));
+    drop(client);
+    owner.close().unwrap();
+}

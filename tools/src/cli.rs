@@ -900,6 +900,9 @@ pub struct Train {
     /// Without tiers, by torch's own AdamW: for models that fit
     #[arg(long, conflicts_with_all = ["vram", "ram"])]
     pub plain: bool,
+    /// Do not load the model into memory [default: only where that has no room for it]
+    #[arg(long, conflicts_with = "plain")]
+    pub lazy: bool,
     /// Fail where there is no run to go on with [default: go on where there is one]
     #[arg(long, conflicts_with = "fresh")]
     pub resume: bool,
@@ -1047,7 +1050,7 @@ mod tests {
             "plan m --task finetune --micro-batches 8 --hours-per-day 8 --generations 1 --tbw 1200TB",
             "plan --list",
             "train --env_config E --exp_config X",
-            "train --env-config E --exp-config X --pool P --run r --vram 20GiB --ram 64GiB --fresh --python python3",
+            "train --env-config E --exp-config X --pool P --run r --vram 20GiB --ram 64GiB --lazy --fresh --python python3",
             "train --env_config E --exp_config X --plain --resume --seed 1 --clip-grad-norm 1.0 --commit-every 5 --check --json",
             "top --once --json --interval 50 --tbw 600TB --pool P",
             "kv top --once --json --interval 50 --store s --pool P",

@@ -4,14 +4,13 @@
 //! block. A block in the store is `[plane][head][token][row]`, wherever its planes are.
 
 use std::collections::HashMap;
-use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use engine::kv::admin;
 use engine::kv::planner::{self, Planner, RestoreOptions, Step};
 use engine::kv::warm::{Space, Warm};
-use engine::kv::{Get, Key, Miss, Put, Refusal, Settings, Stored};
+use engine::kv::{Get, GetDone, Key, Miss, Put, Refusal, Settings, Stored};
 use engine::{Blocks, Session};
 use gpudirect::driver::Lent;
 use gpudirect::paged::{BlockShape, Inner, Move, Order, Paged, Plane, Staging, Way};
@@ -26,8 +25,10 @@ use crate::memory::{self, Foreign, HostPlanes};
 use crate::pool::{Pool, to_dict};
 use crate::process::{Mine, may_use};
 
-/// Threads that load from the store for one call.
-const READERS: usize = 2;
+/// Lanes that load from the store for one call, each with a thread that compares sums,
+const LANES: usize = 2;
+/// where there is more to load than this.
+const ONE_LANE_BYTES: usize = 4 << 20;
 /// Of the memory for blocks, what one step of a call takes at most.
 const STEP_SHARE: usize = 8;
 /// Calls to a GPU that can be prepared at once and are kept.
@@ -366,69 +367,75 @@ impl Inside {
             }
         }
         let step = self.step();
-        let result: gpudirect::Result<()> = std::thread::scope(|scope| {
-            let (results, arrived) = channel();
-            let batches: Vec<&[usize]> = far.chunks(step).collect();
-            let next = Arc::new(Mutex::new(batches.into_iter()));
-            for _ in 0..READERS.min(far.len().div_ceil(step)) {
-                let (next, results) = (next.clone(), results.clone());
-                scope.spawn(move || {
-                    loop {
-                        let Some(batch) = lock(&next).next() else { return };
-                        let buffers: engine::Result<Vec<Buffer>> =
-                            batch.iter().map(|_| self.buffer()).collect();
-                        let done = buffers.map(|buffers| {
-                            let gets = batch.iter().zip(buffers);
-                            let gets =
-                                gets.map(|(index, buffer)| Get { key: keys[*index], buffer, start: 0 });
-                            self.blocks.get(gets.collect(), by)
-                        });
-                        if results.send((batch, done)).is_err() {
-                            return;
-                        }
+        let far_bytes = far.len() * self.blocks.slot_bytes();
+        let lanes = if far_bytes > ONE_LANE_BYTES { LANES } else { 1 };
+        let mut loads = match far.is_empty() {
+            true => None,
+            false => Some(self.blocks.loads(lanes).map_err(gpudirect::Error::from)?),
+        };
+        let mut near = Some(near);
+        let mut waiting = far.into_iter().peekable();
+        loop {
+            let room = loads.as_ref().map_or(0, |loads| (lanes * step).saturating_sub(loads.under_way()));
+            let mut begun = Vec::new();
+            for index in waiting.by_ref().take(room) {
+                match self.buffer() {
+                    Ok(buffer) => begun.push((index as u64, Get { key: keys[index], buffer, start: 0 })),
+                    Err(error) => {
+                        got[index] = Got::Failed;
+                        trouble = Some(error.chain());
                     }
-                });
+                }
             }
-            drop(results);
-            for batch in near.chunks(step) {
+            if let Some(loads) = &mut loads {
+                let share = begun.len().div_ceil(lanes).max(1);
+                while !begun.is_empty() {
+                    let rest = begun.split_off(share.min(begun.len()));
+                    loads.begin(std::mem::replace(&mut begun, rest), by);
+                }
+            }
+            // Copied while the others come.
+            for batch in near.take().unwrap_or_default().chunks(step) {
                 let parts: Vec<(u32, &Arc<Buffer>)> =
                     batch.iter().map(|(index, buffer)| (places[*index], buffer)).collect();
                 mover.scatter(&parts, block_bytes)?;
                 batch.iter().for_each(|(index, _)| got[*index] = Got::Memory);
             }
-            for (batch, done) in arrived {
-                let done = match done {
-                    Ok(done) => done,
-                    Err(error) => {
-                        batch.iter().for_each(|index| got[*index] = Got::Failed);
-                        trouble = Some(error.chain());
-                        continue;
-                    }
-                };
-                let mut good: Vec<(u32, Arc<Buffer>)> = Vec::new();
-                // The last of a prefix are the first to make room.
-                for (index, done) in batch.iter().zip(done).rev() {
-                    got[*index] = match (done.result, done.buffer) {
-                        (Ok(()), Some(buffer)) => {
-                            good.push((places[*index], self.warm.insert(self.space, keys[*index], buffer)));
-                            Got::Drive
-                        }
-                        (Err(Miss::Absent), _) => Got::Absent,
-                        (Err(Miss::Corrupt), _) => Got::Corrupt,
-                        (Err(Miss::Failed(error)), _) => {
-                            trouble = Some(error.chain());
-                            Got::Failed
-                        }
-                        (Ok(()), None) => Got::Failed,
-                    };
-                }
-                let parts: Vec<(u32, &Arc<Buffer>)> =
-                    good.iter().map(|(place, buffer)| (*place, buffer)).collect();
-                mover.scatter(&parts, block_bytes)?;
+            let Some(loads) = &mut loads else { break };
+            let mut came: Vec<(u64, GetDone)> = loads.next().into_iter().collect();
+            while !came.is_empty()
+                && came.len() < step
+                && let Some(more) = loads.try_next()
+            {
+                came.push(more);
             }
-            Ok(())
-        });
-        result?;
+            if came.is_empty() && waiting.peek().is_none() {
+                break;
+            }
+            let mut good: Vec<(u32, Arc<Buffer>)> = Vec::new();
+            // The last of a prefix are the first to make room.
+            came.sort_unstable_by_key(|(index, _)| std::cmp::Reverse(*index));
+            for (index, done) in came {
+                let index = index as usize;
+                got[index] = match (done.result, done.buffer) {
+                    (Ok(()), Some(buffer)) => {
+                        good.push((places[index], self.warm.insert(self.space, keys[index], buffer)));
+                        Got::Drive
+                    }
+                    (Err(Miss::Absent), _) => Got::Absent,
+                    (Err(Miss::Corrupt), _) => Got::Corrupt,
+                    (Err(Miss::Failed(error)), _) => {
+                        trouble = Some(error.chain());
+                        Got::Failed
+                    }
+                    (Ok(()), None) => Got::Failed,
+                };
+            }
+            let parts: Vec<(u32, &Arc<Buffer>)> =
+                good.iter().map(|(place, buffer)| (*place, buffer)).collect();
+            mover.scatter(&parts, block_bytes)?;
+        }
+        drop(loads);
         mover.finish()?;
         Ok((got, trouble))
     }

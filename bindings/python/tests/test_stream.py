@@ -128,6 +128,13 @@ def test_a_model_without_weights_takes_those_of_the_pool(pool):
     empty.generation_config.eos_token_id = None
     model = nvtier.stream.load(empty, pool=pool, name="m", vram="300KiB", ram="100KiB", device="cpu")
     assert same(model, wanted)
+    nvtier.stream.close(model)
+    # One whose buffers are not there either.
+    with torch.device("meta"):
+        empty = hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**{**SMALL, **FAMILIES["llama"][1]}), dtype=torch.bfloat16)
+    assert all(buffer.is_meta for buffer in empty.buffers())
+    empty.generation_config.eos_token_id = None
+    assert same(nvtier.stream.load(empty, pool=pool, name="m", vram="300KiB", device="cpu"), wanted)
     assert nvtier.stream.remove(pool, "other") is False
 
 
@@ -142,8 +149,10 @@ def test_what_makes_no_sense_is_refused(pool):
         meta = tiny()
     with pytest.raises(nvtier.InvalidArgument, match="load"):
         nvtier.stream.offload(meta, pool=pool, name="m")
+    with torch.device("meta"):
+        other = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3))
     with pytest.raises(nvtier.InvalidArgument, match="buffer"):
-        nvtier.stream.load(meta, pool=pool, name="m")
+        nvtier.stream.load(other, pool=pool, name="m")
     model = nvtier.stream.offload(tiny(), pool=pool, name="m")
     with pytest.raises(nvtier.InvalidArgument, match="already"):
         nvtier.stream.offload(model, pool=pool, name="n")

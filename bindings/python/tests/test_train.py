@@ -481,7 +481,7 @@ def test_what_makes_no_sense_is_refused(pool, tmp_path):
     refused(nvtier.InvalidArgument, ["trainable"], model=llama(layers=2).requires_grad_(False))
     with torch.device("meta"):
         meta = llama(layers=2)
-    refused(nvtier.NotSupported, ["meta"], model=meta)
+    refused(nvtier.InvalidArgument, ["meta", "weights="], model=meta)
     assert nvtier.train.plan(meta)["state"] == nvtier.train.plan(llama(layers=2))["state"]
     nvtier.format(tmp_path / "small", size=24 << 20, members=[tmp_path / "image"])
     refused(nvtier.NoSpace, ["needs", "free"], pool=tmp_path / "small", model=llama(layers=2))

@@ -508,6 +508,9 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(place):
     (place.path / "model/config.json").write_text(json.dumps(config))
     code, _, err = place.train()
     assert code == 6 and re.search(r"load the model model: it takes \d{4,}\.\d GB of the host's memory while it is loaded, and \d", err), err
+    # With the offload as well, where its files cannot be read a part at a time.
+    code, _, err = place.train(plain=False)
+    assert code == 6 and "only safetensors" in err, err
 
 
 def test_a_full_drive_is_noticed_before_the_training(place, monkeypatch):
@@ -597,6 +600,30 @@ def test_the_offload_gives_the_same_numbers_and_survives_a_kill(place, whole, of
     place.write(exp=EXP + "  max_iter: 2\n", env=ENV.replace("output_dir: output", "output_dir: ''"))
     place.fine("--fresh", "--pool", "nvme/nvtier-pool", plain=False)
     assert place.events("start")[-1]["resumed"] is False and place.losses()[0, 0] == whole[0][0, 0]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_model_need_not_fit_into_memory(place, whole, offloaded, monkeypatch, asked):
+    from nvtier.train import _model, _setup
+
+    def load(*args):
+        raise AssertionError("the model was loaded into memory")
+
+    monkeypatch.setattr(_model, "load", load)
+    if not asked:
+        # Where its 3 MB have no room.
+        monkeypatch.setattr(_setup, "_available", lambda: 1 << 20)
+    out = place.fine("--vram", "16MiB", *(["--lazy"] if asked else []), plain=False)
+    assert "go from their files into the pool, a layer at a time" in out
+    assert place.losses() == whole[0] and equal(weights("output/epoch_1_step_4_#model"), whole[1])
+
+
+def test_what_has_to_be_in_memory_says_so(place, offloaded):
+    code, _, err = place.train("--lazy")
+    assert code == cli.USAGE and "--lazy has no effect with --plain" in err
+    place.write(exp=EXP + "  from_config: true\n")
+    code, _, err = place.train("--lazy", plain=False)
+    assert code == cli.UNSUPPORTED and "--lazy" in err and "from_config" in err
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,10 +1,11 @@
-//! Batches of puts and gets, between the caller's buffers and slots.
+//! Batches of puts, between the caller's buffers and slots; what gets share with them. Gets: `loads.rs`.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use nvme::{Arena, Buffer, Op, Queue, Refused};
 
+use super::loads::Loads;
 use super::record::{Block, PINNED};
 use super::state::{No, Reserved};
 use super::table::Name;
@@ -96,39 +97,42 @@ pub struct GetDone {
 /// Puts and gets of one thread: see [`Store::lane`](super::Store::lane).
 #[derive(Debug)]
 pub struct Lane {
-    shared: Arc<Shared>,
-    queue: Queue,
+    pub(super) shared: Arc<Shared>,
+    pub(super) queue: Queue,
     arena: Option<Arena>,
+    pub(super) loads: Loads,
 }
 
 /// A transfer of one block, piece after piece.
-struct Job {
-    buffer: Option<Buffer>,
-    start: usize,
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) buffer: Option<Buffer>,
+    pub(super) start: usize,
     pieces: Vec<SlabPiece>,
     /// The next piece.
     next: usize,
     /// Bytes done.
     done: usize,
-    error: Option<Error>,
+    pub(super) error: Option<Error>,
     // Its space stays where it is until the transfer is over.
     slab: Arc<Slab>,
 }
 
-/// What `transfer` was called for.
+/// Which way a job's bytes go.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
+pub(super) enum Way {
     In,
     Out,
 }
 
 impl Job {
-    fn new(slab: &Arc<Slab>, slot: u32, slot_bytes: u64, buffer: Buffer, start: usize) -> Job {
+    pub(super) fn new(slab: &Arc<Slab>, slot: u32, slot_bytes: u64, buffer: Buffer, start: usize) -> Job {
         let pieces = slab.range(u64::from(slot) * slot_bytes, slot_bytes).collect();
         Job { buffer: Some(buffer), start, pieces, next: 0, done: 0, error: None, slab: slab.clone() }
     }
 
-    fn op(&mut self, way: Way, tag: u64) -> Option<Op> {
+    /// The next piece; `None`: there is none, or no buffer.
+    pub(super) fn op(&mut self, way: Way, tag: u64) -> Option<Op> {
         let piece = self.pieces.get(self.next)?;
         let buffer = self.buffer.take()?;
         let from = self.start + self.done;
@@ -141,9 +145,19 @@ impl Job {
         self.done += piece.len as usize;
         Some(op.range(range).tag(tag))
     }
+
+    /// Whether all of it was handed out.
+    pub(super) fn is_done(&self) -> bool {
+        self.next == self.pieces.len()
+    }
+
+    /// Begins once more.
+    pub(super) fn again(&mut self) {
+        (self.next, self.done, self.error) = (0, 0, None);
+    }
 }
 
-fn check_buffer(view: &View, buffer: &Buffer, start: usize) -> Result<()> {
+pub(super) fn check_buffer(view: &View, buffer: &Buffer, start: usize) -> Result<()> {
     let end = start.checked_add(view.slot_bytes());
     if !start.is_multiple_of(4096) || end.is_none_or(|end| end > buffer.len()) {
         return Err(Error::new(
@@ -161,10 +175,10 @@ fn check_buffer(view: &View, buffer: &Buffer, start: usize) -> Result<()> {
 impl Lane {
     pub(super) fn new(shared: Arc<Shared>, arena: Option<&Arena>) -> Result<Lane> {
         let queue = Lane::queue(&shared, arena)?;
-        Ok(Lane { shared, queue, arena: arena.cloned() })
+        Ok(Lane { shared, queue, arena: arena.cloned(), loads: Loads::default() })
     }
 
-    fn queue(shared: &Shared, arena: Option<&Arena>) -> Result<Queue> {
+    pub(super) fn queue(shared: &Shared, arena: Option<&Arena>) -> Result<Queue> {
         Queue::builder()
             .depth(shared.options.depth)
             .deadline(shared.options.deadline)
@@ -175,7 +189,11 @@ impl Lane {
             .map_err(|error| Error::from(error).context("a lane of a KV store"))
     }
 
-    fn check_view(&self, view: &View) -> Result<()> {
+    pub(super) fn arena(&self) -> Option<&Arena> {
+        self.arena.as_ref()
+    }
+
+    pub(super) fn check_view(&self, view: &View) -> Result<()> {
         if Arc::ptr_eq(&view.shared, &self.shared) {
             return Ok(());
         }
@@ -183,27 +201,18 @@ impl Lane {
     }
 
     /// As [`run_jobs`](Self::run_jobs). A queue that failed as a whole is replaced: what it still holds must not answer to later jobs.
-    fn transfer(
-        &mut self,
-        way: Way,
-        jobs: &mut [Job],
-        each: impl FnMut(usize, &mut Job, bool),
-    ) -> Result<()> {
-        let done = self.run_jobs(way, jobs, each);
+    fn transfer(&mut self, jobs: &mut [Job], each: impl FnMut(usize, &mut Job, bool)) -> Result<()> {
+        let done = self.run_jobs(jobs, each);
         if done.is_err() {
-            self.queue = Lane::queue(&self.shared, self.arena.as_ref())?;
+            self.loads.fail();
+            self.mend()?;
         }
         done
     }
 
     /// Runs jobs to their ends, as many at a time as the queue takes. `each` is called when one is about to begin and, with `true`, when it
     /// is over.
-    fn run_jobs(
-        &mut self,
-        way: Way,
-        jobs: &mut [Job],
-        mut each: impl FnMut(usize, &mut Job, bool),
-    ) -> Result<()> {
+    fn run_jobs(&mut self, jobs: &mut [Job], mut each: impl FnMut(usize, &mut Job, bool)) -> Result<()> {
         let (mut next, mut running) = (0, 0);
         let mut again: Vec<usize> = Vec::new();
         while next < jobs.len() || running > 0 || !again.is_empty() {
@@ -225,7 +234,7 @@ impl Lane {
                     each(index, &mut jobs[index], false);
                 }
                 let job = &mut jobs[index];
-                let Some(op) = job.op(way, index as u64) else {
+                let Some(op) = job.op(Way::Out, index as u64) else {
                     running -= 1;
                     each(index, &mut jobs[index], true);
                     continue;
@@ -274,6 +283,7 @@ impl Lane {
     pub fn put(&mut self, view: &View, puts: Vec<Put>) -> Result<Vec<PutDone>> {
         let _span = tracing::debug_span!("kv_put", blocks = puts.len()).entered();
         self.check_view(view)?;
+        self.check_idle()?;
         for put in &puts {
             check_buffer(view, &put.buffer, put.start)?;
         }
@@ -306,7 +316,7 @@ impl Lane {
         });
         let mut sums = vec![0; jobs.len()];
         let block_bytes = view.block_bytes() as usize;
-        let moved = self.transfer(Way::Out, &mut jobs, |index, job, over| {
+        let moved = self.transfer(&mut jobs, |index, job, over| {
             // Summed while the blocks before it are on their way.
             if let (false, Some(buffer)) = (over, &job.buffer) {
                 let (_, name, reserved) = &plans[index];
@@ -425,130 +435,5 @@ impl Lane {
             };
             return Err(Stored::Refused(refusal));
         }
-    }
-
-    /// Loads blocks. Answers come in the order of `gets`. Nothing is handed out that is not what was stored.
-    pub fn get(&mut self, view: &View, gets: Vec<Get>) -> Result<Vec<GetDone>> {
-        let _span = tracing::debug_span!("kv_get", blocks = gets.len()).entered();
-        self.check_view(view)?;
-        for get in &gets {
-            check_buffer(view, &get.buffer, get.start)?;
-        }
-        let shared = self.shared.clone();
-        let slot_bytes = view.slot_bytes() as u64;
-        let mut done: Vec<Option<GetDone>> = Vec::new();
-        done.resize_with(gets.len(), || None);
-        let mut jobs = Vec::new();
-        let mut plans: Vec<(usize, Block)> = Vec::new();
-        {
-            let mut state = shared.state();
-            state.table.now = shared.options.clock.now();
-            for (index, get) in gets.into_iter().enumerate() {
-                let found = state.find(&view.name(&get.key));
-                let slab = found.and_then(|(_, block)| Some(state.slabs.get(&block.slab)?.slab.clone()));
-                match (found, slab) {
-                    (Some((entry, block)), Some(slab)) => {
-                        state.table.touch(entry);
-                        jobs.push(Job::new(&slab, block.slot, slot_bytes, get.buffer, get.start));
-                        plans.push((index, block));
-                    }
-                    _ => {
-                        state.stat.misses += 1;
-                        done[index] = Some(GetDone {
-                            key: get.key,
-                            result: Err(Miss::Absent),
-                            buffer: Some(get.buffer),
-                        });
-                    }
-                }
-            }
-        }
-        let mut good = vec![false; jobs.len()];
-        self.load(view, &plans, &mut jobs, &mut good)?;
-        // What was changed on its way is right the second time.
-        let again: Vec<usize> =
-            (0..jobs.len()).filter(|index| !good[*index] && jobs[*index].buffer.is_some()).collect();
-        let again: Vec<usize> = {
-            let mut state = shared.state();
-            let still: Vec<usize> = again
-                .into_iter()
-                .filter(|index| {
-                    let block = &plans[*index].1;
-                    let now = state.table.find(&Name::of(block)).and_then(|entry| state.table.get(entry));
-                    now.is_some_and(|now| now.generation == block.generation)
-                        && jobs[*index].error.as_ref().is_none_or(|error| error.kind() != ErrorKind::Timeout)
-                })
-                .collect();
-            state.stat.retried += still.len() as u64;
-            still
-        };
-        if !again.is_empty() {
-            let mut plans_again = Vec::new();
-            let mut jobs_again = Vec::new();
-            for index in &again {
-                let (at, block) = plans[*index];
-                let Some(buffer) = jobs[*index].buffer.take() else { continue };
-                let slab = jobs[*index].slab.clone();
-                jobs_again.push(Job::new(&slab, block.slot, slot_bytes, buffer, jobs[*index].start));
-                plans_again.push((at, block));
-            }
-            let mut good_again = vec![false; jobs_again.len()];
-            self.load(view, &plans_again, &mut jobs_again, &mut good_again)?;
-            for ((index, job), fine) in again.into_iter().zip(jobs_again).zip(good_again) {
-                jobs[index] = job;
-                good[index] = fine;
-            }
-        }
-        let mut state = shared.state();
-        for ((job, (at, block)), fine) in jobs.into_iter().zip(plans).zip(good) {
-            let name = Name::of(&block);
-            let result = match (fine, job.error) {
-                (true, _) => {
-                    state.stat.hits += 1;
-                    Ok(())
-                }
-                (false, error) => {
-                    state.stat.misses += 1;
-                    let unreadable = error.is_some();
-                    // A drive that does not answer now may do so later: what somebody relies on stays.
-                    let ours = !(unreadable && shared.options.lasting)
-                        && state.remove_bad(&name, block.generation, unreadable);
-                    Err(match error {
-                        Some(error) => {
-                            state.stat.io_errors += 1;
-                            state.stat.timeouts += u64::from(error.kind() == ErrorKind::Timeout);
-                            Miss::Failed(error)
-                        }
-                        None if ours => {
-                            state.stat.corrupt += 1;
-                            tracing::warn!(key = %block.key, slab = block.slab, slot = block.slot, "a KV block is not what was stored: dropped");
-                            Miss::Corrupt
-                        }
-                        // It made room while it was read.
-                        None => Miss::Absent,
-                    })
-                }
-            };
-            done[at] = Some(GetDone { key: block.key, result, buffer: job.buffer });
-        }
-        drop(state);
-        Ok(done.into_iter().flatten().collect())
-    }
-
-    fn load(
-        &mut self,
-        view: &View,
-        plans: &[(usize, Block)],
-        jobs: &mut [Job],
-        good: &mut [bool],
-    ) -> Result<()> {
-        let block_bytes = view.block_bytes() as usize;
-        self.transfer(Way::In, jobs, |index, job, over| {
-            if let (true, None, Some(buffer)) = (over, &job.error, &job.buffer) {
-                let block = &plans[index].1;
-                let bytes = &buffer[job.start..job.start + block_bytes];
-                good[index] = sum_of(view.seed, &block.key, block.generation, bytes) == block.sum;
-            }
-        })
     }
 }

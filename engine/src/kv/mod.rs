@@ -37,6 +37,7 @@ pub mod admin;
 pub(crate) mod fuzz;
 mod key;
 mod lane;
+mod loads;
 mod log;
 mod options;
 pub mod planner;

@@ -1,7 +1,7 @@
 //! Blocks of a KV store, whether this process owns the pool or another one does.
 
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,20 +22,20 @@ const IDLE: usize = 16;
 /// A namespace of a KV store and a tenant. May be shared by threads. Keeps a pool that this process owns open.
 #[derive(Debug)]
 pub struct Blocks {
-    inner: Which,
+    pub(super) inner: Which,
 }
 
 #[derive(Debug)]
-enum Which {
+pub(super) enum Which {
     Local(Local),
-    Remote(RemoteBlocks),
+    Remote(Arc<RemoteBlocks>),
 }
 
 #[derive(Debug)]
-struct Local {
+pub(super) struct Local {
     // They go before the store does.
     workers: Mutex<Vec<Worker>>,
-    view: View,
+    pub(super) view: View,
     store: Store,
     arena: Option<Arena>,
 }
@@ -61,7 +61,7 @@ impl Session {
                 Which::Local(Local { workers: Mutex::default(), view, store, arena: arena.cloned() })
             }
             Inner::Remote(client) => {
-                Which::Remote(client.blocks(settings, fingerprint, block_bytes, tenant)?)
+                Which::Remote(Arc::new(client.blocks(settings, fingerprint, block_bytes, tenant)?))
             }
         };
         Ok(Blocks { inner })
@@ -72,7 +72,7 @@ type Job = Box<dyn FnOnce(&mut Lane) + Send>;
 
 /// A thread with a lane: the kernel takes operations of a lane from one thread only, and callers come from many.
 #[derive(Debug)]
-struct Worker {
+pub(super) struct Worker {
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -100,6 +100,12 @@ impl Worker {
         made.recv().unwrap_or_else(|_| Err(died()))?;
         Ok(worker)
     }
+
+    /// Gives it something to do.
+    pub(super) fn run(&self, job: impl FnOnce(&mut Lane) + Send + 'static) -> Result<()> {
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(Box::new(job)).is_ok());
+        if sent { Ok(()) } else { Err(died()) }
+    }
 }
 
 impl Drop for Worker {
@@ -111,7 +117,7 @@ impl Drop for Worker {
     }
 }
 
-fn died() -> Error {
+pub(super) fn died() -> Error {
     Error::new(ErrorKind::Io, "a lane of a KV store ended; the log says why")
 }
 
@@ -120,22 +126,34 @@ impl Local {
         &self,
         run: impl FnOnce(&mut Lane, &View) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let kept = self.workers.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let worker = match kept {
-            Some(worker) => worker,
-            None => Worker::start(&self.store, self.arena.clone())?,
-        };
+        let worker = self.worker()?;
         let view = self.view.clone();
         let (reply, answer) = channel();
-        let job: Job = Box::new(move |lane| drop(reply.send(run(lane, &view))));
-        let sent = worker.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
-        let value = if sent { answer.recv().unwrap_or_else(|_| Err(died())) } else { Err(died()) }?;
+        worker.run(move |lane| drop(reply.send(run(lane, &view))))?;
+        let value = answer.recv().unwrap_or_else(|_| Err(died()))?;
+        self.keep(worker);
+        Ok(value)
+    }
+
+    /// A thread with a lane; it goes back by [`keep`](Self::keep).
+    pub(super) fn worker(&self) -> Result<Worker> {
+        let kept = self.workers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        kept.map_or_else(|| Worker::start(&self.store, self.arena.clone()), Ok)
+    }
+
+    /// For the next call. What it was given to do it does before.
+    pub(super) fn keep(&self, worker: Worker) {
         let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
         if workers.len() < IDLE {
             workers.push(worker);
         }
-        Ok(value)
     }
+}
+
+/// A get that there is no time for.
+pub(super) fn late(get: Get) -> GetDone {
+    let error = Error::new(ErrorKind::Timeout, "the deadline passed before the block's turn");
+    GetDone { key: get.key, result: Err(Miss::Failed(error)), buffer: Some(get.buffer) }
 }
 
 impl Blocks {
@@ -220,14 +238,6 @@ impl Blocks {
     /// Whatever goes wrong is a miss of its blocks.
     pub fn get(&self, gets: Vec<Get>, by: Instant) -> Vec<GetDone> {
         if Instant::now() >= by {
-            let late = |get: Get| GetDone {
-                key: get.key,
-                result: Err(Miss::Failed(Error::new(
-                    ErrorKind::Timeout,
-                    "the deadline passed before the block's turn",
-                ))),
-                buffer: Some(get.buffer),
-            };
             return gets.into_iter().map(late).collect();
         }
         match &self.inner {

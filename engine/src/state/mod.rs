@@ -19,15 +19,16 @@
 //! A unit has up to three versions at a time: the committed one, the one of a commit that is being made, and the one that is written. So its space is
 //! between one and three times its length; how often a commit is made decides where between.
 
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use nvme::{Arena, Buffer};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::kv::{Get, Key, Miss, Put, PutDone, Refusal, Settings, Stored};
+use crate::kv::{Get, GetDone, Key, Miss, Put, PutDone, Refusal, Settings, Stored};
 use crate::pool::lock;
-use crate::session::{Blocks, Session};
+use crate::session::{Blocks, Loads, Session};
 
 mod head;
 #[cfg(test)]
@@ -121,6 +122,53 @@ impl Draft {
     /// The unit.
     pub fn unit(&self) -> u32 {
         self.unit
+    }
+}
+
+/// Reads that go on while their caller uses what came, block by block: see [`StateStore::reads`].
+#[derive(Debug)]
+pub struct Reads<'a, T> {
+    store: &'a StateStore,
+    loads: Loads<'a>,
+    under_way: HashMap<u64, (u32, u32, T)>,
+    next: u64,
+}
+
+impl<T> Reads<'_, T> {
+    /// Begins to read a block of what is live of a unit into a buffer of [`slot_bytes`](StateStore::slot_bytes). `what` comes back with it; at once,
+    /// where the unit has no bytes.
+    pub fn begin(
+        &mut self,
+        unit: u32,
+        block: u32,
+        buffer: Buffer,
+        what: T,
+    ) -> std::result::Result<(), (T, Error)> {
+        let version = match self.store.live(unit) {
+            Ok(version) => version,
+            Err(error) => return Err((what, error)),
+        };
+        let get = Get { key: key(unit, version, block), buffer, start: 0 };
+        self.under_way.insert(self.next, (unit, block, what));
+        self.loads.begin(vec![(self.next, get)], self.store.by());
+        self.next += 1;
+        Ok(())
+    }
+
+    /// Waits for the next block that came; `None`: none is under way. Errors are as of [`StateStore::read`].
+    pub fn next(&mut self) -> Option<(T, Result<Buffer>)> {
+        let (number, done) = self.loads.next()?;
+        let (unit, block, what) = self.under_way.remove(&number)?;
+        let buffer = self.store.loaded(unit, block, done);
+        if buffer.is_ok() {
+            self.store.state().read_bytes += u64::from(self.store.options.block_bytes);
+        }
+        Some((what, buffer))
+    }
+
+    /// Blocks that were begun and not handed out.
+    pub fn under_way(&self) -> usize {
+        self.under_way.len()
     }
 }
 
@@ -433,13 +481,7 @@ impl StateStore {
     /// Reads blocks of what is live of a unit, from block `first` on, into buffers of [`slot_bytes`](Self::slot_bytes) each.
     /// `Corrupt`: the drive has other bytes than were written. `NotFound`: nobody wrote it, or its block is gone.
     pub fn read(&self, unit: u32, first: u32, buffers: Vec<Buffer>) -> Result<Vec<Buffer>> {
-        let found = self.unit(unit)?;
-        let Some(version) = found.live else {
-            return Err(Error::new(
-                ErrorKind::NotFound,
-                format!("unit {unit} of the state {:?} has no bytes", self.options.name),
-            ));
-        };
+        let version = self.live(unit)?;
         let bytes = buffers.len() as u64 * u64::from(self.options.block_bytes);
         let gets = (first..).zip(buffers).map(|(block, buffer)| Get {
             key: key(unit, version, block),
@@ -448,22 +490,39 @@ impl StateStore {
         });
         let mut buffers = Vec::new();
         for (block, done) in (first..).zip(self.data.get(gets.collect(), self.by())) {
-            let fail = |kind, why: &str| {
-                let name = &self.options.name;
-                Error::new(kind, format!("block {block} of unit {unit} of the state {name:?} {why}"))
-            };
-            match (done.result, done.buffer) {
-                (Ok(()), Some(buffer)) => buffers.push(buffer),
-                (Err(Miss::Absent), _) => return Err(fail(ErrorKind::NotFound, "is not there")),
-                (Err(Miss::Corrupt), _) => {
-                    return Err(fail(ErrorKind::Corrupt, "is not what was written: its checksum differs"));
-                }
-                (Err(Miss::Failed(error)), _) => return Err(error.context(format!("read unit {unit}"))),
-                (Ok(()), None) => return Err(fail(ErrorKind::Io, "was read to nowhere")),
-            }
+            buffers.push(self.loaded(unit, block, done)?);
         }
         self.state().read_bytes += bytes;
         Ok(buffers)
+    }
+
+    /// The version that reads of a unit give.
+    fn live(&self, unit: u32) -> Result<u8> {
+        self.unit(unit)?.live.ok_or_else(|| {
+            let why = format!("unit {unit} of the state {:?} has no bytes", self.options.name);
+            Error::new(ErrorKind::NotFound, why)
+        })
+    }
+
+    fn loaded(&self, unit: u32, block: u32, done: GetDone) -> Result<Buffer> {
+        let fail = |kind, why: &str| {
+            let name = &self.options.name;
+            Error::new(kind, format!("block {block} of unit {unit} of the state {name:?} {why}"))
+        };
+        match (done.result, done.buffer) {
+            (Ok(()), Some(buffer)) => Ok(buffer),
+            (Err(Miss::Absent), _) => Err(fail(ErrorKind::NotFound, "is not there")),
+            (Err(Miss::Corrupt), _) => {
+                Err(fail(ErrorKind::Corrupt, "is not what was written: its checksum differs"))
+            }
+            (Err(Miss::Failed(error)), _) => Err(error.context(format!("read unit {unit}"))),
+            (Ok(()), None) => Err(fail(ErrorKind::Io, "was read to nowhere")),
+        }
+    }
+
+    /// Reads that go on while the caller uses what came.
+    pub fn reads<T>(&self) -> Result<Reads<'_, T>> {
+        Ok(Reads { store: self, loads: self.data.loads(1)?, under_way: HashMap::new(), next: 0 })
     }
 
     /// Commits what is live of all units, with bytes of the caller's. Durable when it returns.

@@ -3,7 +3,9 @@
 //! ```text
 //! caller       fetch, store, commit: returns at once with a ticket
 //! queue.rs     operations on one unit run in the order of the calls, one at a time; on different units side by side
-//! work.rs      threads: drive -> buffer -> tensor, tensor -> buffer -> drive; some units keep their buffers (the RAM share)
+//! reads.rs     threads: drive -> buffer -> tensor
+//! work.rs      threads: RAM share -> tensor, tensor -> RAM share, tensor -> buffer -> drive; units of the RAM share keep their buffers
+//! flights.rs   copies that a thread has under way
 //! commits      a commit names what was stored before it was asked for, and nothing that was stored after
 //! ```
 //!
@@ -24,7 +26,9 @@ use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lane::PinnedTier;
 
+mod flights;
 mod queue;
+mod reads;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -34,24 +38,30 @@ use queue::{Kind, Op, Queues};
 /// How a [`Residency`] works.
 #[derive(Clone, Copy, Debug)]
 pub struct ResidencyOptions {
-    /// Threads that fetch. Default: 8, so that the drive has enough to do while some of them check and copy what they read.
+    /// Threads that fetch from the drive. Default: 2.
     pub readers: usize,
+    /// Blocks that such a thread has on their way, being checked and being copied. Default: 8.
+    pub ahead: usize,
+    /// Threads that copy from the RAM share. Default: 4.
+    pub copiers: usize,
+    /// Blocks that such a thread copies at a time. Default: 4.
+    pub copies: usize,
     /// Threads that write back. Default: 4.
     pub writers: usize,
-    /// Blocks that a thread moves at a time. Default: 2.
+    /// Blocks that a thread writes back at a time. Default: 2.
     pub batch: usize,
 }
 
 impl Default for ResidencyOptions {
     fn default() -> ResidencyOptions {
-        ResidencyOptions { readers: 8, writers: 4, batch: 2 }
+        ResidencyOptions { readers: 2, ahead: 8, copiers: 4, copies: 4, writers: 4, batch: 2 }
     }
 }
 
 impl ResidencyOptions {
     /// Bytes of buffers that the threads have, with blocks of `slot_bytes`.
     pub fn ring_bytes(&self, slot_bytes: usize) -> usize {
-        (self.readers + self.writers) * self.batch * slot_bytes
+        (self.readers * self.ahead + self.writers * self.batch) * slot_bytes
     }
 }
 
@@ -169,7 +179,8 @@ pub struct Residency {
 impl Residency {
     /// Over a store. `arena`: what buffers are taken from: [`ResidencyOptions::ring_bytes`], and the RAM share.
     pub fn new(store: StateStore, arena: Arena, options: ResidencyOptions) -> Result<Residency> {
-        if options.readers == 0 || options.writers == 0 || options.batch == 0 {
+        let ResidencyOptions { readers, ahead, copiers, copies, writers, batch } = options;
+        if [readers, ahead, copiers, copies, writers, batch].contains(&0) {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 "a residency without threads, or with batches of nothing",
@@ -179,11 +190,16 @@ impl Residency {
         queues.grow(&store.units());
         let shared = Arc::new(Shared { store, options, queues: Mutex::new(queues), changed: Condvar::new() });
         let mut residency = Residency { shared, threads: Vec::new(), pinned: Mutex::default(), arena };
-        for (count, kind) in [(options.readers, work::Side::Read), (options.writers, work::Side::Write)] {
-            for _ in 0..count {
-                let ring = residency.buffers(options.batch)?;
-                residency.start(move |shared| work::run(shared, kind, ring))?;
-            }
+        for _ in 0..readers {
+            let ring = residency.buffers(ahead)?;
+            residency.start(move |shared| reads::run(shared, ring))?;
+        }
+        for _ in 0..copiers {
+            residency.start(move |shared| work::run(shared, work::Side::Copy, Vec::new()))?;
+        }
+        for _ in 0..writers {
+            let ring = residency.buffers(batch)?;
+            residency.start(move |shared| work::run(shared, work::Side::Write, ring))?;
         }
         residency.start(queue::commits)?;
         Ok(residency)

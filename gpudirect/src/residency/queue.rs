@@ -63,6 +63,14 @@ pub(super) struct Piece {
     pub count: u32,
     /// Of the unit's own.
     pub buffers: Option<Vec<Buffer>>,
+    /// What `buffers` had is the unit's, wherever it is now.
+    pub own: bool,
+}
+
+/// Bytes of a block of a unit.
+pub(super) fn block_len(unit_len: u64, block_bytes: u32, block: u32) -> usize {
+    let before = u64::from(block) * u64::from(block_bytes);
+    (unit_len - before).min(u64::from(block_bytes)) as usize
 }
 
 #[derive(Debug, Default)]
@@ -87,7 +95,10 @@ struct Commit {
 #[derive(Debug, Default)]
 pub(super) struct Queues {
     units: Vec<UnitQueue>,
+    /// From the drive, one block each.
     pub reads: VecDeque<Piece>,
+    /// From the RAM share.
+    pub copies: VecDeque<Piece>,
     pub writes: VecDeque<Piece>,
     commits: VecDeque<Commit>,
     epoch: u64,
@@ -164,19 +175,26 @@ impl Queues {
                 queue.filled = false;
             }
             let blocks = op.len.div_ceil(u64::from(shared.store.block_bytes())) as u32;
-            let pieces = blocks.div_ceil(shared.options.batch as u32) as usize;
+            let reads = op.kind == Kind::Fetch && !in_ram;
+            let batch = match op.kind {
+                Kind::Fetch if reads => 1,
+                Kind::Fetch => shared.options.copies,
+                _ => shared.options.batch,
+            } as u32;
+            let pieces = blocks.div_ceil(batch) as usize;
             let left = Mutex::new(Left { copies: pieces, pieces });
             let running = Arc::new(Running { op, draft: Mutex::default(), in_ram, ram, left });
             let mut first = 0;
             while first < blocks {
-                let count = (blocks - first).min(shared.options.batch as u32);
+                let count = (blocks - first).min(batch);
                 let buffers = ram.then(|| {
                     let own = &mut self.unit(unit).ram[first as usize..(first + count) as usize];
                     own.iter_mut().filter_map(Option::take).collect()
                 });
-                let piece = Piece { running: running.clone(), first, count, buffers };
+                let piece = Piece { running: running.clone(), first, count, buffers, own: ram };
                 match running.op.kind {
-                    Kind::Fetch => self.reads.push_back(piece),
+                    Kind::Fetch if reads => self.reads.push_back(piece),
+                    Kind::Fetch => self.copies.push_back(piece),
                     _ => self.writes.push_back(piece),
                 }
                 first += count;
@@ -273,7 +291,12 @@ impl Queues {
         let error = self.failed.clone();
         let mut tickets: Vec<Arc<Ticket>> = self.commits.iter().map(|commit| commit.ticket.clone()).collect();
         tickets.extend(self.units.iter().flat_map(|unit| unit.waiting.iter().map(|op| op.ticket.clone())));
-        let pieces = self.reads.iter().chain(&self.writes).map(|piece| piece.running.op.ticket.clone());
+        let pieces = self
+            .reads
+            .iter()
+            .chain(&self.copies)
+            .chain(&self.writes)
+            .map(|piece| piece.running.op.ticket.clone());
         tickets.extend(pieces.chain(self.held.iter().map(|running| running.op.ticket.clone())));
         for ticket in tickets {
             ticket.set(|progress| (progress.done, progress.error) = (true, error.clone()));

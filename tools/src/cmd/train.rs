@@ -133,6 +133,7 @@ fn arguments(global: &Global, args: &Train) -> Vec<OsString> {
     give("--commit-every", args.commit_every.map(|updates| updates.to_string().into()));
     let flags = [
         (args.plain, "--plain"),
+        (args.lazy, "--lazy"),
         (args.resume, "--resume"),
         (args.fresh, "--fresh"),
         (args.check, "--check"),

@@ -7,30 +7,50 @@
     model.generate(...)
 
 A block (layer) is fetched while the one before it computes. ``load`` takes a model whose weights are in the pool already, without having them in memory.
+
+Keys and values of a long context need not be on the device either::
+
+    with nvtier.stream.Cache(model, vram="4GiB", ram="16GiB") as cache:
+        model.generate(..., past_key_values=cache)
 """
 
 from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+import weakref
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 
 from . import _nvtier
 from ._experts import Experts, Layer, find_layers
 from ._errors import InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDeviceMemory
+from ._meta import leave_meta, prepare
 from ._nvtier import Pool
 from .kv import digest_tensors
 from .train._blocks import Block, find_blocks, take_apart
-from .train._manager import Manager, nothing
+from .train._manager import Manager
 from .train._offload import _block_bytes, _bytes, _device, _move_buffers, _number, _pool_of, _ram_share, _state_name, _take_in, _unit_bytes
 from .train._optimizer import check_layout, describe
 
-__all__ = ["close", "load", "offload", "remove", "stats"]
+if TYPE_CHECKING:
+    from ._context import Cache
+
+__all__ = ["Cache", "close", "load", "offload", "remove", "stats"]
 
 _FORMAT = 1
 _PoolLike = Union[str, "os.PathLike[str]", Pool]
+
+
+def __getattr__(name: str) -> Any:
+    # Models need not be of transformers.
+    if name != "Cache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ._context import Cache
+
+    globals()[name] = Cache
+    return Cache
 
 
 def offload(
@@ -69,11 +89,9 @@ def load(
     blocks: Optional[Iterable[torch.nn.Module]] = None,
     deadline: float = 60.0,
 ) -> torch.nn.Module:
-    """As :func:`offload`, of weights that were offloaded under that name before; those that the model has are not looked at, and may be on the meta device. (Buffers must
-    not: ``accelerate.init_empty_weights()`` makes such a model.)"""
-    for key, buffer in model.named_buffers():
-        if buffer.is_meta:
-            raise InvalidArgument(f"the buffer {key} is on the meta device, and buffers are not in the pool: make the model with accelerate.init_empty_weights()")
+    """As :func:`offload`, of weights that were offloaded under that name before; those that the model has are not looked at, and may be on the meta device. (So may buffers of
+    a transformers model, which its class makes again; of others they must not: ``accelerate.init_empty_weights()`` makes such a model.)"""
+    prepare(model)
     return _stream(model, pool, name, vram, ram, device, blocks, deadline, None)
 
 
@@ -90,8 +108,10 @@ def _manager(model: torch.nn.Module) -> Manager:
 
 
 def close(model: torch.nn.Module) -> None:
-    """Gives memory and pool back; the weights stay in the pool, and the model is of no use any more. Once more is fine."""
+    """Gives memory and pool back, and closes its caches; the weights stay in the pool, and the model is of no use any more. Once more is fine."""
     manager = _manager(model)
+    for cache in list(model.__dict__.get("_nvtier_caches", ())):
+        cache.close()
     for block in manager.blocks:
         block.keep = False
     manager.drop_all()
@@ -134,7 +154,7 @@ def _stream(
     model.requires_grad_(False)
     expert_layers = find_layers(model)
     found_blocks = find_blocks(model, blocks)
-    _leave_meta(model, where)
+    leave_meta(model, where)
     listed, rest = take_apart(model, found_blocks, "fp32", False)
     every = [rest, *listed]
     sizes = {block: _size(block) for block in every}
@@ -202,6 +222,8 @@ def _stream(
         block.module._register_state_dict_hook(_refuse_state_dict)
     manager.closes = None if opened is pool else opened
     model._nvtier_stream = manager  # type: ignore[assignment]
+    #: Where its caches are, and which there are.
+    model.__dict__["_nvtier_pool"], model.__dict__["_nvtier_caches"] = opened, weakref.WeakSet()
     return model.eval()
 
 
@@ -242,18 +264,6 @@ def _experts_in_ram(layers: List[Layer], ram: int, block_bytes: int) -> List[Tup
                 kept.append((layer, expert))
                 ram -= bytes
     return kept
-
-
-def _leave_meta(model: torch.nn.Module, device: torch.device) -> None:
-    """Parameters on the meta device become such with a shape and no memory on the device."""
-    made: Dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for key, param in module._parameters.items():
-            if param is not None and param.is_meta:
-                if id(param) not in made:
-                    blank = nothing(param.dtype, device).expand(param.shape)
-                    made[id(param)] = torch.nn.Parameter(blank, requires_grad=False)
-                module._parameters[key] = made[id(param)]
 
 
 def _refuse_state_dict(module: torch.nn.Module, state_dict: Any, prefix: str, metadata: Any) -> None:

@@ -77,8 +77,32 @@ def load(folder: str, run: Section) -> torch.nn.Module:
         if isinstance(error, (Malformed, NotFound)):
             raise
         raise Malformed(f"load the model {folder}: {error}") from error
+    return _ready(model)
+
+
+def lazy(folder: str, run: Section) -> Optional[str]:
+    """Why a model cannot be trained without having been in memory as a whole; None: it can."""
+    if run.from_config:
+        return f"{run.where('from_config')}: weights at random are made in memory"
+    if run.lora.enable_lora:
+        return f"{run.lora.where('enable_lora')}: what is below adapters is loaded into memory"
+    if run.weight_file_format in ("bin", "pt", "pth") or not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+        return "only safetensors files are read a part at a time"
+    return None
+
+
+def skeleton(folder: str, run: Section) -> torch.nn.Module:
+    """The model with buffers and without weights, else as :func:`load` gives it."""
+    from .._meta import prepare
+
+    model = outline(folder, run)
+    prepare(model)
+    return _ready(model)
+
+
+def _ready(model: torch.nn.Module) -> torch.nn.Module:
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
@@ -9,7 +10,8 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 import torch
 
 from .. import _nvtier
-from .._errors import Exists, InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDeviceMemory
+from .._errors import Error, Exists, InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDeviceMemory
+from .._meta import Weights, leave_meta, prepare
 from .._mounts import pool_mounted_at
 from .._nvtier import Pool
 from ._blocks import Block, find_blocks, take_apart, weight_plane
@@ -45,6 +47,7 @@ def offload(
     group: Any = None,
     activations: Union[None, int, str] = None,
     activations_ram: Union[int, str] = 0,
+    weights: Union[None, str, "os.PathLike[str]"] = None,
     **options: Any,
 ) -> Tuple[torch.nn.Module, Optimizer]:
     """Takes the model's parameters into the pool, and returns the model and the optimizer that trains it there.
@@ -65,6 +68,8 @@ def offload(
     state in its pool (or in the one that they share), and trains with micro-batches of its own; gradients are their mean.
     ``activations``: where inputs of blocks wait for the backward pass: None: on the device; ``"pool"``, or so many bytes of it at most (``"64GiB"``); with
     ``activations_ram``, in so much pinned host memory first. For models with (non-reentrant) gradient checkpointing.
+    ``weights``: of a model that was made on the meta device (``with torch.device("meta")``), the folder with its safetensors files: they go into the pool a block at a
+    time, and the model is never in memory as a whole. A run that is gone on with has them already.
     """
     if optimizer_class is not torch.optim.AdamW:
         raise NotSupported(f"nvtier.train: {getattr(optimizer_class, '__name__', optimizer_class)}; torch.optim.AdamW is supported")
@@ -81,9 +86,10 @@ def offload(
     if getattr(model, "_nvtier_optimizer", None) is not None:
         raise InvalidArgument("this model is offloaded already")
     defaults = _defaults(model, optimizer_class, options)
-    where = _device("nvtier.train", device, next((param.device for param in model.parameters()), torch.device("cpu")))
-    if any(param.is_meta for param in model.parameters()):
-        raise NotSupported("nvtier.train: a model on the meta device has no weights to begin with; load it on the host first")
+    where = _device("nvtier.train", device, next((param.device for param in model.parameters() if not param.is_meta), torch.device("cpu")))
+    on_meta = any(param.is_meta for param in model.parameters())
+    if weights is not None and not on_meta:
+        raise InvalidArgument("weights=...: this model has weights already; the folder is for a model that was made on the meta device")
     ram_bytes, vram_bytes = _bytes("ram", ram) or 0, _bytes("vram", vram)
     spill_ram = _bytes("activations_ram", activations_ram) or 0
     if activations != "pool":
@@ -100,6 +106,14 @@ def offload(
         raise NotFound(f"resume the run {run!r}: the pool has none of that name")
     if found is not None and resume is False:
         raise Exists(f"the pool has a run {run!r} already: resume=True goes on with it, nvtier.train.remove(pool, {run!r}) removes it")
+    if on_meta and weights is None and found is None:
+        raise InvalidArgument("nvtier.train: a model on the meta device has no weights to begin with: name the folder of its files, weights=..., or load it on the host first")
+
+    def from_files() -> Optional[Weights]:
+        prepare(model)
+        return None if weights is None or found is not None else Weights(model, weights)
+
+    source = ranks.together(from_files)
 
     def apart() -> Tuple[List[Block], Block]:
         listed, rest = take_apart(model, find_blocks(model, blocks), precision, accumulate, passing, ranks.rank, ranks.world)
@@ -114,6 +128,11 @@ def offload(
 
     listed, rest = ranks.together(apart)
     every = [rest, *listed]
+    made = leave_meta(model, where, every)
+    if source is not None:
+        source.moved(made)
+    if made and param_groups is not None:
+        param_groups = [{**group, "params": _replaced(group["params"], made)} for group in param_groups]
     lens = [_unit_bytes(block, plane) for block in every for plane in block.layout.planes()]
     block_bytes = found.block_bytes if found is not None else _block_bytes(lens)
     largest = max(sum(_unit_bytes(block, plane) for plane in block.layout.planes()) for block in every)
@@ -147,19 +166,29 @@ def offload(
         )
     )  # fmt: skip
     try:
-        optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, passing, found, ranks)
+        optimizer = _start(model, state, listed, rest, where, vram_bytes, share, param_groups, defaults, slack, commit_every, passing, found, ranks, source)
         if spill_room is not None:
             manager = optimizer._manager
             manager.spill = Spill(opened, f"{ranks.name(name)}{ACTIVATIONS}", manager, spill_room, spill_ram, deadline)
             manager.spill.attach(model)
     except BaseException:
         state.close()
+        if found is None:
+            # What was begun is no run.
+            with contextlib.suppress(Error):
+                _nvtier.State.remove(opened, ranks.name(name))
         raise
     optimizer.run = run
     if opened is not pool:
         optimizer.closes = opened
     model._nvtier_optimizer = optimizer  # type: ignore[assignment]
     return model, optimizer
+
+
+def _replaced(params: Any, made: Dict[torch.nn.Parameter, torch.nn.Parameter]) -> List[Any]:
+    """A group's parameters, or names and parameters, with those that took the place of others."""
+    listed = [params] if isinstance(params, torch.Tensor) else list(params)
+    return [(entry[0], made.get(entry[1], entry[1])) if isinstance(entry, tuple) else made.get(entry, entry) for entry in listed]
 
 
 def _pool_of(pool: Union[str, "os.PathLike[str]", Pool]) -> Pool:
@@ -249,6 +278,7 @@ def _start(
     passing: bool,
     found: Optional[Found],
     ranks: Alone,
+    source: Optional[Weights],
 ) -> Optimizer:
     every = [rest, *listed]
 
@@ -267,6 +297,8 @@ def _start(
     elif manager.ranks is not None:
         manager.ranks.begin()
     for block in every:
+        if source is not None:
+            source.fill(block)
         _take_in(manager, block, fresh=meta is None)
     _move_buffers(model, device)
     if manager.ranks is not None:

@@ -32,6 +32,8 @@ class Options:
     vram: Optional[str] = None
     ram: Optional[str] = None
     plain: bool = False
+    #: Whether the model is not to be loaded into memory, also where there is room for it.
+    lazy: bool = False
     #: Must there be a run to go on with; is one that is there not to be gone on with.
     resume: bool = False
     fresh: bool = False
@@ -110,9 +112,9 @@ class Prepared:
     def _model(self) -> Tuple[torch.nn.Module, Any]:
         config, options, run = self.config, self.options, self.config.run
         self.mixed = run.precision_mode == 1
-        self._check_room()
+        self.lazy = self._check_room()
         self.log.line(f"[INFO] [create_hf_model] init from {'config' if run.from_config else 'pretrained'}")
-        model = _model.load(self.source, run)
+        model = (_model.skeleton if self.lazy else _model.load)(self.source, run)
         name = type(model).__name__
         attention = getattr(model.config, "_attn_implementation", None) or "eager"
         self.log.line(f"[INFO] You are loading [{name}] with {attention} attention")
@@ -141,16 +143,25 @@ class Prepared:
         }
         return self._plain(model, common) if options.plain else self._offload(model, common)
 
-    def _check_room(self) -> None:
-        """Refuses, before anything is loaded, what memory or the place of saved models has no room for. (The offload looks at the pool.)"""
-        run = self.config.run
+    def _check_room(self) -> bool:
+        """Refuses, before anything is loaded, what memory or the place of saved models has no room for. (The offload looks at the pool.) Returns whether the
+        weights go from their files into the pool, without having been in memory together."""
+        run, options = self.config.run, self.options
         outline = _model.outline(self.source, run)
         size = sum(parameter.numel() * parameter.element_size() for parameter in outline.parameters())
         free = _available()
-        if free < size:
-            raise OutOfHostMemory(f"load the model {self.source}: it takes {human(size)} of the host's memory while it is loaded, and {human(free)} are free")
+        lazy = options.lazy or free < size and not options.plain
+        why = _model.lazy(self.source, run) if lazy else None
+        if options.lazy and why is not None:
+            raise NotSupported(f"--lazy: {why}")
+        if free < size and (options.plain or why is not None):
+            text = f"load the model {self.source}: it takes {human(size)} of the host's memory while it is loaded, and {human(free)} are free"
+            raise OutOfHostMemory(text if why is None else f"{text}; {why}")
         if not run.lora.enable_lora:
             self.saver.check(size)
+        if lazy:
+            self.log.line(f"[INFO] weights of {human(size)} go from their files into the pool, a layer at a time ({human(free)} of the host's memory are free)")
+        return lazy
 
     def _plain(self, model: torch.nn.Module, common: Dict[str, Any]) -> Tuple[torch.nn.Module, Any]:
         if self.options.fresh:
@@ -184,8 +195,9 @@ class Prepared:
         self.log.line(f"[INFO] state of {human(needs['state'])}, at least {human(needs['least_vram'])} of it on the device while it is used")
         self.log.line(f"[INFO] an update reads up to {human(needs['read'])} and writes up to {human(needs['written'])}, less what the host's memory keeps")
         return offload(
-            model, torch.optim.AdamW, vram=vram, ram=ram, accumulate=accumulate, commit_every=options.commit_every or 1, **common
-        )
+            model, torch.optim.AdamW, vram=vram, ram=ram, accumulate=accumulate, commit_every=options.commit_every or 1,
+            weights=self.source if self.lazy else None, **common,
+        )  # fmt: skip
 
     def _is_saved(self, epoch: int, iteration: int) -> bool:
         """Whether the model after an iteration is one that is saved."""

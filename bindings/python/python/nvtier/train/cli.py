@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--vram", type=_size, metavar="SIZE", help="memory of the GPU for weights, gradients and states [default: half of what is free]")
     made.add_argument("--ram", type=_size, metavar="SIZE", help="memory of the host that may be used [default: half of what is free]")
     made.add_argument("--plain", action="store_true", help="without tiers, by torch's own AdamW: for models that fit")
+    made.add_argument("--lazy", action="store_true", help="do not load the model into memory [default: only where that has no room for it]")
     again = made.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="fail where there is no run to go on with [default: go on where there is one]")
     again.add_argument("--fresh", action="store_true", help="forget a run of that name and begin anew")
@@ -121,8 +122,8 @@ def _run(args: argparse.Namespace, signals: Any) -> None:
         # Before torch is imported.
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.strip()
     if args.plain:
-        for name in ("vram", "ram"):
-            if getattr(args, name) is not None:
+        for name in ("vram", "ram", "lazy"):
+            if getattr(args, name):
                 raise _errors.InvalidArgument(f"--{name} has no effect with --plain, which keeps everything on the device")
     if args.check:
         _check(args, config)
@@ -142,7 +143,7 @@ def _run(args: argparse.Namespace, signals: Any) -> None:
     try:
         for text in config.warnings:
             log.line(f"[WARNING] {text}")
-        names = ("pool", "run", "vram", "ram", "plain", "resume", "fresh", "seed", "clip_grad_norm", "commit_every")
+        names = ("pool", "run", "vram", "ram", "plain", "lazy", "resume", "fresh", "seed", "clip_grad_norm", "commit_every")
         options = Options(**{name: getattr(args, name) for name in names})
         try:
             train(config, options, log, signals)
