@@ -31,6 +31,11 @@ TAIL = 15
 #: vLLM's CPU tier, at most.
 CPU_TIER = 4 << 30
 BUDGET = 24 << 30
+#: What is tried where vLLM as it comes does not run: engines that are no forks of the process that asks them, and the older runner of models.
+OTHERWISE = (
+    ("plain-spawned", {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "NVTIER_NOT_AHEAD": "1"}),
+    ("plain-spawned-v1", {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+)
 KINDS = {"connector": "nvtier_connector_", "tier": "nvtier_tier_"}
 
 
@@ -47,7 +52,7 @@ class Run:
             "DO_NOT_TRACK": "1", "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         if args.small:
-            env.update(NVTIER_SMALL="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="2")
+            env.update(NVTIER_NOT_AHEAD="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="2")
         if args.what == "crowd" and not args.small:
             env["VLLM_BATCH_INVARIANT"] = "1"
         self.engines = Engines(pathlib.Path(args.out).parent, env)
@@ -209,10 +214,10 @@ def serve(run):
     run.engines.prepare()
     mounted = mount(run)
     plain = run.engine("plain", waves(names, short), **common)
-    if plain is None and not args.small:
-        # The runner that this vLLM takes by itself does not run here: the other one.
-        run.engines.set({"VLLM_USE_V2_MODEL_RUNNER": "0"})
-        plain = run.engine("plain-v1", waves(names, short), **common)
+    for name, env in () if args.small else OTHERWISE:
+        if plain is None:
+            run.engines.set(env)
+            plain = run.engine(name, waves(names, short), **common)
     if plain is None:
         return
     expected = first(plain)

@@ -152,7 +152,7 @@ def main():
         "vllm.v1.engine.core", "vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner", "vllm.v1.attention.backends.flash_attn", "nvtier.torch",
         "nvtier._vllm_connector", "nvtier._vllm_tier",
     ):  # fmt: skip
-        if os.environ.get("NVTIER_SMALL"):
+        if os.environ.get("NVTIER_NOT_AHEAD"):
             break
         try:
             __import__(module)
