@@ -587,6 +587,22 @@ def test_a_real_model_learns_as_in_plain_pytorch(pool, tmp_path):
     assert after == says(reference) and after != before
 
 
+def test_what_is_pending_has_room_however_it_is_asked_for(pool):
+    """Looking at the weights, a state_dict or a flush carries out a whole step at once: more than what there is room for between two commits."""
+    config = hf.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=24, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True
+    )
+    for ask in (lambda model, optimizer: [0 for _ in optimizer.weights()], lambda model, optimizer: model.state_dict(), lambda model, optimizer: optimizer.flush()):
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(config).train()
+        model, optimizer = nvtier.train.offload(model, torch.optim.AdamW, pool=pool, device="cpu", run="run", precision="mixed", **ADAMW)
+        for _ in range(2):
+            train(model, optimizer, 1, precision="mixed")
+            ask(model, optimizer)
+        optimizer.close()
+        assert nvtier.train.remove(pool, "run")
+
+
 def test_commits_may_be_rare(pool):
     """What is in host memory is written with a commit, and a run that ends without one goes back to the last."""
     reference = llama()

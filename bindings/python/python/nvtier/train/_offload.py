@@ -380,7 +380,7 @@ def _filler(optimizer: Optimizer, block: Block) -> Any:
 
     def fill(module: torch.nn.Module, state_dict: Dict[str, Any], prefix: str, metadata: Any) -> None:
         manager = optimizer._manager
-        manager.catch_up()
+        optimizer._catch_up()
         inside = {param: name for name, param in module.named_parameters()}
         with optimizer._resident(block):
             for entry in block.params:

@@ -174,16 +174,14 @@ class Optimizer(torch.optim.Optimizer):
     def flush(self) -> None:
         """Carries out what is pending, and makes it durable."""
         self._open()
-        self._manager.catch_up()
         if self._base is None:
-            self.commit(self._resumed if self._manager.step == 0 else None, wait=True)
-        else:
-            self._until_durable(self._commit())
+            self.commit(self._resumed if self._manager.step == 0 else None)
+        self._manager.catch_up()
+        self._until_durable(self._commit())
 
     def weights(self) -> Iterator[Tuple[str, torch.Tensor]]:
         """All parameters by name, as they are trained, on the host, a block at a time."""
-        self._open()
-        self._manager.catch_up()
+        self._catch_up()
         for block in self._all():
             with self._resident(block):
                 for entry in block.params:
@@ -191,8 +189,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def moments(self) -> Iterator[Tuple[str, int, torch.Tensor, torch.Tensor]]:
         """Of all parameters that are trained: name, number of updates, ``exp_avg`` and ``exp_avg_sq``, on the host."""
-        self._open()
-        self._manager.catch_up()
+        self._catch_up()
         for block in self._all():
             with self._resident(block, moments=True):
                 for entry in block.trainable:
@@ -320,6 +317,11 @@ class Optimizer(torch.optim.Optimizer):
         if self._uncommitted and self._manager.gathered == 0:
             self.commit()
 
+    def _catch_up(self) -> None:
+        """Carries out what is pending. A commit has to go before it: what it writes has room beside one."""
+        self._before_use()
+        self._manager.catch_up()
+
     def _after_store(self, stored: int) -> None:
         """Old versions go with a commit: between two of them there is room for so many new ones only."""
         if self._base is not None and stored >= self._slack and not self._manager.steps_in_backward:
@@ -345,8 +347,8 @@ class Optimizer(torch.optim.Optimizer):
         manager = self._manager
         if manager.ranks is not None:
             manager.ranks.settle(manager.state)
-        elif self._commit_every > 1 and self._last_commit is not None:
-            # A third version of what commits alone write has no room.
+        elif self._last_commit is not None:
+            # There is room for the versions of one commit that is under way, and for those that come after it.
             self._last_commit.wait()
         if self._rest_changed:
             manager.store_rest()
