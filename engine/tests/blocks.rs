@@ -179,7 +179,7 @@ fn loads_go_on_while_what_came_is_used() {
         let ask =
             |n: u64| (n, Get { key: key(n), buffer: Buffer::heap(blocks.slot_bytes()).unwrap(), start: 0 });
         let mut loads = blocks.loads(lanes).unwrap();
-        assert!(loads.next().is_none() && loads.try_next().is_none());
+        assert!(loads.wait().is_none() && loads.poll().is_none());
         // 60 to 69 are not there.
         let mut left = (0..70).map(ask);
         let mut came = vec![0; 70];
@@ -189,7 +189,7 @@ fn loads_go_on_while_what_came_is_used() {
             {
                 loads.begin(vec![get], soon());
             }
-            let Some((n, done)) = loads.next() else { break };
+            let Some((n, done)) = loads.wait() else { break };
             came[n as usize] += 1;
             assert_eq!((done.key, done.result.is_ok()), (key(n), n < 60), "{n}");
             if n < 60 {
@@ -202,14 +202,14 @@ fn loads_go_on_while_what_came_is_used() {
         loads.begin(vec![ask(1)], Instant::now());
         loads.begin(vec![ask(2), ask(3)], soon());
         let mut good: Vec<(u64, bool)> =
-            std::iter::from_fn(|| loads.next()).map(|(n, done)| (n, done.result.is_ok())).collect();
+            std::iter::from_fn(|| loads.wait()).map(|(n, done)| (n, done.result.is_ok())).collect();
         good.sort_unstable();
         assert_eq!(good, [(1, false), (2, true), (3, true)]);
         // Bad arguments come back as misses.
         let small = Get { key: key(4), buffer: Buffer::heap(4096).unwrap(), start: 0 };
         if !blocks.is_remote() {
             loads.begin(vec![(4, small)], soon());
-            let (n, done) = loads.next().unwrap();
+            let (n, done) = loads.wait().unwrap();
             assert!(
                 n == 4
                     && matches!(done.result, Err(Miss::Failed(error)) if error.kind() == ErrorKind::InvalidArgument)

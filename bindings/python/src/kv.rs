@@ -402,10 +402,10 @@ impl Inside {
                 batch.iter().for_each(|(index, _)| got[*index] = Got::Memory);
             }
             let Some(loads) = &mut loads else { break };
-            let mut came: Vec<(u64, GetDone)> = loads.next().into_iter().collect();
+            let mut came: Vec<(u64, GetDone)> = loads.wait().into_iter().collect();
             while !came.is_empty()
                 && came.len() < step
-                && let Some(more) = loads.try_next()
+                && let Some(more) = loads.poll()
             {
                 came.push(more);
             }

@@ -116,12 +116,12 @@ impl Loads<'_> {
     }
 
     /// Waits for the next block that came, with its number; `None`: none is under way. Whatever goes wrong is a miss.
-    pub fn next(&mut self) -> Option<(u64, GetDone)> {
+    pub fn wait(&mut self) -> Option<(u64, GetDone)> {
         self.take(true)
     }
 
-    /// As [`next`](Self::next), without waiting.
-    pub fn try_next(&mut self) -> Option<(u64, GetDone)> {
+    /// As [`wait`](Self::wait), without waiting.
+    pub fn poll(&mut self) -> Option<(u64, GetDone)> {
         self.take(false)
     }
 

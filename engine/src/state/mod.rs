@@ -156,8 +156,8 @@ impl<T> Reads<'_, T> {
     }
 
     /// Waits for the next block that came; `None`: none is under way. Errors are as of [`StateStore::read`].
-    pub fn next(&mut self) -> Option<(T, Result<Buffer>)> {
-        let (number, done) = self.loads.next()?;
+    pub fn wait(&mut self) -> Option<(T, Result<Buffer>)> {
+        let (number, done) = self.loads.wait()?;
         let (unit, block, what) = self.under_way.remove(&number)?;
         let buffer = self.store.loaded(unit, block, done);
         if buffer.is_ok() {

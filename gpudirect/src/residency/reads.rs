@@ -61,7 +61,7 @@ impl Reader<'_> {
             drop(queues);
             begun.into_iter().for_each(|piece| self.begin(reads, piece));
             self.land(false);
-            match reads.next() {
+            match reads.wait() {
                 Some((piece, Ok(buffer))) => self.copy(piece, buffer),
                 Some((piece, Err(error))) => self.end(&piece, Err(error.into())),
                 None => self.land(true),

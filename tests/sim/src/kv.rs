@@ -228,7 +228,7 @@ impl Kv {
     }
 
     /// The power goes: what of the promise still holds.
-    pub fn crash(self, promise: &mut Promise) {
+    pub fn crash(&self, promise: &mut Promise) {
         let now = self.blocks();
         promise.durable.retain(|id, put| now.get(id) == Some(put));
     }

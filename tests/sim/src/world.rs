@@ -570,8 +570,12 @@ impl World {
         let Some(kv) = self.kv.take() else { return Ok(()) };
         let before = self.commits();
         let mut promise = self.promise.clone();
+        // What made room may be forgotten durably before the power goes.
+        let mut after_cut = self.promise.clone();
+        kv.crash(&mut after_cut);
         let closed = kv.close(&mut promise);
         if self.power_is_off() {
+            self.promise = after_cut;
             self.may_snapshot();
             return Err(Stop::Power);
         }
