@@ -3,7 +3,7 @@ call of its API, with CUDA started and everything imported, until all tensors ar
 
 import argparse, glob, json, os, resource, statistics, subprocess, sys, time, traceback
 
-PEERS = ["safetensors", "fastsafetensors", "runai_streamer", "instanttensor"]
+PEERS = ["safetensors", "fastsafetensors", "runai_streamer", "instanttensor", "kvikio"]
 START = time.monotonic()
 
 
@@ -41,6 +41,28 @@ def peer(name, files, device):
         yield
         with instanttensor.safe_open(files, framework="pt", device=device) as f:
             tensors = {k: t.clone() for k, t in f.tensors()}
+        yield tensors
+    elif name == "kvikio":
+        # A reader of bytes, not of checkpoints: the data of each file in one read, by its threads, and views of that.
+        import kvikio
+        import torch
+
+        types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+        yield
+        tensors = {}
+        for path in files:
+            with open(path, "rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            size = max(entry["data_offsets"][1] for entry in header.values())
+            memory = torch.empty(size, dtype=torch.uint8, device=device)
+            with kvikio.CuFile(path, "r") as f:
+                if f.pread(memory if memory.is_cuda else memory.numpy(), size, 8 + length).get() != size:
+                    raise OSError(f"{path}: kvikio read less than there is")
+            for key, entry in header.items():
+                start, end = entry["data_offsets"]
+                tensors[key] = memory[start:end].view(types[entry["dtype"]]).view(entry["shape"])
         yield tensors
 
 
