@@ -40,6 +40,15 @@ pub fn nvtier_path() -> PathBuf {
     path
 }
 
+/// The command where any user can run it: a link or a copy in `folder`, a [`scratch`] folder. What is built may lie in a home that is closed to others.
+pub fn nvtier_for_anybody(folder: &Path) -> PathBuf {
+    let path = folder.join("nvtier-for-anybody");
+    if fs::hard_link(nvtier_path(), &path).is_err() {
+        fs::copy(nvtier_path(), &path).expect("a copy of the command");
+    }
+    path
+}
+
 /// A new, empty scratch folder, removed on drop.
 ///
 /// # Panics

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use nvtier_tests::{Ran, nvtier_path, run, scratch, skip};
+use nvtier_tests::{Ran, nvtier_for_anybody, nvtier_path, run, scratch, skip};
 use serde_json::Value;
 
 fn finding(ran: &Ran, area: &str, item: &str) -> Value {
@@ -79,7 +79,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 "#;
     let folder = scratch();
     let mut command = Command::new(python);
-    command.args(["-c", script]).arg(nvtier_path()).args(["doctor", "--json"]).arg(folder.path());
+    command.args(["-c", script]).arg(nvtier_for_anybody(folder.path())).args(["doctor", "--json"]).arg(folder.path());
     let Ok(ran) = nvtier_tests::try_run(&mut command) else {
         skip("python3 is needed");
         return;

@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use nvtier_tests::{KINDS, Kind, format, nvtier, nvtier_path, pattern, run, scratch, skip};
+use nvtier_tests::{KINDS, Kind, format, nvtier, nvtier_for_anybody, nvtier_path, pattern, run, scratch, skip};
 
 /// A checkpoint of two files in `folder`; returns its directory and the bytes of all tensors.
 fn checkpoint(folder: &Path, bytes: usize) -> (PathBuf, u64) {
@@ -198,16 +198,17 @@ fn two_load_the_same_at_once() {
 #[test]
 fn a_small_memlock_limit_is_named_with_what_to_do() {
     let folder = scratch();
+    let program = nvtier_for_anybody(folder.path());
     let (directory, bytes) = checkpoint(folder.path(), 3_000_000);
     let mut command = Command::new("sh");
     command.arg("-c").arg("ulimit -l 64; exec \"$0\" load \"$1\" --device cpu --json --cache direct");
-    command.arg(nvtier_path()).arg(&directory);
+    command.arg(&program).arg(&directory);
     if rustix::process::getuid().is_root() {
         // Root may lock what it likes.
         const NOBODY: u32 = 65_534;
-        let reachable = Command::new(nvtier_path()).arg("version").uid(NOBODY).gid(NOBODY).output();
+        let reachable = Command::new(&program).arg("version").uid(NOBODY).gid(NOBODY).output();
         if !reachable.is_ok_and(|output| output.status.success()) {
-            return skip("an ordinary user cannot run the command where it was built");
+            return skip("an ordinary user cannot run a command in a scratch folder");
         }
         command.uid(NOBODY).gid(NOBODY);
     }
