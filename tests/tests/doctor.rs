@@ -79,7 +79,11 @@ os.execv(sys.argv[1], sys.argv[1:])
 "#;
     let folder = scratch();
     let mut command = Command::new(python);
-    command.args(["-c", script]).arg(nvtier_for_anybody(folder.path())).args(["doctor", "--json"]).arg(folder.path());
+    command
+        .args(["-c", script])
+        .arg(nvtier_for_anybody(folder.path()))
+        .args(["doctor", "--json"])
+        .arg(folder.path());
     let Ok(ran) = nvtier_tests::try_run(&mut command) else {
         skip("python3 is needed");
         return;

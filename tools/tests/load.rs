@@ -5,7 +5,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use nvtier_tests::{KINDS, Kind, format, nvtier, nvtier_for_anybody, nvtier_path, pattern, run, scratch, skip};
+use nvtier_tests::{
+    KINDS, Kind, format, nvtier, nvtier_for_anybody, nvtier_path, pattern, run, scratch, skip,
+};
 
 /// A checkpoint of two files in `folder`; returns its directory and the bytes of all tensors.
 fn checkpoint(folder: &Path, bytes: usize) -> (PathBuf, u64) {
