@@ -7,7 +7,7 @@ use engine::state::Draft;
 use nvme::Buffer;
 
 use super::{Moved, Shared, Target, Ticket};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -231,6 +231,27 @@ impl Queues {
             true => self.held.push(running.clone()),
             false => self.finish(shared, running),
         }
+    }
+
+    /// A piece is over, with its buffers or why it failed; `copied`: its tensor's part is over by that, too. Returns the buffers that are the thread's.
+    pub fn over_with(
+        &mut self,
+        shared: &Shared,
+        piece: &Piece,
+        buffers: Result<Vec<Buffer>>,
+        copied: bool,
+    ) -> Vec<Buffer> {
+        // Before anybody is told of an end: it ended badly.
+        let buffers = buffers.unwrap_or_else(|error| {
+            self.fail(&error);
+            Vec::new()
+        });
+        if copied {
+            self.copied(&piece.running);
+        }
+        let (own, threads) = if piece.own { (buffers, Vec::new()) } else { (Vec::new(), buffers) };
+        self.done(shared, &piece.running, piece.first, own);
+        threads
     }
 
     /// All pieces are over, and no commit is in the way.

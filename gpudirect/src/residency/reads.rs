@@ -10,7 +10,7 @@ use nvme::Buffer;
 
 use super::Shared;
 use super::flights::Flights;
-use super::queue::{Piece, Queues};
+use super::queue::Piece;
 use crate::driver::Direction;
 use crate::error::{Error, Result};
 
@@ -46,7 +46,7 @@ impl Reader<'_> {
                     .is_some_and(|piece| failed || piece.buffers.is_some() || begun.len() < self.ring.len());
                 let Some(piece) = takes.then(|| queues.reads.pop_front()).flatten() else { break };
                 match failed {
-                    true => over(&mut queues, self.shared, &piece, Vec::new()),
+                    true => drop(queues.over_with(self.shared, &piece, Ok(Vec::new()), true)),
                     false => begun.push(piece),
                 }
             }
@@ -97,15 +97,7 @@ impl Reader<'_> {
 
     /// A piece is over; the buffer goes back to whom it belongs to.
     fn end(&mut self, piece: &Piece, buffers: Result<Vec<Buffer>>) {
-        let mut queues = self.shared.queues();
-        let mut buffers = buffers.unwrap_or_else(|error| {
-            queues.fail(&error);
-            Vec::new()
-        });
-        let own = if piece.own { std::mem::take(&mut buffers) } else { Vec::new() };
-        self.ring.extend(buffers);
-        over(&mut queues, self.shared, piece, own);
-        drop(queues);
+        self.ring.extend(self.shared.queues().over_with(self.shared, piece, buffers, true));
         self.shared.changed.notify_all();
     }
 
@@ -115,15 +107,10 @@ impl Reader<'_> {
         queues.fail(error);
         while !queues.stopped {
             while let Some(piece) = queues.reads.pop_front() {
-                over(&mut queues, self.shared, &piece, Vec::new());
+                drop(queues.over_with(self.shared, &piece, Ok(Vec::new()), true));
             }
             self.shared.changed.notify_all();
             queues = self.shared.changed.wait(queues).unwrap_or_else(PoisonError::into_inner);
         }
     }
-}
-
-fn over(queues: &mut Queues, shared: &Shared, piece: &Piece, own: Vec<Buffer>) {
-    queues.copied(&piece.running);
-    queues.done(shared, &piece.running, piece.first, own);
 }

@@ -62,7 +62,7 @@ impl Worker<'_> {
         let own = piece.buffers.take();
         if failed {
             // What it had may have gone with the failure; pieces are answered all the same.
-            self.over(&piece, Ok(own.unwrap_or_default()));
+            self.over(&piece, Ok(own.unwrap_or_default()), false);
             return self.land(0);
         }
         match (piece.running.op.kind, own) {
@@ -72,22 +72,14 @@ impl Worker<'_> {
                 self.land(0);
                 let buffers = own.unwrap_or_else(|| self.ring.drain(..piece.count as usize).collect());
                 let done = self.write_back(&piece, buffers);
-                self.over(&piece, done);
+                self.over(&piece, done, false);
             }
         }
     }
 
     /// A piece is over; its buffers go back to whom they belong to.
-    fn over(&mut self, piece: &Piece, buffers: Result<Vec<Buffer>>) {
-        let mut queues = self.shared.queues();
-        let mut buffers = buffers.unwrap_or_else(|error| {
-            queues.fail(&error);
-            Vec::new()
-        });
-        let own = if piece.own { std::mem::take(&mut buffers) } else { Vec::new() };
-        self.ring.extend(buffers);
-        queues.done(self.shared, &piece.running, piece.first, own);
-        drop(queues);
+    fn over(&mut self, piece: &Piece, buffers: Result<Vec<Buffer>>, copied: bool) {
+        self.ring.extend(self.shared.queues().over_with(self.shared, piece, buffers, copied));
         self.shared.changed.notify_all();
     }
 
@@ -110,8 +102,7 @@ impl Worker<'_> {
 
     fn landed(&mut self, ended: Vec<(Piece, Result<Vec<Buffer>>)>) {
         for (piece, buffers) in ended {
-            self.shared.queues().copied(&piece.running);
-            self.over(&piece, buffers);
+            self.over(&piece, buffers, true);
         }
     }
 

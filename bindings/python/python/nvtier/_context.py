@@ -55,6 +55,7 @@ class _Tokens:
 
     dtype: torch.dtype
     device: torch.device
+    is_initialized: bool
 
     def __init__(self, tier: Tier, number: int, chunk_tokens: Optional[int], windows: List[Optional[int]]) -> None:
         #: ``windows``: tokens that each layer of the cache keeps at most.
@@ -239,6 +240,23 @@ class _Tokens:
 
     # As transformers calls them.
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+        self._tier.check()
+        self._check(key_states, value_states)
+        with self._tier.guard(), _plain():
+            self.is_initialized = True
+            whole = self._use(key_states, value_states)
+            self._keep(key_states, value_states)
+            self._tier.ahead()
+        return whole
+
+    def _keep(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """New tokens, which attention was shown: what stays of all of them."""
+        self._append(key, value)
+
     def offload(self) -> None:
         """It is where it is."""
 
@@ -277,19 +295,6 @@ class _FullLayer(_Tokens, DynamicLayer):
         DynamicLayer.__init__(self)
         _Tokens.__init__(self, tier, number, chunk_tokens, windows)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-        self._tier.check()
-        self._check(key_states, value_states)
-        with self._tier.guard(), _plain():
-            self.is_initialized = True
-            whole = self._use(key_states, value_states)
-            self._append(key_states, value_states)
-            self._tier.ahead()
-        return whole
-
     def get_seq_length(self) -> int:
         return self._length
 
@@ -311,27 +316,17 @@ class _SlidingLayer(_Tokens, DynamicSlidingWindowLayer):
         DynamicSlidingWindowLayer.__init__(self, window)
         _Tokens.__init__(self, tier, number, chunk_tokens, windows)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-        self._tier.check()
-        self._check(key_states, value_states)
-        with self._tier.guard(), _plain():
-            self.is_initialized = True
-            whole = self._use(key_states, value_states)
-            new, keep = key_states.shape[2], self.sliding_window - 1
-            self.cumulative_length += new
-            out = 0 if self.record_past else self._length + new - keep
-            if out >= self._length and out > 0:
-                self._clear()
-                self._append(key_states[:, :, max(new - keep, 0) :], value_states[:, :, max(new - keep, 0) :])
-            else:
-                if out > 0:
-                    self._drop_first(out)
-                self._append(key_states, value_states)
-            self._tier.ahead()
-        return whole
+    def _keep(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        new, keep = key.shape[2], self.sliding_window - 1
+        self.cumulative_length += new
+        out = 0 if self.record_past else self._length + new - keep
+        if out >= self._length and out > 0:
+            self._clear()
+            self._append(key[:, :, max(new - keep, 0) :], value[:, :, max(new - keep, 0) :])
+        else:
+            if out > 0:
+                self._drop_first(out)
+            self._append(key, value)
 
     def crop(self, tokens_to_remove: int) -> None:
         self._tier.check()
