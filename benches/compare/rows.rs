@@ -47,10 +47,13 @@ impl Drop for Context<'_> {
 }
 
 type Run<'a> = Box<dyn Fn() -> Result<Measurement> + 'a>;
+type Prepare<'a> = Box<dyn Fn() -> Result<()> + 'a>;
 
 struct Side<'a> {
     name: &'a str,
     command: String,
+    /// What has to be there before it is run, and is not measured.
+    prepare: Option<Prepare<'a>>,
     run: Run<'a>,
 }
 
@@ -96,13 +99,13 @@ impl<'a> Context<'a> {
         CommandLine(words).run(&self.dir).map(drop)
     }
 
-    fn fio(&self, path: &Path, bytes: u64, job_options: &[&str]) -> CommandLine {
+    fn fio(&self, path: &Path, bytes: u64, job_options: &[impl AsRef<str>]) -> CommandLine {
         let mut words = vec!["fio".to_owned(), "--output-format=json".into()];
         words.extend(job(path, bytes, job_options));
         CommandLine(words)
     }
 
-    fn bench(&self, path: &Path, bytes: u64, job_options: &[&str]) -> CommandLine {
+    fn bench(&self, path: &Path, bytes: u64, job_options: &[impl AsRef<str>]) -> CommandLine {
         let mut words =
             vec![self.nvtier.display().to_string(), "bench".into(), "--output-format=json".into()];
         words.push("--ceiling=off".into());
@@ -122,6 +125,11 @@ impl<'a> Context<'a> {
         let mut figures = [Vec::new(), Vec::new()];
         for _ in 0..self.options.rounds {
             for (side, figures) in sides.iter().zip(&mut figures) {
+                if let Some(prepare) = &side.prepare {
+                    prepare()?;
+                }
+                // Last before the run, on both sides alike: a virtual machine may give the emptied cache's pages back to its host
+                // within seconds, and reading into pages that the host has to find again takes up to twice as long.
                 if cold {
                     machine::drop_caches();
                 }
@@ -142,14 +150,14 @@ impl<'a> Context<'a> {
 
     fn side<'s>(&'s self, name: &'s str, line: CommandLine, figure: Figure, daemon: Option<u32>) -> Side<'s> {
         let command = line.text();
-        Side { name, command, run: Box::new(move || line.measure(&self.dir, figure, daemon)) }
+        Side { name, command, prepare: None, run: Box::new(move || line.measure(&self.dir, figure, daemon)) }
     }
 }
 
-fn job(path: &Path, bytes: u64, options: &[&str]) -> Vec<String> {
+fn job(path: &Path, bytes: u64, options: &[impl AsRef<str>]) -> Vec<String> {
     let mut words =
         vec!["--name=row".into(), format!("--filename={}", path.display()), format!("--size={bytes}")];
-    words.extend(options.iter().map(ToString::to_string));
+    words.extend(options.iter().map(|option| option.as_ref().to_owned()));
     words
 }
 
@@ -205,9 +213,19 @@ fn pool(context: &Context<'_>) -> Result<Vec<Row>> {
     ];
     let mut rows = Vec::new();
     let pool_option = format!("--pool={}", pool.display());
-    let ours = ["--rw=read", "--bs=4m", "--iodepth=8", "--ioengine=pool", &pool_option];
+    // The time in which the pool's memory is made is not reading: a second goes by before what counts.
+    let time = [
+        "--ramp_time=1".to_owned(),
+        format!("--runtime={}", context.options.seconds),
+        "--time_based".to_owned(),
+    ];
+    let timed = |options: &[&str]| -> Vec<String> {
+        options.iter().map(ToString::to_string).chain(time.clone()).collect()
+    };
+    let ours = timed(&["--rw=read", "--bs=4m", "--iodepth=16", "--ioengine=pool", &pool_option]);
     let plain: Vec<&str> =
         ceiling.iter().copied().filter(|option| !option.starts_with("--registerfiles")).collect();
+    let (ceiling, plain) = (timed(&ceiling), timed(&plain));
     let rivals = [
         ("fio, plain file, 1 MiB QD32", context.fio(&data, context.bytes(), &ceiling)),
         ("nvtier bench, plain file, 1 MiB QD32", context.bench(&data, context.bytes(), &plain)),
@@ -221,7 +239,7 @@ fn pool(context: &Context<'_>) -> Result<Vec<Row>> {
         );
         let b = context.side(name, line, Figure::Bandwidth, None);
         rows.push(context.row(
-            &format!("pool read, 4 MiB QD8, vs {name}"),
+            &format!("pool read, 4 MiB QD16, vs {name}"),
             "MB/s",
             Some(0.95),
             true,
@@ -308,12 +326,8 @@ fn read_rows(
         let a = Side {
             name: "mount",
             command: line.text(),
-            run: Box::new(|| {
-                if cold {
-                    mount.borrow_mut().remount()?;
-                }
-                line.measure(&context.dir, figure, Some(mount.borrow().pid()))
-            }),
+            prepare: cold.then(|| Box::new(|| mount.borrow_mut().remount()) as Prepare<'_>),
+            run: Box::new(|| line.measure(&context.dir, figure, Some(mount.borrow().pid()))),
         };
         let b = context.side("native", context.fio(native, bytes, &options), figure, None);
         rows.push(context.row(what, unit, target, cold, [a, b])?);
@@ -418,7 +432,12 @@ fn metadata_rows(context: &Context<'_>) -> Result<Vec<Row>> {
     for (what, operation) in metadata::OPERATIONS {
         let side = |name, directory: &PathBuf| {
             let (directory, command) = (directory.clone(), format!("benches/compare/metadata.rs: {what}"));
-            Side { name, command, run: Box::new(move || metadata::measure(&directory, operation)) as Run<'_> }
+            Side {
+                name,
+                command,
+                prepare: None,
+                run: Box::new(move || metadata::measure(&directory, operation)) as Run<'_>,
+            }
         };
         let sides = [side("mount", &through), side("native", &native)];
         rows.push(context.row(what, "per second", None, false, sides)?);
@@ -450,6 +469,7 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
     let native = || Side {
         name: "dd to ext4, O_DIRECT",
         command: dd.text(),
+        prepare: None,
         run: Box::new(|| {
             let _ = fs::remove_file(&target);
             timed(&dd)
@@ -466,6 +486,7 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
     let a = Side {
         name: "dd to /dev/null, as cp reads",
         command: source.text(),
+        prepare: None,
         run: Box::new(|| timed(&source)),
     };
     let mut rows = vec![context.row("cp's source alone, buffered", "MB/s", None, true, [a, native()])?];
@@ -481,6 +502,7 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
         let a = Side {
             name: "nvtier import",
             command: format!("nvtier import {} data --pool {}", data.display(), pool.display()),
+            prepare: None,
             run: Box::new(|| {
                 let (_, wall, cpu_s) = pools::import(&context.nvtier, &context.dir, &data, "data", &pool)?;
                 Ok(Measurement { value: bytes / wall / 1e6, bytes, cpu_s })
@@ -500,6 +522,7 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
         let a = Side {
             name: "cp into the mount, sync",
             command: copy.clone(),
+            prepare: None,
             run: Box::new(|| {
                 let _ = fs::remove_file(&into);
                 let before = machine::cpu_seconds(mount.pid());
@@ -520,6 +543,7 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
         let a = Side {
             name: "cp into the mount, sync",
             command: copy.clone(),
+            prepare: None,
             run: Box::new(|| {
                 let _ = fs::remove_file(&into);
                 timed(&line)
@@ -528,6 +552,7 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
         let b = Side {
             name: "cp to ext4, sync",
             command: plain,
+            prepare: None,
             run: Box::new(|| {
                 let _ = fs::remove_file(&target);
                 timed(&plain_line)

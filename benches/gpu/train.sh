@@ -9,12 +9,14 @@
 #         ranks     two GPUs: bit for bit DistributedDataParallel, times of a step
 #         part      2.9 G parameters, 8 GiB of VRAM, 16 GiB of RAM, the rest on the drive
 #         ram       1.8 G parameters, 8 GiB of VRAM, all of it in RAM
+#         states    2.9 G parameters, 8 GiB of VRAM, all of it in 64 GiB of RAM
 #         peer      DeepSpeed ZeRO-3 with NVMe, the same model (PEER: folder with its source, wheels and libaio packages)
 #         large     3.8 G parameters, 24 GiB of VRAM, 64 GiB of RAM; and what plain PyTorch trains in as much VRAM
 #
 # WHEEL    the Python package, or a folder that has it unpacked; NVTIER: the command; both built elsewhere (cargo xtask wheel; cargo build --release)
 # DISK     folder on the drive (default: a new one in the working folder)
 # LIMIT    seconds for each step (default 280)
+# VRAM     GiB of weights, gradients and state on the device, where a step says so by it (small 3, states 4)
 #
 # Needs python3 with torch, transformers and accelerate. A step that fails is said, and the next one runs.
 set -u
@@ -67,7 +69,7 @@ import sys, json, tempfile
 import train_gpu_check
 found = train_gpu_check.exact(tempfile.mkdtemp(dir=sys.argv[1]))
 json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
-    small) train small --no-exact --runs ram,ram-backward --steps 6 ;;
+    small) train small --no-exact --runs ram,ram-backward --vram "${VRAM:-3}" --steps 6 ;;
     stream) check stream python3 $tests/stream_gpu_check.py --dir "$DISK" --out "$OUT/stream.json" --nvtier "$NVTIER" --rounds 5 ;;
     ranks) check ranks python3 -m torch.distributed.run --standalone --nproc-per-node 2 $tests/ranks_gpu_check.py --dir "$DISK" --out "$OUT/ranks.json" ;;
     part) train part --no-exact "${big[@]}" --runs part --vram 3 --cap 8 --steps 3 ;;
@@ -79,6 +81,7 @@ json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
             grep -q "exit 0" "$OUT/plain.log" && break
         done
         ;;
+    states) train states --no-exact "${big[@]}" --runs ram --vram "${VRAM:-4}" --cap 8 --steps 6 ;;
     peer)
         for package in "$PEER"/*.deb; do dpkg -x "$package" "$site/aio"; done
         ( 

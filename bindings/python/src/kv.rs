@@ -884,8 +884,9 @@ impl KvRestore {
         step(self.0.next_load(now))
     }
 
-    fn loaded(&self, good: Vec<bool>, seconds: f64) {
-        self.0.loaded(&good, seconds);
+    /// The load that began with block `first` is over.
+    fn loaded(&self, first: usize, good: Vec<bool>, now: f64) {
+        self.0.loaded(first, &good, now);
     }
 
     /// Blocks that are there, and of those loaded and computed ones.

@@ -225,6 +225,13 @@ def main():
                     if round:
                         bandwidth[name].append(rate)
             report["seconds"], report["bytes_per_second"], report["splits"] = times, bandwidth, splits
+            for row in ("compute or load, drive", "compute or load, memory"):
+                parts = {
+                    part: statistics.median(split[part] for split in splits if split["row"] == row)
+                    for part in ("prepare_seconds", "restore_seconds", "prefill_seconds", "generate_seconds")
+                }
+                report.setdefault("parts", {})[row] = parts
+                print(f"{row}: " + ", ".join(f"{part.split('_')[0]} {seconds:.3f} s" for part, seconds in parts.items()), flush=True)
             for kind, start, end, begun, spent in next(split["steps"] for split in reversed(splits) if split["row"].endswith("drive")):
                 print(f"  {begun:7.3f} s  {kind:8}{start:6} to {end:6}  {spent:.3f} s", flush=True)
             planner = auto.planner

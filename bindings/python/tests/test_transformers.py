@@ -1,5 +1,6 @@
 """nvtier.transformers: the same tokens with and without restore, for each family; whose blocks are never used for what."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -346,3 +347,61 @@ def test_twenty_prompts_of_a_real_model_give_the_same_tokens(real, store):
     other = prefix_cache(model, store)
     other.generate(inputs[0], max_new_tokens=1)
     assert other.last["stored_tokens"] == 0, "without the tokenizer it is another fingerprint"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma3"])
+def test_tokens_behind_others_need_no_mask(family, monkeypatch):
+    """The same logits, to the bit where PyTorch has one kernel for both, without the mask that keeps its fastest kernel away."""
+    from nvtier import _attention
+
+    model = tiny(family)
+    ids = prompts(1)[0]
+    made = []
+    real = _attention.sdpa_mask
+    monkeypatch.setattr(_attention, "sdpa_mask", lambda *args, **rest: made.append(rest["local_size"]) or real(*args, **rest))
+
+    def logits(context):
+        cache = nvtier.transformers.KvCache(model.config)
+        found = []
+        with torch.no_grad(), context:
+            for piece in (ids[:, :50], ids[:, 50:80], ids[:, 80:81], ids[:, 81:]):
+                found.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
+        return torch.cat(found, dim=1)
+
+    expected = logits(contextlib.nullcontext())
+    assert not made
+    assert torch.equal(logits(_attention.without_masks(model)), expected)
+    # One mask a forward pass is asked for each kind of layer; those of full layers behind others are not made.
+    full = [size for size in made if size is None]
+    assert len(full) == (0 if family == "mistral-sliding" else 2), made
+    assert (family in ("llama", "qwen3")) == (len(made) == len(full))
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(KeyboardInterrupt):
+        with _attention.without_masks(model):
+            assert model.config._attn_implementation != "sdpa"
+            raise KeyboardInterrupt
+    assert model.config._attn_implementation == "sdpa"
+    eager = tiny(family, attn_implementation="eager")
+    with _attention.without_masks(eager):
+        assert eager.config._attn_implementation == "eager"
+
+
+def test_padding_is_masked_without_masks():
+    """A mask of padding is not lost."""
+    from nvtier import _attention
+
+    model = tiny()
+    ids = prompts(1)[0]
+    mask = torch.ones_like(ids)
+    mask[:, :7] = 0
+
+    def logits(context):
+        cache = nvtier.transformers.KvCache(model.config)
+        with torch.no_grad(), context:
+            model(input_ids=ids[:, :60], attention_mask=mask[:, :60], past_key_values=cache, use_cache=True)
+            return model(input_ids=ids[:, 60:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+
+    expected = logits(contextlib.nullcontext())
+    assert torch.equal(logits(_attention.without_masks(model)), expected)
+    mask.fill_(1)
+    assert not torch.equal(logits(contextlib.nullcontext()), expected), "the mask made no difference"

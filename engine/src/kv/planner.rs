@@ -8,7 +8,8 @@
 //! A [`Planner`] keeps what computing and loading cost, as measured lately, by one model each: computing tokens `a..b` takes
 //! `c0 + c1 * (b - a) + c2 * (b² - a²) / 2` (a launch, the layers, the attention to what is before), loading `n` bytes takes `l0 + l1 * n`, apart for memory and the drive.
 //! A [`Restore`] is one prefix on its way: whoever computes and whoever loads ask it what to do next, and tell what it took. It gives each no more
-//! than what the other would not have had done sooner, so that neither waits long for the other at the end.
+//! than what the other would not have had done sooner, so that neither waits long for the other at the end. Several may load at once, so that a drive has
+//! the next piece before the last one is over; what a load took is the time since the one before it was over, or since it began, whichever was later.
 //!
 //! No clock here: seconds come from the caller.
 
@@ -22,8 +23,12 @@ const FADE: f64 = 0.85;
 const SHARE: f64 = 0.9;
 /// Work that takes less than so many launches is given out at once.
 const LAUNCHES: f64 = 8.0;
-/// Seconds that a load may take in any case.
+/// Seconds that a load may take in any case,
 const LOAD_LEAST: f64 = 0.004;
+/// and that it may take where that is at most this part of all that is left. Where launching costs nothing, since the next load is under way
+/// meanwhile, a drive still is fast only with much to do.
+const LOAD_DEEP: f64 = 0.016;
+const LOAD_PART: f64 = 1.0 / 16.0;
 /// One load of so many is of another size.
 const LOAD_OTHER: usize = 4;
 /// Blocks of the first load, before anything is known.
@@ -279,10 +284,25 @@ struct Progress {
     end: usize,
     /// Loads that were begun.
     loads: usize,
-    /// When the present load began.
-    load_since: f64,
+    /// Those that are not over, and when they began, the first one first.
+    under_way: Vec<(Range<usize>, f64)>,
+    /// Those that were over before one that was begun sooner.
+    over: Vec<Range<usize>>,
+    /// When the last one was over.
+    load_ended: f64,
+    /// What was loaded and not told to the planner yet.
+    measured: Option<Measured>,
     /// Blocks that were loaded.
     by_load: usize,
+}
+
+/// Loads that were over one after the other. Those that share a drive end together: only together do they tell what one took.
+#[derive(Clone, Copy, Debug)]
+struct Measured {
+    from: From,
+    bytes: u64,
+    loads: usize,
+    since: f64,
 }
 
 /// A prefix on its way.
@@ -317,7 +337,10 @@ impl Restore {
             loaded: end,
             end,
             loads: 0,
-            load_since: 0.0,
+            under_way: Vec::new(),
+            over: Vec::new(),
+            load_ended: 0.0,
+            measured: None,
             by_load: 0,
         };
         let block_tokens = options.block_tokens.max(1);
@@ -368,7 +391,7 @@ impl Restore {
         let costs = self.planner.costs();
         let mut progress = self.progress();
         let (from, to) = (progress.computing, progress.loading.min(progress.end));
-        let under_way = progress.loading < progress.loaded.min(progress.end);
+        let under_way = progress.under_way.iter().any(|(blocks, _)| blocks.start < progress.end);
         if from >= to || !self.options.compute {
             let waiting = under_way || (from < to && self.options.load);
             return if waiting { Step::Wait } else { Step::Done };
@@ -376,8 +399,10 @@ impl Restore {
         let most = (self.options.chunk_tokens / self.options.block_tokens).max(1) as usize;
         let busy = match under_way {
             true => {
-                let all = self.load_seconds(&costs, progress.loading..progress.loaded);
-                all.map(|all| (all - (now - progress.load_since)).max(0.0))
+                let loads =
+                    progress.under_way.iter().map(|(blocks, _)| self.load_seconds(&costs, blocks.clone()));
+                let since = progress.under_way[0].1.max(progress.load_ended);
+                loads.sum::<Option<f64>>().map(|all| (all - (now - since)).max(0.0))
             }
             false => Some(0.0),
         };
@@ -441,8 +466,8 @@ impl Restore {
                     let least = costs
                         .compute(self.tokens(from), self.tokens(to))
                         .map_or(0.0, |all| (launch * all).sqrt());
-                    let blocks =
-                        ((least.max(LOAD_LEAST) / one.max(1e-12)) as usize).min(self.options.load_blocks);
+                    let least = least.max(LOAD_LEAST).max(LOAD_DEEP.min(all * LOAD_PART));
+                    let blocks = ((least / one.max(1e-12)) as usize).min(self.options.load_blocks);
                     // Loads of one size do not tell what of their time is launching.
                     match blocks {
                         blocks if progress.loads % LOAD_OTHER != 1 => blocks,
@@ -455,34 +480,68 @@ impl Restore {
         let blocks = blocks.min(self.options.load_blocks).min(rest).max(1);
         progress.loading = to - blocks;
         progress.loads += 1;
-        progress.load_since = now;
+        progress.under_way.push((to - blocks..to, now));
         Step::Blocks(to - blocks..to)
     }
 
-    /// What was given out last was loaded, in so many seconds; `good` says of each block whether it is there.
-    pub fn loaded(&self, good: &[bool], seconds: f64) {
-        let (blocks, memory) = {
-            let mut progress = self.progress();
-            let blocks = progress.loading..progress.loaded.min(progress.end);
-            let bad = blocks.clone().find(|block| good.get(block - progress.loading) != Some(&true));
-            if let Some(bad) = bad {
-                // What is behind it would be right, but has to be reached by computing now: the simple way.
-                progress.end = bad;
-                progress.by_load = 0;
-            }
-            let came = progress.loading..progress.end.min(blocks.end);
-            progress.by_load += came.len();
-            progress.loaded = progress.loading;
-            let memory = self.memory.get(blocks.clone()).unwrap_or_default();
-            (blocks.len(), memory.iter().filter(|memory| **memory).count())
+    /// The load that was given out with `first` as its first block is over; `good` says of each of its blocks whether it is there. Nothing
+    /// happens where no such load is under way.
+    pub fn loaded(&self, first: usize, good: &[bool], now: f64) {
+        let mut progress = self.progress();
+        let Some(at) = progress.under_way.iter().position(|(blocks, _)| blocks.start == first) else {
+            return;
         };
-        // A mix tells neither.
-        let bytes = blocks as u64 * self.options.block_bytes;
-        if memory == blocks {
-            self.planner.loaded(From::Memory, bytes, seconds);
-        } else if memory == 0 {
-            self.planner.loaded(From::Drive, bytes, seconds);
+        let (blocks, begun) = progress.under_way.remove(at);
+        let bad = blocks.clone().find(|block| good.get(block - first) != Some(&true));
+        if let Some(bad) = bad {
+            // What is behind it would be right, but has to be reached by computing now: the simple way.
+            let end = progress.end.min(bad);
+            progress.end = end;
+            progress.loaded = progress.loaded.min(end);
+            progress.by_load = 0;
+            progress.over.retain(|blocks| blocks.start < end);
         }
+        progress.over.push(blocks.clone());
+        // Together with those that came before their turn.
+        while let Some(next) = progress.over.iter().position(|blocks| blocks.end >= progress.loaded) {
+            let next = progress.over.remove(next);
+            progress.by_load += progress.loaded.min(next.end).saturating_sub(next.start);
+            progress.loaded = progress.loaded.min(next.start);
+        }
+        let measured = self.measure(&mut progress, blocks, begun, now);
+        drop(progress);
+        if let Some((measured, seconds)) = measured {
+            self.planner.loaded(measured.from, measured.bytes, seconds);
+        }
+    }
+
+    /// What the planner can be told now that a load is over.
+    fn measure(
+        &self,
+        progress: &mut Progress,
+        blocks: Range<usize>,
+        begun: f64,
+        now: f64,
+    ) -> Option<(Measured, f64)> {
+        let since = begun.max(progress.load_ended);
+        progress.load_ended = now;
+        let from = self.from(blocks.start);
+        if blocks.clone().any(|block| self.from(block) != from) {
+            // A mix tells neither.
+            progress.measured = None;
+            return None;
+        }
+        let mut measured = match progress.measured.take() {
+            Some(before) if before.from == from => before,
+            _ => Measured { from, bytes: 0, loads: 0, since },
+        };
+        measured.bytes += blocks.len() as u64 * self.options.block_bytes;
+        measured.loads += 1;
+        if !progress.under_way.is_empty() && measured.loads < 2 {
+            progress.measured = Some(measured);
+            return None;
+        }
+        Some((measured, now - measured.since))
     }
 
     /// How far it is; of a restore that is over, how it went.
@@ -548,8 +607,8 @@ mod tests {
         }
     }
 
-    /// Runs a restore on a simulated clock: two that work beside each other. `bad`: a block that cannot be loaded. Every block must be
-    /// given out to one of them exactly once.
+    /// Runs a restore on a simulated clock: one that computes and two that load beside it, from a drive that does one thing at a time. `bad`: a
+    /// block that cannot be loaded. Every block must be given out to one of them exactly once.
     fn run(
         machine: &Machine,
         planner: &Arc<Planner>,
@@ -562,14 +621,15 @@ mod tests {
         let mut now = 0.0f64;
         // When each is through with what it does, and what that is.
         let mut computing: Option<(f64, f64)> = None;
-        let mut loading: Option<(f64, f64, Range<usize>)> = None;
+        let mut loading: Vec<(f64, Range<usize>)> = Vec::new();
+        let mut drive_free = 0.0f64;
         for _ in 0..100_000 {
-            if loading.is_none()
+            while loading.len() < 2
                 && let Step::Blocks(range) = restore.next_load(now)
             {
                 range.clone().for_each(|block| given[block] += 1);
-                let seconds = machine.load(range.len());
-                loading = Some((now + seconds, seconds, range));
+                drive_free = drive_free.max(now + machine.load) + machine.load(range.len()) - machine.load;
+                loading.push((drive_free, range));
             }
             let mut done = false;
             if computing.is_none() {
@@ -580,7 +640,7 @@ mod tests {
                         computing = Some((now + seconds, seconds));
                     }
                     Step::Done => done = true,
-                    Step::Wait => assert!(loading.is_some(), "waits for nobody: {restore:?}"),
+                    Step::Wait => assert!(!loading.is_empty(), "waits for nobody: {restore:?}"),
                 }
             }
             if done && computing.is_none() {
@@ -588,7 +648,7 @@ mod tests {
                 assert!(given.iter().all(|times| *times <= 1));
                 return (now, restore.restored());
             }
-            let next_load = loading.as_ref().map_or(f64::INFINITY, |load| load.0);
+            let next_load = loading.first().map_or(f64::INFINITY, |load| load.0);
             let next_compute = computing.map_or(f64::INFINITY, |compute| compute.0);
             now = next_load.min(next_compute);
             if let Some((end, seconds)) = computing
@@ -597,12 +657,12 @@ mod tests {
                 restore.computed(seconds);
                 computing = None;
             }
-            if let Some((end, seconds, range)) = loading.clone()
+            while let Some((end, range)) = loading.first().cloned()
                 && end <= now
             {
-                let good: Vec<bool> = range.map(|block| Some(block) != bad).collect();
-                restore.loaded(&good, seconds);
-                loading = None;
+                let good: Vec<bool> = range.clone().map(|block| Some(block) != bad).collect();
+                restore.loaded(range.start, &good, end);
+                loading.remove(0);
             }
         }
         panic!("a restore has no end: {restore:?}");

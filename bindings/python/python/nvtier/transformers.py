@@ -24,6 +24,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from . import _nvtier, kv
+from ._attention import without_masks
 from ._errors import InvalidArgument, NotSupported
 
 __all__ = ["KvCache", "PrefixCache"]
@@ -32,6 +33,8 @@ __all__ = ["KvCache", "PrefixCache"]
 _NO_DIFFERENCE = ("_name_or_path", "transformers_version", "use_cache", "output_attentions", "output_hidden_states", "return_dict")
 #: Bytes that are asked for at once at most. Each call takes half a millisecond besides, in which memory would give 25 MB.
 _LOAD_BYTES = 256 << 20
+#: Calls that load at once: a drive has the next one's blocks before the last one's are all there.
+_LOADERS = 2
 #: So many tokens behind a restored prefix are left to ``generate``, which computes the last token in any case: one pass over the weights less.
 _TAIL = 256
 #: Growth of a layer that is full.
@@ -253,7 +256,7 @@ class PrefixCache:
     def _forward(self, cache: KvCache, tokens: torch.Tensor) -> None:
         if self.model.training:
             raise InvalidArgument("the model is in training mode: call model.eval() first")
-        with torch.no_grad():
+        with torch.no_grad(), without_masks(self.model):
             self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def fingerprint(self) -> bytes:
@@ -317,28 +320,29 @@ class PrefixCache:
 
         def load() -> None:
             try:
-                while True:
+                while not failure:
                     what, start, end = restore.next_load(time.monotonic())
                     if what != "blocks":
                         return
                     begun = time.monotonic()
                     left = None if until is None else max(until - begun, 0.0)
                     done = space._get(keys[start:end], planes, range(start, end), left)
-                    spent = time.monotonic() - begun
-                    restore.loaded([one in kv.HITS for one in done], spent)
-                    steps.append(("load", start * self.block_tokens, end * self.block_tokens, begun - origin, spent))
+                    over = time.monotonic()
+                    restore.loaded(start, [one in kv.HITS for one in done], over)
+                    steps.append(("load", start * self.block_tokens, end * self.block_tokens, begun - origin, over - begun))
                     with news:
                         news.notify_all()
             except BaseException as error:  # whatever it was, the caller's thread raises it
                 failure.append(error)
             finally:
                 with news:
-                    self._loading = False
+                    loading.discard(threading.current_thread())
                     news.notify_all()
 
-        self._loading = True
-        loader = threading.Thread(target=load, name="nvtier-kv-load", daemon=True)
-        loader.start()
+        loaders = [threading.Thread(target=load, name="nvtier-kv-load", daemon=True) for _ in range(_LOADERS)]
+        loading = set(loaders)
+        for loader in loaders:
+            loader.start()
         try:
             while not failure:
                 what, start, end = restore.next_compute(time.monotonic())
@@ -346,7 +350,7 @@ class PrefixCache:
                     break
                 if what == "wait":
                     with news:
-                        if not self._loading:
+                        if not loading:
                             # Nobody will bring the rest; ask once more, with nothing under way.
                             if restore.next_compute(time.monotonic())[0] == "wait":
                                 break
@@ -360,7 +364,8 @@ class PrefixCache:
                 restore.computed(spent)
                 steps.append(("compute", start * self.block_tokens, end * self.block_tokens, begun - origin, spent))
         finally:
-            loader.join()
+            for loader in loaders:
+                loader.join()
         if failure:
             raise failure[0]
         restored = restore.restored()
@@ -385,6 +390,7 @@ class PrefixCache:
         cache.reserve(-(-(count + room) // self.block_tokens) * self.block_tokens, self._samples)
         keys = self._keys(space, ids[0, : count - 1].tolist())
         stored = space.lookup(keys)
+        prepared_by = time.monotonic()
         restored = self._restore(space, cache, ids, keys[:stored])
         at = restored["blocks"] * self.block_tokens
         restored_by = time.monotonic()
@@ -401,6 +407,8 @@ class PrefixCache:
             "stored_tokens": stored * self.block_tokens,
             "loaded_tokens": restored["loaded"] * self.block_tokens,
             "computed_tokens": restored["computed"] * self.block_tokens + (count - 1 - first),
+            # Until it is known what is stored, and there is room for it: a part of the restore.
+            "prepare_seconds": prepared_by - begun,
             "restore_seconds": restored_by - begun,
             # Of the restore: ("load" or "compute", first token, end, when it began, seconds).
             "steps": restored["steps"],
@@ -445,7 +453,8 @@ class PrefixCache:
             cache.batch_repeat_interleave(max(counts))
         ids = input_ids.to(self.model.device)
         begun = time.monotonic()
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+        with without_masks(self.model):
+            output = self.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
         self.last["generate_seconds"] = time.monotonic() - begun
         tokens = output if isinstance(output, torch.Tensor) else output.sequences
         if not several:
