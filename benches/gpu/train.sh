@@ -9,9 +9,9 @@
 #         ranks     two GPUs: bit for bit DistributedDataParallel, times of a step
 #         part      2.9 G parameters, 8 GiB of VRAM, 16 GiB of RAM, the rest on the drive
 #         ram       1.8 G parameters, 8 GiB of VRAM, all of it in RAM
-#         states    2.9 G parameters, 8 GiB of VRAM, all of it in 64 GiB of RAM
+#         states    2.9 G parameters, 8 GiB of VRAM, all of it in 64 GiB of RAM; needs 90 GB of the drive
 #         peer      DeepSpeed ZeRO-3 with NVMe, the same model (PEER: folder with its source, wheels and libaio packages)
-#         large     3.8 G parameters, 24 GiB of VRAM, 64 GiB of RAM; and what plain PyTorch trains in as much VRAM
+#         large     3.8 G parameters (LAYERS: 37), 24 GiB of VRAM, 64 GiB of RAM; and what plain PyTorch trains in as much VRAM
 #
 # WHEEL    the Python package, or a folder that has it unpacked; NVTIER: the command; both built elsewhere (cargo xtask wheel; cargo build --release)
 # DISK     folder on the drive (default: a new one in the working folder)
@@ -75,8 +75,8 @@ json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
     part) train part --no-exact "${big[@]}" --runs part --vram 3 --cap 8 --steps 3 ;;
     ram) train ram --no-exact "${big[@]}" --layers 16 --runs ram,ram-backward --batch 1 --vram 3 --cap 8 --steps 6 ;;
     large)
-        train large --no-exact --no-plain "${big[@]}" --layers 37 --batch 1 --runs large --vram 12 --cap 24 --steps 2
-        for layers in 13 12 11 10 9; do
+        train large --no-exact --no-plain "${big[@]}" --layers "${LAYERS:-37}" --batch 1 --runs large --vram 12 --cap 24 --steps 2
+        for layers in 14 13 12 11 10 9; do
             check "plain $layers" python3 $tests/train_gpu_check.py --dir "$DISK" --out "$OUT/plain-$layers.json" "${big[@]}" --layers $layers --batch 1 --no-exact --runs "" --cap 24 | tee "$OUT/plain.log"
             grep -q "exit 0" "$OUT/plain.log" && break
         done

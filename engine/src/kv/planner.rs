@@ -21,6 +21,9 @@ const FADE: f64 = 0.85;
 /// Of what computing would still have to do, as much is given out at once; the rest is planned again with what was learned. Large, since attention in one
 /// piece is faster than in two: kernels for tokens behind others, which need a mask, take up to twice as long.
 const SHARE: f64 = 0.9;
+/// Nothing is computed where all of it would be loaded in little more time than both together take: kernels that compute and kernels that put
+/// blocks into their places share a device, and each is slower then than it is alone.
+const WORTH: f64 = 0.85;
 /// Work that takes less than so many launches is given out at once.
 const LAUNCHES: f64 = 8.0;
 /// Seconds that a load may take in any case,
@@ -414,7 +417,8 @@ impl Restore {
                     let wanted = meeting - from;
                     let seconds = costs.compute(self.tokens(from), self.tokens(meeting)).unwrap_or(0.0);
                     let launch = costs.compute.coefficients.map_or(0.0, |c| c[0]);
-                    if wanted == 0 {
+                    let loads = self.load_seconds(&costs, from..to).map_or(f64::INFINITY, |all| busy + all);
+                    if wanted == 0 || (from == 0 && seconds > WORTH * loads) {
                         return Step::Wait;
                     }
                     match seconds <= LAUNCHES * launch {
@@ -745,6 +749,23 @@ mod tests {
         never_worse(&machine, 101);
         let machine = Machine { launch: 0.0376, token: 4.66e-4, attention: 0.0, load: 5.4e-4, byte: 4e-11 };
         never_worse(&machine, 1856);
+    }
+
+    #[test]
+    fn what_computing_would_hardly_shorten_is_loaded() {
+        let mut machine =
+            Machine { launch: 0.01, token: 3e-5, attention: 7e-10, load: 5e-4, byte: 1.0 / 5e10 };
+        let planner = Arc::new(Planner::new());
+        run(&machine, &planner, options(true, true), 2048, None);
+        let (_, restored) = run(&machine, &planner, options(true, true), 2048, None);
+        assert_eq!(restored, Restored { blocks: 2048, loaded: 2048, computed: 0 });
+        // What becomes slower is seen, and both work again.
+        machine.byte = 1.0 / 3e9;
+        for _ in 0..2 {
+            run(&machine, &planner, options(true, true), 2048, None);
+        }
+        let (_, restored) = run(&machine, &planner, options(true, true), 2048, None);
+        assert!(restored.computed > 500, "{restored:?}");
     }
 
     #[test]
