@@ -1,7 +1,7 @@
 //! What watching costs on the hot path: reads of 4 KiB and 128 KiB that the mount serves from its RAM tier, nothing of a drive.
 //!
 //! Part one prices the parts: the counters and clock of a request, its two spans when nobody listens and when they are logged. Part two
-//! runs whole mounts in turns (A B C D, A B C D, ...), with the CPU time of the daemon, because rates on a shared machine drift.
+//! runs whole mounts in turns (A B C D E, A B C D E, ...), with the CPU time of the daemon, because rates on a shared machine drift.
 //! `OBSERVE_ROUNDS` says how many turns (default 7); `NVTIER_BIN` names the command (default: `target/release/nvtier`).
 #![allow(missing_docs)]
 
@@ -80,13 +80,15 @@ enum Watch {
     Silent,
     Default,
     Scraped,
+    Debug,
     Traced,
 }
 
-const WATCHES: [(Watch, &str); 4] = [
+const WATCHES: [(Watch, &str); 5] = [
     (Watch::Silent, "NVTIER_LOG=off, no metrics served"),
     (Watch::Default, "as it comes (info)"),
     (Watch::Scraped, "--metrics, scraped each second"),
+    (Watch::Debug, "--metrics, scraped; NVTIER_LOG=debug, to a file"),
     (Watch::Traced, "fuse_fs=trace,engine::region_read=trace to a file"),
 ];
 
@@ -114,6 +116,7 @@ impl Mount {
             Watch::Silent => drop(command.env("NVTIER_LOG", "off")),
             Watch::Default => {}
             Watch::Scraped => drop(command.args(["--metrics", PORT])),
+            Watch::Debug => drop(command.args(["--metrics", PORT]).env("NVTIER_LOG", "debug")),
             Watch::Traced => drop(command.env("NVTIER_LOG", "fuse_fs=trace,engine::region_read=trace,info")),
         }
         let daemon = command.spawn().expect("nvtier: build it with --release, or set NVTIER_BIN");
@@ -198,7 +201,7 @@ fn mounts(rounds: usize) {
                 let mount = Mount::new(folder.path(), *watch);
                 let done = AtomicBool::new(false);
                 let (rate, cpu) = std::thread::scope(|scope| {
-                    if *watch == Watch::Scraped {
+                    if matches!(watch, Watch::Scraped | Watch::Debug) {
                         scope.spawn(|| {
                             while !done.load(Relaxed) {
                                 assert!(scrape().expect("a scrape") > 1000);
