@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ._errors import InvalidArgument, NotSupported, OutOfDeviceMemory
 from ._nvtier import Pool
 from ._segments import SEGMENT_BYTES, Tier
-from .train._offload import _bytes, _pool_of
+from ._sizes import size_of
+from .train._offload import _pool_of
 
 #: Bytes of a chunk at most; and the part of the device's budget that tails of all layers have at most.
 _CHUNK_BYTES = 1 << 20
@@ -384,7 +385,7 @@ class Cache(DynamicCache):
         for layer in found:
             if type(layer) is not DynamicLayer and not (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1):
                 raise NotSupported(f"nvtier.stream.Cache for layers of type {type(layer).__name__}: full and sliding-window attention are supported")
-        vram_bytes, ram_bytes, room_bytes = _bytes("vram", vram), _bytes("ram", ram) or 0, _bytes("room", room)
+        vram_bytes, ram_bytes, room_bytes = size_of("vram", vram), size_of("ram", ram) or 0, size_of("room", room)
         if pool is None:
             pool = getattr(model, "_nvtier_pool", None)
             if pool is None:

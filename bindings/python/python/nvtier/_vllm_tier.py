@@ -29,6 +29,7 @@ except ImportError:  # 0.26 counts all tiers alike
 
 from . import _nvtier, kv
 from ._errors import InvalidArgument
+from ._sizes import Size
 from ._vllm_weights import weights_digest
 
 logger = logging.getLogger(__name__)
@@ -72,14 +73,14 @@ class NvtierTier(SecondaryTierManager):
         *,
         pool: str,
         store: str = "vllm",
-        budget: Optional[int] = None,
+        budget: Optional[Size] = None,
         fingerprint: Optional[str] = None,
         tenant_key: str = "tenant",
         threads: int = 4,
         deadline: float = 10.0,
-        ram: int = 256 << 20,
+        ram: Size = 256 << 20,
         ttl: Optional[int] = None,
-        write_bytes_per_day: Optional[int] = None,
+        write_bytes_per_day: Optional[Size] = None,
         second_offer: Optional[int] = None,
         locality: Optional[str] = None,
         module_path: Optional[str] = None,

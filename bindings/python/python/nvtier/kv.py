@@ -24,6 +24,7 @@ from . import _nvtier
 from ._errors import InvalidArgument, NotSupported
 from ._nvtier import KvPlanner as Planner
 from ._nvtier import Pool
+from ._sizes import Size, size_of
 
 __all__ = ["Namespace", "Planes", "Planner", "Store", "chain", "digest_tensors", "fingerprint"]
 
@@ -217,9 +218,9 @@ class Namespace:
         """Drops blocks from memory; they stay in the store."""
         self._inner.forget(keys)
 
-    def set_quota(self, quota: int) -> None:
+    def set_quota(self, quota: Size) -> None:
         """Limits the bytes that this tenant's blocks may have in all of the store; 0: no limit."""
-        self._inner.set_quota(quota)
+        self._inner.set_quota(size_of("quota", quota) or 0)
 
     def flush(self) -> None:
         """Makes every put that returned durable; otherwise it is within 50 ms."""
@@ -246,7 +247,7 @@ class Store:
     ``ram``: bytes of memory for blocks, taken once, and pinned where a GPU is used. ``keep``: whether blocks stay there after their use. Settings of
     the store count when nobody has it open yet: ``budget`` (bytes in the pool; default: half of what is free), ``ttl`` (seconds),
     ``write_bytes_per_day``, ``second_offer`` (write only what was offered before, keeping so many offers in mind). ``deadline``: seconds of every
-    operation, and of a put or get that says nothing else.
+    operation, and of a put or get that says nothing else. Bytes may be text: ``"200GB"``, ``"64GiB"``.
     """
 
     def __init__(
@@ -254,24 +255,26 @@ class Store:
         pool: Union[Pool, str, "os.PathLike[str]"],
         name: str = "default",
         *,
-        budget: Optional[int] = None,
-        ram: int = 256 << 20,
+        budget: Optional[Size] = None,
+        ram: Size = 256 << 20,
         keep: bool = True,
         ttl: Optional[int] = None,
-        write_bytes_per_day: Optional[int] = None,
+        write_bytes_per_day: Optional[Size] = None,
         second_offer: Optional[int] = None,
         deadline: float = 5.0,
     ) -> None:
+        budget, write_bytes_per_day = size_of("budget", budget), size_of("write_bytes_per_day", write_bytes_per_day)
+        ram_bytes = size_of("ram", ram) or 0
         self._own = None if isinstance(pool, Pool) else Pool(pool)
         self.pool: Pool = pool if isinstance(pool, Pool) else self._own
         self._spaces: List[Namespace] = []
-        if ram < 1 << 20:
+        if ram_bytes < 1 << 20:
             raise InvalidArgument(f"ram={ram}: at least 1 MiB is needed for blocks on their way")
         self._inner = _nvtier.KvStore(
             self.pool,
             name=name,
             budget=budget,
-            ram=ram,
+            ram=ram_bytes,
             keep=keep,
             ttl=ttl,
             write_bytes_per_day=write_bytes_per_day,

@@ -18,6 +18,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import _nvtier, kv
 from ._errors import InvalidArgument
+from ._sizes import Size
 
 __all__ = ["NvtierClient"]
 
@@ -34,13 +35,13 @@ class NvtierClient:
         pool: str,
         *,
         store: str = "lmcache",
-        budget: Optional[int] = None,
+        budget: Optional[Size] = None,
         fingerprint: str = "",
         threads: int = 4,
         deadline: float = 10.0,
-        ram: int = 256 << 20,
+        ram: Size = 256 << 20,
         ttl: Optional[int] = None,
-        write_bytes_per_day: Optional[int] = None,
+        write_bytes_per_day: Optional[Size] = None,
         second_offer: Optional[int] = None,
     ) -> None:
         if not isinstance(fingerprint, str):

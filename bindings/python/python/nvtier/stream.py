@@ -28,10 +28,11 @@ from ._experts import Experts, Layer, find_layers
 from ._errors import InvalidArgument, NoSpace, NotFound, NotSupported, OutOfDeviceMemory
 from ._meta import leave_meta, prepare
 from ._nvtier import Pool
+from ._sizes import size_of
 from .kv import digest_tensors
 from .train._blocks import Block, find_blocks, take_apart
 from .train._manager import Manager
-from .train._offload import _block_bytes, _bytes, _device, _move_buffers, _number, _pool_of, _ram_share, _state_name, _take_in, _unit_bytes
+from .train._offload import _block_bytes, _device, _move_buffers, _number, _pool_of, _ram_share, _state_name, _take_in, _unit_bytes
 from .train._optimizer import check_layout, describe
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _stream(
     # Weights that the pool has come from nowhere else.
     otherwise = next((param.device for param in model.parameters() if digest is not None), torch.device("cpu"))
     where = _device("nvtier.stream", device, otherwise)
-    vram_bytes, ram_bytes = _bytes("vram", vram), _bytes("ram", ram) or 0
+    vram_bytes, ram_bytes = size_of("vram", vram), size_of("ram", ram) or 0
     model.requires_grad_(False)
     expert_layers = find_layers(model)
     found_blocks = find_blocks(model, blocks)

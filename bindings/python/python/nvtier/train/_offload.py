@@ -14,6 +14,7 @@ from .._errors import Error, Exists, InvalidArgument, NoSpace, NotFound, NotSupp
 from .._meta import Weights, leave_meta, prepare
 from .._mounts import pool_mounted_at
 from .._nvtier import Pool
+from .._sizes import size_of
 from ._blocks import Block, find_blocks, take_apart, weight_plane
 from ._manager import Manager
 from ._optimizer import Optimizer, describe
@@ -24,7 +25,6 @@ from ._spill import ACTIVATIONS, Spill, room_in
 #: Blocks that a plane is cut into are of up to this many bytes.
 _BLOCK_MOST = 4 << 20
 _BLOCK_LEAST = 64 << 10
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 def offload(
@@ -90,10 +90,10 @@ def offload(
     on_meta = any(param.is_meta for param in model.parameters())
     if weights is not None and not on_meta:
         raise InvalidArgument("weights=...: this model has weights already; the folder is for a model that was made on the meta device")
-    ram_bytes, vram_bytes = _bytes("ram", ram) or 0, _bytes("vram", vram)
-    spill_ram = _bytes("activations_ram", activations_ram) or 0
+    ram_bytes, vram_bytes = size_of("ram", ram) or 0, size_of("vram", vram)
+    spill_ram = size_of("activations_ram", activations_ram) or 0
     if activations != "pool":
-        _bytes("activations", activations)
+        size_of("activations", activations)
     if activations is None and spill_ram:
         raise InvalidArgument("activations_ram without activations: activations='pool' moves them out of the device's memory, activations=0 to host memory only")
     ranks = ranks_of(group, where)
@@ -410,17 +410,6 @@ def _device(what: str, device: Union[None, str, torch.device], otherwise: torch.
     if where.type not in ("cpu", "cuda"):
         raise NotSupported(f"{what} on {where}: cpu and cuda are supported")
     return where
-
-
-def _bytes(what: str, value: Union[None, int, str]) -> Optional[int]:
-    if value is None or isinstance(value, int):
-        if value is not None and value < 0:
-            raise InvalidArgument(f"{what}={value}: bytes, 0 or more")
-        return value
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", value.lower())
-    if match is None:
-        raise InvalidArgument(f"{what}={value!r}: a number of bytes, or text such as '20GiB'")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def _run_name(run: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from .. import _nvtier
 from .._errors import Closed, NoSpace
 from .._nvtier import Pool
+from .._sizes import size_of
 from .._units import fetch, store
 from ._blocks import Block, Param
 from ._planes import seen
@@ -302,13 +303,11 @@ class Spill:
 
 def room_in(pool: Pool, activations: Union[int, str], taken: int, ranks: int) -> int:
     """Bytes of the pool for activations: so many, or (``"pool"``) most of what is free beside what the ranks take."""
-    from ._offload import _bytes
-
     # Logs and slabs of its own.
     free = int(pool.stat()["free_bytes"]) - ranks * (taken + (128 << 20))
     if activations == "pool":
         return max(free, 0) // ranks // 10 * 9
-    room = _bytes("activations", activations) or 0
+    room = size_of("activations", activations) or 0
     if room * ranks > free:
         raise NoSpace(f"activations={activations!r}: the pool has {max(free, 0)} bytes free for them beside weights, gradients and state")
     return room
