@@ -4,7 +4,9 @@
 
 use std::fmt::Write;
 
-use engine::PoolStat;
+use engine::kv::admin::{self, Watched};
+use engine::kv::{StoreStat, TenantInfo};
+use engine::{Pool, PoolStat};
 
 /// What a family's samples are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,8 +44,15 @@ pub(crate) fn family(
     }
 }
 
-/// State of a pool, for whoever owns it: the same families with and without a mount.
-pub fn pool(stat: &PoolStat) -> String {
+/// State of a pool and of the KV stores in it, for whoever owns it: the same families with and without a mount.
+pub fn owner(pool: &Pool) -> String {
+    // A list of stores that cannot be had leaves them out: the rest is true all the same, and says what is wrong.
+    let stores = admin::watch(pool).unwrap_or_default();
+    self::pool(&pool.stat()) + &kv(&stores)
+}
+
+/// State of a pool.
+fn pool(stat: &PoolStat) -> String {
     use Kind::{Counter, Gauge};
     let flag = u64::from;
     let seconds = |time: i64| u64::try_from(time).unwrap_or(0);
@@ -126,6 +135,83 @@ pub fn pool(stat: &PoolStat) -> String {
     out
 }
 
+/// State of the KV stores that somebody has open.
+fn kv(stores: &[Watched]) -> String {
+    use Kind::{Counter, Gauge};
+    let open: Vec<_> =
+        stores.iter().filter_map(|store| Some((&store.name, store.open.as_deref()?))).collect();
+    type Value = fn(&StoreStat) -> u64;
+    let families: [(&str, Kind, Value, &str); 17] = [
+        ("blocks", Gauge, |stat| stat.blocks, "Blocks that the store holds."),
+        ("pinned_blocks", Gauge, |stat| stat.pinned, "Of those, pinned ones."),
+        ("used_bytes", Gauge, |stat| stat.used_bytes, "Bytes of the slots of its blocks."),
+        ("allocated_bytes", Gauge, |stat| stat.allocated_bytes, "Bytes of its slabs and its index."),
+        ("budget_bytes", Gauge, |stat| stat.budget_bytes, "Bytes that it may occupy."),
+        ("hits_total", Counter, |stat| stat.hits, "Blocks that were asked for and delivered."),
+        ("misses_total", Counter, |stat| stat.misses, "Blocks that were asked for and not delivered."),
+        ("puts_total", Counter, |stat| stat.puts, "Blocks that were stored."),
+        ("evictions_total", Counter, |stat| stat.evictions, "Blocks that made room."),
+        ("expired_blocks_total", Counter, |stat| stat.expired, "Blocks whose time was over."),
+        (
+            "corrupt_blocks_total",
+            Counter,
+            |stat| stat.corrupt,
+            "Blocks that were not as they were put; a miss.",
+        ),
+        ("retried_reads_total", Counter, |stat| stat.retried, "Reads that were made again."),
+        ("errors_total", Counter, |stat| stat.io_errors, "Operations that failed; a miss, or no put."),
+        ("timeouts_total", Counter, |stat| stat.timeouts, "Of those, by their deadline."),
+        ("bad_slots", Gauge, |stat| stat.bad_slots, "Slots out of use until it is opened again."),
+        ("written_bytes_total", Counter, |stat| stat.written_bytes, "Bytes of blocks written, ever."),
+        (
+            "failed",
+            Gauge,
+            |stat| u64::from(!stat.failed.is_empty()),
+            "1 where nothing can be stored any more.",
+        ),
+    ];
+    let mut out = String::new();
+    for (name, kind, value, help) in families {
+        let samples =
+            open.iter().map(|(store, contents)| (labels(&[("store", store)]), value(&contents.stat) as f64));
+        family(&mut out, &format!("nvtier_kv_{name}"), kind, help, samples);
+    }
+    let refused = open.iter().flat_map(|(store, contents)| {
+        let stat = &contents.stat;
+        [
+            ("admission", stat.refused_admission),
+            ("write_budget", stat.refused_budget),
+            ("quota", stat.refused_quota),
+            ("space", stat.refused_space),
+        ]
+        .map(|(reason, count)| (labels(&[("store", store), ("reason", reason)]), count as f64))
+    });
+    family(&mut out, "nvtier_kv_refused_puts_total", Counter, "Puts refused, by the reason.", refused);
+    type OfTenant = fn(&TenantInfo) -> u64;
+    let of_tenants: [(&str, OfTenant, &str); 2] = [
+        ("used", |tenant| tenant.used_bytes, "Bytes of slots that a tenant's blocks have."),
+        ("quota", |tenant| tenant.quota_bytes, "Bytes of slots that they may have; 0: no limit."),
+    ];
+    for (name, value, help) in of_tenants {
+        let samples = open.iter().flat_map(|(store, contents)| {
+            let one = |tenant: &TenantInfo| {
+                (labels(&[("store", store), ("tenant", &tenant.name)]), value(tenant) as f64)
+            };
+            contents.tenants.iter().map(one)
+        });
+        family(&mut out, &format!("nvtier_kv_tenant_{name}_bytes"), Gauge, help, samples);
+    }
+    out
+}
+
+/// `{name="value",...}`, values escaped as the text format wants it.
+fn labels(pairs: &[(&str, &str)]) -> String {
+    let escape = |value: &str| value.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n");
+    let pairs: Vec<String> =
+        pairs.iter().map(|(name, value)| format!("{name}=\"{}\"", escape(value))).collect();
+    format!("{{{}}}", pairs.join(","))
+}
+
 /// Which nvtier this is.
 pub fn build() -> String {
     let mut out = String::new();
@@ -138,4 +224,16 @@ pub fn build() -> String {
         [(label, 1.0)],
     );
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_end_a_label_is_escaped() {
+        let text = labels(&[("store", "a\\b"), ("tenant", "say \"hi\"\nto")]);
+        assert_eq!(text, r#"{store="a\\b",tenant="say \"hi\"\nto"}"#);
+        assert_eq!(labels(&[]), "{}");
+    }
 }

@@ -6,7 +6,10 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
+use engine::kv::{Get, Key, Put, Settings};
+use engine::{Blocks, Session, SessionOptions};
 use nvtier_tests::{Kind, LIMIT, Mounted, format, nvtier_path, pattern, run, scratch};
 
 /// Sends these bytes and returns all that comes back.
@@ -34,6 +37,45 @@ fn with_metrics(kind: Kind) -> (Mounted, String) {
     let address = json["metrics"].as_str().unwrap().to_owned();
     assert!(address.starts_with("127.0.0.1:") && !address.ends_with(":0"), "{address}");
     (mounted, address)
+}
+
+/// A namespace of a store that the mount has open for as long as this lives, with four blocks of which one was found, and one not.
+fn with_store(mounted: &Mounted, name: &str, tenant: &str) -> (Session, Blocks) {
+    let session = Session::open(&mounted.pool, SessionOptions::default()).unwrap();
+    let settings = Settings { name: name.into(), ..Settings::default() };
+    let blocks = session.blocks(&settings, b"print", 10_000, tenant, None).unwrap();
+    let key = |n: u8| Key::new(&[n; 16]).unwrap();
+    let buffer = || nvme::Buffer::heap(blocks.slot_bytes()).unwrap();
+    let puts = (0..4).map(|n| Put { key: key(n), buffer: buffer(), start: 0 });
+    let by = Instant::now() + LIMIT;
+    assert_eq!(blocks.put(puts.collect(), by).len(), 4);
+    let gets = [1, 9].map(|n| Get { key: key(n), buffer: buffer(), start: 0 });
+    let found = blocks.get(gets.into(), by);
+    assert_eq!(found.iter().map(|done| done.result.is_ok()).collect::<Vec<_>>(), [true, false]);
+    (session, blocks)
+}
+
+#[test]
+fn kv_stores_are_seen_while_somebody_has_them_open() {
+    let (mounted, address) = with_metrics(Kind::Directory);
+    let body = || get(&address, "/metrics").split_once("\r\n\r\n").unwrap().1.to_owned();
+    assert!(!body().contains("nvtier_kv_blocks{"));
+    let (session, blocks) = with_store(&mounted, "chat", "an \"Alice\"");
+    let text = body();
+    for line in [
+        "nvtier_kv_blocks{store=\"chat\"} 4",
+        "nvtier_kv_puts_total{store=\"chat\"} 4",
+        "nvtier_kv_hits_total{store=\"chat\"} 1",
+        "nvtier_kv_misses_total{store=\"chat\"} 1",
+        "nvtier_kv_refused_puts_total{store=\"chat\",reason=\"quota\"} 0",
+        "nvtier_kv_failed{store=\"chat\"} 0",
+        // Slots are whole pages.
+        "nvtier_kv_tenant_used_bytes{store=\"chat\",tenant=\"an \\\"Alice\\\"\"} 49152",
+    ] {
+        assert!(text.lines().any(|there| there == line), "{line} is not in {text}");
+    }
+    drop((blocks, session));
+    mounted.finish();
 }
 
 /// Names of the samples, those of histograms with their suffixes.
@@ -125,6 +167,7 @@ fn the_dashboard_asks_for_what_is_exported() {
     }
     asked.insert("nvtier_build_info".into());
     let (mounted, address) = with_metrics(Kind::Directory);
+    let _store = with_store(&mounted, "chat", "");
     let exported = names(get(&address, "/metrics").split_once("\r\n\r\n").unwrap().1);
     let missing: Vec<_> = asked.difference(&exported).collect();
     assert!(missing.is_empty() && asked.len() > 12, "{missing:?} of {asked:?} are not exported");

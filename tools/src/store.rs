@@ -155,7 +155,7 @@ impl Store {
                 .hint("give --metrics to the owner: `nvtier mount --metrics`"));
         };
         output::note(&format!("metrics are at http://{}/metrics", bound.address()));
-        let text = move || Some(fuse_fs::metrics::build() + &fuse_fs::metrics::pool(&pool.stat()));
+        let text = move || Some(fuse_fs::metrics::build() + &fuse_fs::metrics::owner(&pool));
         bound.serve(Arc::new(text)).map(Some)
     }
 

@@ -117,6 +117,18 @@ pub enum Report {
     Dropped,
 }
 
+/// The stores of a pool that this process owns. Opens none, and reads nothing of blocks.
+pub fn watch(pool: &Pool) -> Result<Vec<Watched>> {
+    let watched = |name: String| Watched {
+        open: Store::opened(pool, &name).map(|store| {
+            let (stat, namespaces, tenants) = (store.stat(), store.namespaces(), store.tenants());
+            Box::new(Contents { stat, namespaces, tenants })
+        }),
+        name,
+    };
+    Ok(Store::names(pool)?.into_iter().map(watched).collect())
+}
+
 /// Does it, in the process that owns the pool. `progress` gets the blocks looked at so far.
 pub(crate) fn carry_out(
     pool: &Pool,
@@ -130,14 +142,7 @@ pub(crate) fn carry_out(
         return Store::names(pool).map(Report::Names);
     }
     if *order == Order::Watch {
-        let watched = |name: String| Watched {
-            open: Store::opened(pool, &name).map(|store| {
-                let (stat, namespaces, tenants) = (store.stat(), store.namespaces(), store.tenants());
-                Box::new(Contents { stat, namespaces, tenants })
-            }),
-            name,
-        };
-        return Ok(Report::Watched(Store::names(pool)?.into_iter().map(watched).collect()));
+        return watch(pool).map(Report::Watched);
     }
     super::check_name(name)?;
     let names = Store::names(pool)?;

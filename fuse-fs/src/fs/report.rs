@@ -148,7 +148,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
                 samples
             }),
         );
-        out.push_str(&metrics::pool(&self.pool.stat()));
+        out.push_str(&metrics::owner(&self.pool));
         out
     }
 }
