@@ -542,7 +542,7 @@ pub struct Load {
     /// Compare every byte on the device with a plain read of the source
     #[arg(long)]
     pub check: bool,
-    /// Measure how fast pinned memory is copied to the device, to compare with
+    /// Measure how fast pinned memory is copied to the device, and how fast the drive of a file reads, to compare with
     #[arg(long)]
     pub ceilings: bool,
     /// Write what was loaded from the device to a safetensors file, flushed, in place of what is there

@@ -56,6 +56,13 @@ fn a_directory_is_loaded_as_one_compared_and_saved() {
     assert_eq!(json["load"]["pinned_bytes"], 8 << 20);
     assert!(json["load"]["device_extra_bytes"].as_u64().unwrap() < 6 * 256);
     assert!(json["ceilings"]["copy_bytes_per_second"].as_f64().unwrap() > 0.0);
+    // Files of this size say nothing of a drive; and it is said.
+    assert!(json["ceilings"]["drive_measured"] != "now", "{json:#}");
+    assert!(
+        json["load"]["notes"].to_string().contains("the drive was not measured: no file has 64"),
+        "{json:#}"
+    );
+    assert!(json["ceilings"]["binding"]["share"].as_f64().unwrap() > 0.0);
     assert_eq!(json["save"]["bytes"], fs::metadata(&out).unwrap().len());
     // What was saved is loaded again, for people this time.
     let again = nvtier(["load", text(&out), "--device", "cpu", "--check", "--progress", "none"]).ok();
@@ -65,6 +72,21 @@ fn a_directory_is_loaded_as_one_compared_and_saved() {
     let one =
         nvtier(["load", text(&directory), "--device", "cpu", "--json", "--filter", "*.1.?.weight"]).ok();
     assert_eq!(one.json()["load"]["tensors"], 3);
+}
+
+#[test]
+fn the_ceilings_are_those_of_now_and_the_lower_one_binds() {
+    let folder = scratch();
+    let (directory, _) = checkpoint(folder.path(), 70 << 20);
+    let options = ["--device", "cpu", "--no-tune", "--ceilings", "--json"];
+    let json = nvtier(["load", text(&directory)].into_iter().chain(options)).ok().json();
+    let ceilings = &json["ceilings"];
+    assert_eq!(ceilings["drive_measured"], "now", "{json:#}");
+    let rate = |name: &str| ceilings[name].as_f64().unwrap();
+    let (drive, copies) = (rate("drive_bytes_per_second"), rate("copy_bytes_per_second"));
+    let binding = &ceilings["binding"];
+    assert_eq!(binding["ceiling"], if drive < copies { "drive" } else { "copies" });
+    assert_eq!(binding["bytes_per_second"].as_f64().unwrap(), drive.min(copies));
 }
 
 #[test]

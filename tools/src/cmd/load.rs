@@ -21,6 +21,8 @@ use crate::{ceiling, interrupt, names, output, size};
 
 /// How long the ceiling of copies is measured.
 const CEILING_TIME: Duration = Duration::from_millis(500);
+/// Files from this length on tell how fast their drive reads.
+const DRIVE_FILE: u64 = 64 << 20;
 /// Bytes that are compared at a time.
 const CHECK_BLOCK: usize = 8 << 20;
 
@@ -91,8 +93,13 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
     let saved = args.save.as_deref().map(|path| save(global, &mut lane, &loaded, path)).transpose()?;
     let copy_ceiling =
         if args.ceilings { Some(lane.copy_ceiling(CEILING_TIME).map_err(failure)?) } else { None };
-    let ceilings = Ceilings { copy: copy_ceiling, drive };
+    let measured = match args.ceilings && args.pool.is_none() {
+        true => drive_now(args, &mut loaded.report.notes)?,
+        false => None,
+    };
+    let ceilings = Ceilings { copy: copy_ceiling, drive: measured.or(drive), drive_now: measured.is_some() };
     if global.json {
+        let rate = rate_of(&loaded.report);
         return output::json(&json!({
             "load": loaded.report,
             "checked_bytes": checked,
@@ -100,6 +107,10 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
             "ceilings": {
                 "copy_bytes_per_second": ceilings.copy,
                 "drive_bytes_per_second": ceilings.drive,
+                "drive_measured": ceilings.drive.map(|_| if ceilings.drive_now { "now" } else { "earlier" }),
+                "binding": ceilings.binding().map(|(name, bytes)| {
+                    json!({ "ceiling": name, "bytes_per_second": bytes, "share": rate / bytes.max(1.0) })
+                }),
             },
         }));
     }
@@ -109,8 +120,44 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
 struct Ceilings {
     /// Pinned memory to the device, measured now.
     copy: Option<f64>,
-    /// The drive's, as it was measured by the demo or the benchmark last.
+    /// The drive's, measured now, or else as it was measured last by `doctor --measure` or the demo.
     drive: Option<f64>,
+    drive_now: bool,
+}
+
+impl Ceilings {
+    /// The lowest of those that are known: a load cannot be faster.
+    fn binding(&self) -> Option<(&'static str, f64)> {
+        let known = [("drive", self.drive), ("copies", self.copy)];
+        let known = known.into_iter().filter_map(|(name, rate)| Some((name, rate?)));
+        known.min_by(|(_, a), (_, b)| a.total_cmp(b))
+    }
+}
+
+fn rate_of(report: &Report) -> f64 {
+    report.bytes as f64 / report.seconds.max(1e-9)
+}
+
+/// Bytes a second that the drive of the first file that is long enough reads now, past the page cache. Why there is none is noted.
+fn drive_now(args: &Load, notes: &mut Vec<String>) -> Outcome<Option<f64>> {
+    let long = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|file| file.len() >= DRIVE_FILE);
+    let Some(path) = files(&args.paths)?.into_iter().find(long) else {
+        notes.push(format!(
+            "the drive was not measured: no file has {} or more to read",
+            size::human(DRIVE_FILE)
+        ));
+        return Ok(None);
+    };
+    let options = ["--rw=read", "--bs=1m", "--ioengine=io_uring", "--iodepth=32", "--direct=1"];
+    let time = ["--runtime=1", "--time_based"];
+    match super::measure::bench(&path, "read", &[&options[..], &time].concat()) {
+        Ok(rate) => Ok(Some(rate)),
+        Err(failure) if failure.code == code::INTERRUPTED => Err(failure),
+        Err(failure) => {
+            notes.push(format!("the drive was not measured: {}", failure.message));
+            Ok(None)
+        }
+    }
 }
 
 fn way(args: &Load) -> PathOptions {
@@ -353,7 +400,7 @@ fn describe(
     } else {
         format!(", {}, driver {}", device.pci, device.driver)
     };
-    let rate = report.bytes as f64 / report.seconds.max(1e-9);
+    let rate = rate_of(report);
     let share = |ceiling: f64| format!("{} ({:.0}%)", size::rate(ceiling), 100.0 * rate / ceiling.max(1.0));
     let mut lines = vec![
         format!("device      {} ({}{place})", device.id, device.name),
@@ -421,7 +468,15 @@ fn describe(
         lines.push(format!("ceiling     copies to the device, measured now: {}", share(copy)));
     }
     if let Some(drive) = ceilings.drive {
-        lines.push(format!("ceiling     the drive, measured earlier: {}", share(drive)));
+        let when = if ceilings.drive_now { "now" } else { "earlier" };
+        lines.push(format!("ceiling     the drive, measured {when}: {}", share(drive)));
+    }
+    if let Some((name, bytes)) = ceilings.binding().filter(|_| ceilings.copy.is_some()) {
+        let name = if name == "drive" { "the drive" } else { name };
+        lines.push(format!(
+            "binding     {name}, of whose rate {:.0}% was reached",
+            100.0 * rate / bytes.max(1.0)
+        ));
     }
     lines.push(format!(
         "memory      {} pinned (set up in {:.2} s), {} on the device, {} more than the tensors",

@@ -170,7 +170,7 @@ fn own(args: &[&OsStr]) -> Outcome<Vec<u8>> {
 }
 
 /// Bytes per second of a run of `nvtier bench` on a file.
-fn bench(file: &Path, direction: &str, options: &[&str]) -> Outcome<f64> {
+pub fn bench(file: &Path, direction: &str, options: &[&str]) -> Outcome<f64> {
     let mut filename = std::ffi::OsString::from("--filename=");
     filename.push(file.to_string_lossy().replace('\\', "\\\\").replace(':', "\\:"));
     let mut args: Vec<&OsStr> =
