@@ -2,6 +2,7 @@
 # Runs one command in a small virtual machine that has emulated NVMe drives.
 #
 #   run.sh --setup                          only fetch and build what is missing; says why where it cannot
+#   run.sh --setup-system                   and the system of --system
 #   run.sh [option]... -- COMMAND [ARG]...
 #
 # The machine is emulated in software, so it needs no /dev/kvm: QEMU and a kernel from Debian's backports, an initramfs with
@@ -17,6 +18,8 @@
 #                     size=256M  lba=512  file=PATH (an image to keep; else a temporary one)
 #                     error=read:SECTOR or error=write:SECTOR   a medium error at that 512-byte sector
 #                     log=PATH   every write and flush also goes to PATH, in the format of dm-log-writes
+#   --system IMAGE  COMMAND runs in a Debian system with systemd, once that has started everything; then the machine shuts down.
+#                   IMAGE is its drive, serial "system": made if it is not there, kept for the next boot. Not with --out
 #   --timeout SEC   whole run, boot included (default 120)
 #   --pidfile FILE  QEMU's pid, for a test that kills it
 #   --console FILE  keep the guest's console here
@@ -31,6 +34,9 @@ readonly KERNEL=linux-image-cloud-amd64
 readonly CACHE=${NVTIER_CACHE:-$HOME/.cache/nvtier}/guest
 
 die() { echo "guest: $*" >&2; exit 125; }
+
+# shellcheck source=tests/guest/system.sh
+. "${BASH_SOURCE[0]%/*}/system.sh"
 
 # ---------------------------------------------------------------- setup
 # apt with lists of its own: this machine's sources and their backports. /etc/apt and /var/lib/apt stay as they are.
@@ -132,7 +138,8 @@ build() {
   init > "$root/init"
   chmod +x "$root/init"
   ( cd "$root" && find . | cpio -o -H newc --quiet ) > base.cpio
-  mkdir -p "$CACHE/$STAMP"
+  mkdir -p "$CACHE/$STAMP/lib"
+  mv kernel/lib/modules "$CACHE/$STAMP/lib/"
   echo "${kernel#linux-image-}" > "$CACHE/$STAMP/version"
   mv vmlinux base.cpio "$CACHE/$STAMP/"
   cd /
@@ -176,6 +183,11 @@ for c in /sys/class/nvme/nvme*; do
 done
 END
 sh /bin/name-drives
+if [ -n "$SYSTEM" ]; then
+INIT
+  system_init
+  cat <<'INIT'
+fi
 out=$(port stdout); rc=$(port rc)
 cd /tmp
 sh /job/command < /dev/null > "$out" 2>&1
@@ -191,7 +203,7 @@ setup() {
   command -v apt-get dpkg >/dev/null || die "needs apt and dpkg to get QEMU and a kernel"
   mkdir -p "$CACHE/apt"
   # Changed build steps build anew; so does a changed C library of this machine, which programs in the guest use.
-  STAMP=$({ declare -f build init; ldd --version | sed -n 1p; } | sha256sum | cut -c1-16)
+  STAMP=$({ declare -f build init system_init; ldd --version | sed -n 1p; } | sha256sum | cut -c1-16)
   exec 9> "$CACHE/lock"
   flock 9
   setup_programs
@@ -239,10 +251,11 @@ drive_args() {
 }
 
 main() {
-  local bins=() drives=() out='' limit=120 pidfile='' console='' only_setup=''
+  local bins=() drives=() out='' limit=120 pidfile='' console='' system='' only_setup=''
   while [ $# -gt 0 ]; do
     case $1 in
-      --setup) only_setup=1; shift ;;
+      --setup | --setup-system) only_setup=$1; shift ;;
+      --system) system=$2; shift 2 ;;
       --bin) bins+=("$2"); shift 2 ;;
       --drive) drives+=("$2"); shift 2 ;;
       --out) out=$2; shift 2 ;;
@@ -253,7 +266,9 @@ main() {
       *) die "unknown option $1" ;;
     esac
   done
+  [ -z "$system" ] || [ -z "$out" ] || die '--out and --system do not go together'
   setup
+  [ -z "$system" ] && [ "$only_setup" != --setup-system ] || setup_system
   if [ -n "$only_setup" ]; then
     echo "guest: Linux $(cat "$CACHE/$STAMP/version"), $(qemu-system-x86_64 --version | sed -n 1p)"
     exit 0
@@ -265,7 +280,11 @@ main() {
   console=${console:-$TMP/console}
 
   mkdir -p "$TMP"/root/{job,usr/local/bin}
-  printf 'TAKE_OUT="%s"\nDRIVES=%s\n' "$out" "${#drives[@]}" > "$TMP/root/job/env"
+  if [ -n "$system" ]; then
+    [ -e "$system" ] || cp --sparse=always "$CACHE/$STAMP/$SYSTEM_STAMP.img" "$system"
+    drives+=("serial=system,file=$system")
+  fi
+  printf 'TAKE_OUT="%s"\nDRIVES=%s\nSYSTEM="%s"\n' "$out" "${#drives[@]}" "$system" > "$TMP/root/job/env"
   printf '%q ' "$@" > "$TMP/root/job/command"
   local file
   for file in "${bins[@]}"; do

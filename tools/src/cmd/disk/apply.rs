@@ -34,7 +34,7 @@ pub fn run(global: &Global, args: &DiskApply) -> Outcome {
         record.save(folder)?;
     }
     // After a boot without systemd nobody has mounted them.
-    record.volumes.iter().try_for_each(layout::Volume::mount)?;
+    layout::mount(&record)?;
     for volume in &record.volumes {
         write_whole(&volume.unit, &volume.unit_text, 0o644)?;
     }

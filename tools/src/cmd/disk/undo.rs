@@ -11,7 +11,7 @@ use nvme::{Device, DeviceOptions};
 use serde_json::json;
 
 use super::record::{self, Record, State, lock};
-use super::{confirm, layout, shown, unit, unit_name, unit_names};
+use super::{confirm, layout, lvm, shown, unit, unit_name};
 use crate::cli::{DiskUndo, Global, Layout};
 use crate::failure::{Failure, Outcome, code};
 use crate::output;
@@ -62,8 +62,7 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
         record.save(&folder)?;
     }
     let mut done = Vec::new();
-    let units = record.volumes.iter().map(|volume| &volume.unit).chain([&record.unit]);
-    for unit in units.filter(|unit| unit.exists()) {
+    for (unit, _) in units(&record).filter(|(unit, _)| unit.exists()) {
         std::fs::remove_file(unit)
             .map_err(|error| Failure::io(format!("remove the unit {}", unit.display()), &error))?;
         done.push(format!("removed the unit {}", unit.display()));
@@ -73,7 +72,7 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
     }
     record.volumes.iter().try_for_each(layout::Volume::umount)?;
     if record.layout == Layout::Lvm {
-        done.extend(layout::remove_group(&record)?);
+        done.extend(lvm::remove(&record)?);
     }
     for (index, (drive, now)) in record.drives.iter().zip(&drives).enumerate() {
         let node = drive.node.display();
@@ -85,7 +84,10 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
             }
             Now::Below if record.layout == Layout::Lvm => {}
             Now::Below => {
+                // It may have another number by now.
                 let device = record.volumes[index].device();
+                let device = device.canonicalize().unwrap_or(device);
+                let node = device.display();
                 let wipe = || -> engine::Result<()> {
                     let device = nvme::open(&device, &DeviceOptions::default())?;
                     // Whoever looks next sees nothing: what looks for signatures looks here.
@@ -137,10 +139,9 @@ fn check(record: &Record) -> Outcome {
 
 /// The unit is the one that was written, or gone.
 fn check_unit(record: &Record) -> Outcome {
-    let volumes = record.volumes.iter().map(|volume| (&volume.unit, &volume.unit_text));
-    for (unit, written) in volumes.chain([(&record.unit, &record.unit_text)]) {
+    for (unit, written) in units(record) {
         match std::fs::read_to_string(unit) {
-            Ok(text) if text == *written => {}
+            Ok(text) if text == written => {}
             Ok(_) => {
                 return Err(Failure::new(
                     code::FAILED,
@@ -163,14 +164,24 @@ fn is_active(record: &Record) -> bool {
 
 /// Unmounts by stopping the unit, where systemd knows it.
 fn stop(record: &Record) -> Outcome {
-    if record.unit.exists() && unit::reachable(&record.unit).is_ok() {
+    if unit::reachable(&record.unit).is_err() {
+        return Ok(());
+    }
+    if record.unit.exists() {
         // Only the pool's is stopped: its files are looked at before they go. A file system that is unmounted later ends its unit.
         unit::systemctl(&["stop", &unit_name(record)])?;
-        for name in unit_names(record) {
-            unit::systemctl(&["disable", &name])?;
-        }
+    }
+    // An `undo` that was killed may have removed some of them; what it removed it had disabled.
+    for (unit, _) in units(record).filter(|(unit, _)| unit.exists()) {
+        unit::systemctl(&["disable", &unit.file_name().unwrap_or_default().to_string_lossy()])?;
     }
     Ok(())
+}
+
+/// Units of a record with their text, those of file systems first.
+fn units(record: &Record) -> impl Iterator<Item = (&Path, &str)> {
+    let volumes = record.volumes.iter().map(|volume| (volume.unit.as_path(), volume.unit_text.as_str()));
+    volumes.chain([(record.unit.as_path(), record.unit_text.as_str())])
 }
 
 /// Looks at every drive and claims what is ours: nobody can mount or change it until it is wiped.

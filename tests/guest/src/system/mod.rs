@@ -1,0 +1,103 @@
+//! What runs in a guest with systemd: layouts of `nvtier disk`, and its units through two boots.
+
+mod units;
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::report::{Checked, Report, Skip, ensure, equal};
+
+/// The drives of both boots, `--drive` of run.sh.
+pub const DRIVES: [&str; 8] = [
+    "serial=r0,size=192M",
+    "serial=r1,size=192M,lba=4096",
+    "serial=x0,size=1G",
+    "serial=x1,size=1G",
+    "serial=l0,size=1G",
+    "serial=l1,size=1G",
+    // Not as large as the others, as drives happen to be.
+    "serial=l2,size=1064M",
+    "serial=h0,size=96M",
+];
+
+/// Before the boot that is between them: `tests` is the program of tests/tests/disk_layouts.rs.
+pub fn first(tests: &str, filter: Option<&str>) -> Checked<bool> {
+    let fine = layouts(tests, filter)?;
+    let mut report = Report::new("guest: units", filter);
+    report.check("a_drive_that_the_system_runs_from_is_refused", root_drive);
+    report.check("drives_with_other_blocks_are_no_volume_group", other_blocks);
+    units::first(&mut report);
+    Ok(report.finish() && fine)
+}
+
+/// After it.
+pub fn second(filter: Option<&str>) -> Checked<bool> {
+    let mut report = Report::new("guest: units after a boot", filter);
+    units::second(&mut report);
+    Ok(report.finish())
+}
+
+/// The tests of layouts that also run on loop devices, here on drives; their lines become ours.
+fn layouts(tests: &str, filter: Option<&str>) -> Checked<bool> {
+    let drives: Vec<String> = ["l0", "l1", "l2"].into_iter().map(node).collect::<Checked<_>>()?;
+    println!("     Running guest: layouts of nvtier disk");
+    let mut command = Command::new(tests);
+    command.args(["--test-threads=1", "--show-output"]).args(filter);
+    command.env("NVTIER_BIN", "/usr/local/bin/nvtier").env("NVTIER_DRIVES", drives.join(":"));
+    let mut child = command.stdout(Stdio::piped()).spawn().map_err(|error| format!("{tests}: {error}"))?;
+    for line in BufReader::new(child.stdout.take().ok_or("no pipe")?).lines() {
+        println!("{}", line?);
+    }
+    Ok(child.wait()?.success())
+}
+
+/// A drive's node by its serial number: `/dev/nvme0n1`, whatever the number is in this boot.
+fn node(serial: &str) -> Checked<String> {
+    let link = Path::new("/dev/drives").join(serial);
+    let node = std::fs::canonicalize(&link).map_err(|error| format!("{}: {error}", link.display()))?;
+    Ok(node.to_string_lossy().into_owned())
+}
+
+/// What a program said, and whether it was content.
+fn ran(words: &[&str]) -> Checked<(bool, String)> {
+    let output = Command::new(words[0]).args(&words[1..]).output();
+    let output = output.map_err(|error| format!("{}: {error}", words[0]))?;
+    let said = [output.stdout, output.stderr].concat();
+    Ok((output.status.success(), String::from_utf8_lossy(&said).trim().to_owned()))
+}
+
+/// The output of a program that must succeed.
+fn told(words: &[&str]) -> Checked<String> {
+    let output = Command::new(words[0]).args(&words[1..]).output();
+    let output = output.map_err(|error| format!("{}: {error}", words[0]))?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    ensure(output.status.success(), || {
+        format!("{words:?}: {}\n{}\n{}", output.status, text(&output.stdout), text(&output.stderr))
+    })?;
+    Ok(text(&output.stdout))
+}
+
+fn json(words: &[&str]) -> Checked<Value> {
+    Ok(serde_json::from_str(&told(words)?)?)
+}
+
+/// Fails unless `nvtier disk plan --force` refuses these drives with those words.
+fn refused(serials: &[&str], more: &[&str], words: &[&str]) -> Checked {
+    let nodes: Vec<String> = serials.iter().map(|serial| node(serial)).collect::<Checked<_>>()?;
+    let mut command = vec!["nvtier", "disk", "plan", "--force"];
+    command.extend(nodes.iter().map(String::as_str));
+    command.extend(more);
+    let (fine, said) = ran(&command)?;
+    ensure(!fine && words.iter().all(|word| said.contains(word)), || format!("{command:?}: {said}"))
+}
+
+fn root_drive() -> Checked {
+    refused(&["system"], &[], &["mounted on /"])
+}
+
+fn other_blocks() -> Checked {
+    refused(&["x0", "r1"], &["--layout", "lvm"], &["blocks of 512 and of 4096 bytes"])
+}
