@@ -6,7 +6,7 @@ readonly SYSTEM_PACKAGES=(systemd udev lvm2 xfsprogs mount util-linux kmod busyb
 # What is loaded in it as a module; what these need comes along.
 readonly SYSTEM_MODULES=(dm-mod xfs)
 # Of what the packages depend on: what nothing here runs, and what busybox has.
-readonly SYSTEM_WITHOUT='adduser|coreutils|dbus|debconf|debianutils|dpkg|fdisk|init-system-helpers|libicu|login|passwd|perl|python|tar|thin-'
+readonly SYSTEM_WITHOUT='adduser|coreutils|dbus|debconf|dpkg|gcc|libcom-err|libdb|libexpat|libgssapi|libicu|libk5|libkeyutils|libkrb5|libnsl|libpam-modules|libpython|libsemanage|libsepol|libsqlite|libstdc|libtirpc|lsb|media-types|passwd|perl|python|readline-common|sysvinit|tar|thin-|util-linux-extra'
 readonly SYSTEM_SIZE=320M
 
 # Everything that the packages need, as if nothing were installed here: NAME=VERSION, one a line.
@@ -44,15 +44,22 @@ system_files() {
   for name in audio input kvm lp render sgx systemd-journal; do echo "$name:x:$((100 + ${#name})):" >> root/etc/group; done
   echo guest > root/etc/hostname
   echo 00000000000000000000000000000001 > root/etc/machine-id
+  # The journal stays: how things ended is seen after the next boot.
+  mkdir -p root/var/log/journal
   touch root/etc/fstab root/etc/.updated root/var/.updated
   # What a machine that does one thing need not do.
   for unit in getty@.service serial-getty@.service systemd-firstboot.service systemd-hwdb-update.service \
-    systemd-journal-catalog-update.service systemd-journal-flush.service systemd-logind.service systemd-networkd.service \
+    systemd-journal-catalog-update.service systemd-logind.service systemd-networkd.service \
     systemd-pstore.service systemd-random-seed.service systemd-resolved.service systemd-sysusers.service \
     systemd-timesyncd.service systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-user-sessions.service \
-    e2scrub_reap.service apt-daily.timer fstrim.timer xfs_scrub_all.timer systemd-tmpfiles-clean.timer; do
+    getty-static.service systemd-binfmt.service proc-sys-fs-binfmt_misc.automount dev-hugepages.mount dev-mqueue.mount \
+    sys-kernel-debug.mount sys-kernel-tracing.mount sys-kernel-config.mount sys-fs-fuse-connections.mount modprobe@configfs.service \
+    modprobe@fuse.service modprobe@loop.service fstrim.timer xfs_scrub_all.timer systemd-tmpfiles-clean.timer; do
     ln -sf /dev/null "root/etc/systemd/system/$unit"
   done
+  # Each reload runs all of them.
+  mkdir -p root/etc/systemd/system-generators
+  for unit in root/usr/lib/systemd/system-generators/*; do ln -s /dev/null "root/etc/systemd/system-generators/${unit##*/}"; done
   cat > root/etc/systemd/system/default.target <<'UNIT'
 [Unit]
 Description=the command of run.sh, once everything else is started

@@ -23,7 +23,7 @@ struct Pool {
 const POOLS: [Pool; 3] = [
     Pool { name: "r", layout: "raw", drives: &["r0", "r1"] },
     Pool { name: "x", layout: "xfs", drives: &["x0", "x1"] },
-    Pool { name: "l", layout: "lvm", drives: &["l0", "l1", "l2"] },
+    Pool { name: "l", layout: "lvm", drives: &["l0", "l1"] },
 ];
 
 pub fn first(report: &mut Report) {
@@ -243,6 +243,7 @@ fn by_hand() -> Checked {
     ensure(line.contains("\0--ram\x0064MiB\0--metrics\x000\0--\0"), || format!("{line:?}"))?;
     let file = Path::new("/mnt/by hand/file");
     std::fs::write(file, pattern(9, 3_000_000))?;
+    std::fs::File::open(file)?.sync_all()?;
     killed("nvtier@models")?;
     same_bytes(file, &pattern(9, 3_000_000), "after a kill")?;
     // And without options.

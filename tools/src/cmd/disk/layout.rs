@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use doctor::System;
 use doctor::disks::disks;
+use engine::format::erase_device;
+use nvme::DeviceOptions;
 use serde::{Deserialize, Serialize};
 
 use super::record::Record;
@@ -21,6 +23,13 @@ use crate::size;
 
 /// mkfs.xfs wants a log of 64 MiB inside an allocation group; of 512 MiB with a stripe unit it makes none (xfsprogs 6.1).
 const XFS_LEAST: u64 = 1 << 30;
+const XFS_MAGIC: &[u8] = b"XFSB";
+/// `sb_inprogress`, which mkfs.xfs clears last; nothing mounts an XFS that has it.
+const XFS_IN_PROGRESS: usize = 126;
+/// What tells whose a drive is lies in its first bytes.
+const HEAD: usize = 4096;
+/// Bytes at the start of a drive that `undo` takes away.
+const WIPED: usize = 1 << 20;
 /// The pool's directory on a file system.
 const POOL: &str = "pool";
 
@@ -110,13 +119,12 @@ impl Volume {
     }
 }
 
-/// The UUID of an XFS, and whether it was made to the end (xfs_format.h, `xfs_dsb`: the magic at 0, `sb_uuid` at 32, `sb_inprogress`
-/// at 126, which mkfs.xfs clears last).
+/// The UUID of an XFS, and whether it was made to the end (xfs_format.h, `xfs_dsb`: the magic at 0, `sb_uuid` at 32).
 fn super_block(node: &Path) -> Option<(String, bool)> {
     let mut head = [0; 128];
     File::open(node).ok()?.read_exact_at(&mut head, 0).ok()?;
-    let bytes: [u8; 16] = head[32..48].try_into().ok()?;
-    head.starts_with(b"XFSB").then(|| (uuid::Uuid::from_bytes(bytes).hyphenated().to_string(), head[126] == 0))
+    let uuid = uuid::Uuid::from_slice(&head[32..48]).ok()?;
+    head.starts_with(XFS_MAGIC).then(|| (uuid.hyphenated().to_string(), head[XFS_IN_PROGRESS] == 0))
 }
 
 /// The file systems of a record to be.
@@ -233,9 +241,39 @@ pub fn is_ours(record: &Record, index: usize) -> bool {
     let Some(drive) = record.drives.get(index) else { return false };
     match record.layout {
         Layout::Raw => super::judge::pool_id(&drive.node).as_ref() == Some(&record.pool_id),
-        Layout::Xfs => record.volumes.get(index).is_some_and(Volume::is_ours),
-        Layout::Lvm => lvm::node_of(drive).is_some(),
+        Layout::Xfs | Layout::Lvm => node_of(record, index).is_some(),
     }
+}
+
+/// Where the drive is now that carries a file system or a physical volume of ours.
+pub fn node_of(record: &Record, index: usize) -> Option<PathBuf> {
+    match record.layout {
+        Layout::Raw => None,
+        Layout::Xfs => {
+            let device = record.volumes.get(index).filter(|volume| volume.is_ours())?.device();
+            Some(device.canonicalize().unwrap_or(device))
+        }
+        Layout::Lvm => lvm::node_of(record.drives.get(index)?),
+    }
+}
+
+/// Takes file system or physical volume off a drive. What tells that it is ours goes last: until then a run that was killed can be repeated.
+pub fn wipe(node: &Path) -> engine::Result<()> {
+    let device = nvme::open(node, &DeviceOptions::default())?;
+    let mut head = vec![0; HEAD];
+    device.read_at(0, &mut head)?;
+    if head.starts_with(XFS_MAGIC) {
+        // From here on nobody mounts it.
+        head[XFS_IN_PROGRESS] = 1;
+        device.write_at(0, &head)?;
+        device.flush()?;
+    }
+    // Whoever looks next sees nothing: what looks for signatures looks here.
+    device.write_at(HEAD as u64, &vec![0; WIPED - HEAD])?;
+    device.flush()?;
+    device.write_at(0, &[0; HEAD])?;
+    device.flush()?;
+    erase_device(&*device)
 }
 
 /// Fails where undoing would lose what is not the pool's. Mounts what is not mounted.

@@ -19,8 +19,8 @@ pub const STRIPE: u64 = 128 << 10;
 /// The logical volume.
 pub const VOLUME: &str = "pool";
 
-const TOOLS: [&str; 9] =
-    ["pvcreate", "pvs", "pvremove", "vgcreate", "vgs", "vgremove", "lvcreate", "lvchange", "lvs"];
+const TOOLS: [&str; 8] =
+    ["pvcreate", "pvs", "vgcreate", "vgs", "vgremove", "lvcreate", "lvchange", "lvs"];
 
 /// The group's name.
 pub fn group(record: &Record) -> String {
@@ -167,20 +167,12 @@ pub fn check_undo(record: &Record) -> Outcome {
     if ours.is_empty() { Ok(()) } else { activate(record) }
 }
 
-/// Removes the group and the physical volumes, as far as they are there. Gives what was done.
-pub fn remove(record: &Record) -> Outcome<Vec<String>> {
-    let mut done = Vec::new();
-    if has_group(record) {
-        let group = group(record);
-        lvm("vgremove").run(&["--yes", "--force", &group])?;
-        done.push(format!("removed the volume group {group}"));
+/// Removes the group, if it is there and ours. Whether it was.
+pub fn remove_group(record: &Record) -> Outcome<bool> {
+    if !has_group(record) {
+        return Ok(false);
     }
-    for node in record.drives.iter().filter_map(node_of) {
-        let words = ["--yes", "--force"].map(AsRef::as_ref);
-        lvm("pvremove").run(&[&words[..], &[node.as_os_str()]].concat())?;
-        done.push(format!("wiped {}", node.display()));
-    }
-    Ok(done)
+    lvm("vgremove").run(&["--yes", "--force", &group(record)]).map(|_| true)
 }
 
 #[cfg(test)]

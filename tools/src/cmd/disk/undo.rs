@@ -16,15 +16,12 @@ use crate::cli::{DiskUndo, Global, Layout};
 use crate::failure::{Failure, Outcome, code};
 use crate::output;
 
-/// Bytes at the start of a file system that `undo` takes away.
-const WIPED: usize = 1 << 20;
-
 /// What a drive is now.
 enum Now {
     /// It carries the pool: claimed, to be wiped.
     Ours(Arc<dyn Device>),
-    /// It carries a file system of ours, or is part of our volume group.
-    Below,
+    /// It carries a file system of ours, or a physical volume: where it is now.
+    Below(PathBuf),
     /// Nothing is on it.
     Blank,
     /// `apply` was killed before its pool was there; this is.
@@ -71,10 +68,10 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
         unit::systemctl(&["daemon-reload"])?;
     }
     record.volumes.iter().try_for_each(layout::Volume::umount)?;
-    if record.layout == Layout::Lvm {
-        done.extend(lvm::remove(&record)?);
+    if record.layout == Layout::Lvm && lvm::remove_group(&record)? {
+        done.push(format!("removed the volume group {}", lvm::group(&record)));
     }
-    for (index, (drive, now)) in record.drives.iter().zip(&drives).enumerate() {
+    for (drive, now) in record.drives.iter().zip(&drives) {
         let node = drive.node.display();
         match now {
             Now::Ours(device) => {
@@ -82,20 +79,11 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
                     .map_err(|error| Failure::from(error).while_doing(format!("wipe {node}")))?;
                 done.push(format!("wiped {node}"));
             }
-            Now::Below if record.layout == Layout::Lvm => {}
-            Now::Below => {
-                // It may have another number by now.
-                let device = record.volumes[index].device();
-                let device = device.canonicalize().unwrap_or(device);
-                let node = device.display();
-                let wipe = || -> engine::Result<()> {
-                    let device = nvme::open(&device, &DeviceOptions::default())?;
-                    // Whoever looks next sees nothing: what looks for signatures looks here.
-                    device.write_at(0, &vec![0; (WIPED as u64).min(device.len()) as usize])?;
-                    erase_device(&*device)
-                };
-                wipe().map_err(|error| Failure::from(error).while_doing(format!("wipe {node}")))?;
-                done.push(format!("wiped {node}"));
+            Now::Below(node) => {
+                layout::wipe(node).map_err(|error| {
+                    Failure::from(error).while_doing(format!("wipe {}", node.display()))
+                })?;
+                done.push(format!("wiped {}", node.display()));
             }
             Now::Blank => done.push(format!("left {node}: nothing is on it")),
             Now::Untouched(holds) => done.push(format!("left {node}: it holds {holds}, and no pool yet")),
@@ -172,10 +160,9 @@ fn stop(record: &Record) -> Outcome {
         unit::systemctl(&["stop", &unit_name(record)])?;
     }
     // An `undo` that was killed may have removed some of them; what it removed it had disabled.
-    for (unit, _) in units(record).filter(|(unit, _)| unit.exists()) {
-        unit::systemctl(&["disable", &unit.file_name().unwrap_or_default().to_string_lossy()])?;
-    }
-    Ok(())
+    let there = units(record).filter(|(unit, _)| unit.exists());
+    let names: Vec<_> = there.filter_map(|(unit, _)| unit.file_name()?.to_str()).collect();
+    if names.is_empty() { Ok(()) } else { unit::systemctl(&[&["disable"], &names[..]].concat()) }
 }
 
 /// Units of a record with their text, those of file systems first.
@@ -208,8 +195,8 @@ fn look(record: &Record) -> Outcome<Vec<Now>> {
 /// Of a drive with a file system on it.
 fn look_below(record: &Record, index: usize, drive: &record::Drive) -> Outcome<Now> {
     let node = &drive.node;
-    if layout::is_ours(record, index) {
-        return Ok(Now::Below);
+    if let Some(node) = layout::node_of(record, index) {
+        return Ok(Now::Below(node));
     }
     let tried = || format!("undo `{}`: look at {}", record.name, node.display());
     let holds = foreign::in_device(node).map_err(|error| Failure::from(error).while_doing(tried()))?;
