@@ -56,7 +56,8 @@ impl Drive {
     /// One that was given, with nothing on it.
     fn given(path: PathBuf) -> Drive {
         let drive = Drive { path, attached: false };
-        let len = File::open(&drive.path).and_then(|mut file| file.seek(SeekFrom::End(0))).expect("its length");
+        let len =
+            File::open(&drive.path).and_then(|mut file| file.seek(SeekFrom::End(0))).expect("its length");
         let zeros = vec![0; MIB as usize];
         put(&drive.path, 0, &zeros);
         put(&drive.path, len - MIB, &zeros);

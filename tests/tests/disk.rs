@@ -235,7 +235,10 @@ fn nothing_is_wiped_that_apply_did_not_make() {
         .disk("undo", &["--yes"])
         .refused(1, &[other, "no longer what `apply` left", "member of the pool"]);
     machine.disk("apply", &["--yes"]).refused(1, &[other, "no longer"]);
-    assert!(has_superblock(&machine.drives[0].path) && has_superblock(&machine.drives[1].path), "one was wiped");
+    assert!(
+        has_superblock(&machine.drives[0].path) && has_superblock(&machine.drives[1].path),
+        "one was wiped"
+    );
     assert!(unit.exists());
     nvtier(["verify", "--pool", other]).ok();
 

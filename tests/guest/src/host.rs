@@ -8,8 +8,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::report::{Checked, Report, Skip, ensure, equal};
-use crate::{system, workload};
 use crate::write_log::WriteLog;
+use crate::{system, workload};
 
 /// The drives of the guest in which [`crate::device`] runs.
 const DRIVES: [&str; 6] = [

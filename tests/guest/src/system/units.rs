@@ -1,5 +1,6 @@
 //! The units that `nvtier disk apply` writes, and nvtier@.service, under systemd.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nvtier_tests::{mounted_at, pattern, wait_for};
@@ -62,7 +63,7 @@ impl Pool {
     fn apply(&self) -> Checked<Value> {
         let nodes = self.nodes()?;
         let mut words = vec!["nvtier", "disk", "apply", "--yes", "--json"];
-        words.extend(["--name", self.name, "--layout", self.layout]);
+        words.extend(["--name", self.name, "--layout", self.layout, "--owner", "nobody"]);
         words.extend(nodes.iter().map(String::as_str));
         json(&words)
     }
@@ -89,7 +90,11 @@ impl Pool {
     /// Every unit is enabled and active, everything is mounted.
     fn is_up(&self) -> Checked {
         for (unit, point) in self.units()? {
-            equal(&format!("{unit} is enabled"), told(&["systemctl", "is-enabled", &unit])?, "enabled".into())?;
+            equal(
+                &format!("{unit} is enabled"),
+                told(&["systemctl", "is-enabled", &unit])?,
+                "enabled".into(),
+            )?;
             equal(&format!("{unit} is active"), ran(&["systemctl", "is-active", &unit])?.1, "active".into())?;
             ensure(mounted_at(&point), || format!("{} is not mounted", point.display()))?;
         }
@@ -100,6 +105,7 @@ impl Pool {
         let applied = self.apply()?;
         equal("started", &applied["started"], &Value::Bool(true))?;
         self.is_up()?;
+        equal("owner", std::fs::metadata(self.point())?.uid(), 65534)?;
         let file = self.point().join("folder/file");
         std::fs::create_dir(self.point().join("folder"))?;
         std::fs::write(&file, pattern(7, 5_000_001))?;
@@ -140,13 +146,23 @@ impl Pool {
         same_bytes(&self.point().join("last"), &pattern(8, 1_000_000), "after a boot")?;
         for (unit, _) in self.units()? {
             let journal = told(&["journalctl", "-b", "-1", "-o", "cat", "-u", &unit])?;
-            let last = journal.lines().last().unwrap_or_default();
-            // "Stopped nvtier pool on ...", "Unmounted ...": not "Failed", not killed.
-            ensure(["Stopped", "Unmounted"].iter().any(|word| last.starts_with(word)), || {
-                format!("{unit} did not end well with the last boot: {journal}")
-            })?;
+            let lines: Vec<&str> = journal.lines().collect();
+            let begin = lines
+                .iter()
+                .rposition(|line| ["Stopping", "Unmounting"].iter().any(|word| line.starts_with(word)));
+            let end = lines.get(begin.unwrap_or(lines.len())..).unwrap_or_default();
+            // Not killed, not failed.
+            let well = end.contains(&format!("{unit}: Deactivated successfully.").as_str());
+            ensure(well, || format!("{unit} did not end well with the last boot: {journal}"))?;
         }
         let units = self.units()?;
+        if self.layout == "xfs" {
+            // What an `undo` leaves that was killed while it removed the units.
+            told(&["systemctl", "stop", &self.unit()])?;
+            let names = units.iter().map(|(unit, _)| unit.as_str());
+            told(&["systemctl", "disable"].into_iter().chain(names).collect::<Vec<_>>())?;
+            std::fs::remove_file(Path::new(UNITS).join(&units[0].0))?;
+        }
         told(&["nvtier", "disk", "undo", "--yes", self.name])?;
         for (unit, point) in &units {
             ensure(!mounted_at(point), || format!("{} is still mounted", point.display()))?;
@@ -155,7 +171,9 @@ impl Pool {
             let left = links(Path::new(UNITS), unit)?;
             ensure(left.is_empty(), || format!("left of {unit}: {left:?}"))?;
         }
-        ensure(!self.record().exists() && !self.point().exists(), || "the record or the mount point was left".into())?;
+        ensure(!self.record().exists() && !self.point().exists(), || {
+            "the record or the mount point was left".into()
+        })?;
         let nodes = self.nodes()?;
         let mut words = vec!["nvtier", "disk", "plan", "--json", "--name", self.name];
         words.extend(nodes.iter().map(String::as_str));
@@ -261,7 +279,9 @@ fn by_hand() -> Checked {
 fn by_hand_after_a_boot() -> Checked {
     let file = Path::new("/mnt/by hand/file");
     ensure(mounted_at(Path::new("/mnt/by hand")) || file.exists(), || {
-        ran(&["journalctl", "-b", "-o", "cat", "-u", "nvtier@models"]).map(|(_, said)| said).unwrap_or_default()
+        ran(&["journalctl", "-b", "-o", "cat", "-u", "nvtier@models"])
+            .map(|(_, said)| said)
+            .unwrap_or_default()
     })?;
     same_bytes(file, &pattern(9, 3_000_000), "after a boot")?;
     told(&["systemctl", "disable", "--now", "nvtier@models"])?;

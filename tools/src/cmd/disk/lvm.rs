@@ -19,8 +19,7 @@ pub const STRIPE: u64 = 128 << 10;
 /// The logical volume.
 pub const VOLUME: &str = "pool";
 
-const TOOLS: [&str; 8] =
-    ["pvcreate", "pvs", "vgcreate", "vgs", "vgremove", "lvcreate", "lvchange", "lvs"];
+const TOOLS: [&str; 8] = ["pvcreate", "pvs", "vgcreate", "vgs", "vgremove", "lvcreate", "lvchange", "lvs"];
 
 /// The group's name.
 pub fn group(record: &Record) -> String {
@@ -148,7 +147,8 @@ pub fn check_undo(record: &Record) -> Outcome {
         if let Some(found) = found
             && (found != group(record) || !tags.split(',').any(|found| found == tag(record)))
         {
-            let what = format!("{} is part of the volume group {found}, which `apply` did not make", node.display());
+            let what =
+                format!("{} is part of the volume group {found}, which `apply` did not make", node.display());
             return changed(what, "give the group its name back, or remove it and the record yourself");
         }
     }
@@ -157,11 +157,8 @@ pub fn check_undo(record: &Record) -> Outcome {
     }
     let (ours, others): (Vec<_>, Vec<_>) = volumes(record)?.into_iter().partition(|name| name == VOLUME);
     if !others.is_empty() {
-        let what = format!(
-            "the volume group {} has other logical volumes: {}",
-            group(record),
-            others.join(", ")
-        );
+        let what =
+            format!("the volume group {} has other logical volumes: {}", group(record), others.join(", "));
         return changed(what, "remove them first; nothing was changed");
     }
     if ours.is_empty() { Ok(()) } else { activate(record) }

@@ -80,9 +80,8 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
                 done.push(format!("wiped {node}"));
             }
             Now::Below(node) => {
-                layout::wipe(node).map_err(|error| {
-                    Failure::from(error).while_doing(format!("wipe {}", node.display()))
-                })?;
+                layout::wipe(node)
+                    .map_err(|error| Failure::from(error).while_doing(format!("wipe {}", node.display())))?;
                 done.push(format!("wiped {}", node.display()));
             }
             Now::Blank => done.push(format!("left {node}: nothing is on it")),
