@@ -190,6 +190,7 @@ INIT
 fi
 out=$(port stdout); rc=$(port rc)
 cd /tmp
+echo begun > "$rc"
 sh /job/command < /dev/null > "$out" 2>&1
 echo $? > "$rc"
 if [ -n "$TAKE_OUT" ]; then tar -C /out -cf - . > "$(port out)"; fi
@@ -307,21 +308,31 @@ main() {
   cat "$TMP/stdout" &
   local cat=$! rc=0 start=$SECONDS
   exec 8> "$TMP/stdout"
-  timeout --foreground -k 5 "$limit" qemu-system-x86_64 \
-    -accel tcg,thread=multi -M q35 -cpu max,la57=off -smp 2 -m 1024 -nodefaults -display none -no-reboot \
-    -kernel "$CACHE/$STAMP/vmlinux" -initrd "$TMP/initrd" \
-    -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=1 nvme_core.multipath=N" \
-    -chardev "file,id=con,path=$console" -serial chardev:con \
-    -device virtio-serial-pci \
-    -chardev "file,id=stdout,path=$TMP/stdout" -device virtserialport,chardev=stdout,name=stdout \
-    -chardev "file,id=rc,path=$TMP/rc" -device virtserialport,chardev=rc,name=rc \
-    -chardev "file,id=out,path=$TMP/out.tar" -device virtserialport,chardev=out,name=out \
-    -device virtio-rng-pci \
-    "${args[@]}" < /dev/null > "$TMP/qemu" 2>&1 8>&- || rc=$?
+  # Now and then this emulator gives up while the guest's kernel looks for its devices (an assertion about its memory map). As long as
+  # the command has not begun, another try is as good.
+  local try
+  for try in 1 2 3; do
+    rc=0
+    timeout --foreground -k 5 "$limit" qemu-system-x86_64 \
+      -accel tcg,thread=multi -M q35 -cpu max,la57=off -smp 2 -m 1024 -nodefaults -display none -no-reboot \
+      -kernel "$CACHE/$STAMP/vmlinux" -initrd "$TMP/initrd" \
+      -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=1 nvme_core.multipath=N" \
+      -chardev "file,id=con,path=$console" -serial chardev:con \
+      -device virtio-serial-pci \
+      -chardev "file,id=stdout,path=$TMP/stdout" -device virtserialport,chardev=stdout,name=stdout \
+      -chardev "file,id=rc,path=$TMP/rc" -device virtserialport,chardev=rc,name=rc \
+      -chardev "file,id=out,path=$TMP/out.tar" -device virtserialport,chardev=out,name=out \
+      -device virtio-rng-pci \
+      "${args[@]}" < /dev/null > "$TMP/qemu" 2>&1 8>&- || rc=$?
+    [ "$rc" = 134 ] && [ ! -s "$TMP/rc" ] || break
+    echo "guest: the emulator gave up before the command began, try $try: $(tail -n 1 "$TMP/qemu")" >&2
+  done
   exec 8>&-
   wait "$cat"
 
-  if [ ! -s "$TMP/rc" ]; then
+  local code
+  code=$(sed -n '2p' "$TMP/rc" 2>/dev/null || :)
+  if [ -z "$code" ]; then
     if [ $((SECONDS - start)) -ge "$limit" ]; then
       echo "guest: ran past $limit s; the end of its console:" >&2
       tail -n 5 "$console" >&2
@@ -333,7 +344,7 @@ main() {
     exit 125
   fi
   [ -z "$out" ] || { mkdir -p "$out"; tar -C "$out" -xf "$TMP/out.tar"; }
-  exit "$(cat "$TMP/rc")"
+  exit "$code"
 }
 
 main "$@"

@@ -143,6 +143,7 @@ cp -a /job /new/run/job
 cat > /new/run/job/main <<END
 export PATH=/usr/local/bin:/usr/sbin:/usr/bin HOME=/root
 cd /tmp
+echo begun > $(port rc)
 sh /run/job/command < /dev/null > $(port stdout) 2>&1
 echo \$? > $(port rc)
 systemctl --no-block poweroff

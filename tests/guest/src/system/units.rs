@@ -97,6 +97,9 @@ impl Pool {
             )?;
             equal(&format!("{unit} is active"), ran(&["systemctl", "is-active", &unit])?.1, "active".into())?;
             ensure(mounted_at(&point), || format!("{} is not mounted", point.display()))?;
+            // A drive that is missing must not keep the machine from its boot.
+            let awaited = property(&unit, "Before")?;
+            ensure(!awaited.contains("local-fs.target"), || format!("{unit} is before {awaited}"))?;
         }
         Ok(())
     }
