@@ -247,8 +247,7 @@ drive_args() {
     node=lw$n
   fi
   drive+=(-blockdev "driver=raw,node-name=drive-$serial,file=$node,$c"
-    -device "pcie-root-port,id=port-$serial,chassis=$((n + 1)),slot=$((n + 1))"
-    -device "nvme,id=nvme-$serial,bus=port-$serial,serial=$serial,drive=drive-$serial,logical_block_size=$lba,physical_block_size=$lba")
+    -device "nvme,id=nvme-$serial,serial=$serial,drive=drive-$serial,logical_block_size=$lba,physical_block_size=$lba")
 }
 
 main() {
