@@ -26,15 +26,31 @@ pub const DRIVES: [&str; 10] = [
     "serial=h0,size=96M",
 ];
 
+/// Of tests/tests/disk_layouts.rs. What has to do with XFS alone runs on loop devices as well as here.
+const LAYOUTS: [&str; 4] = [
+    "a_file_system_on_each_drive_made_mounted_and_taken_back",
+    "one_file_system_on_a_striped_volume_made_and_taken_back",
+    "a_striped_volume_survives_kills_of_apply_and_undo",
+    "a_volume_group_with_anything_else_in_it_is_kept",
+];
+const ROOT_DRIVE: &str = "a_drive_that_the_system_runs_from_is_refused";
+const OTHER_BLOCKS: &str = "drives_with_other_blocks_are_no_volume_group";
+
+/// Whether the two boots have a check whose name contains `filter`.
+pub fn wants(filter: Option<&str>) -> bool {
+    let names = LAYOUTS.iter().chain(&[ROOT_DRIVE, OTHER_BLOCKS]).map(|name| (*name).to_owned());
+    names.chain(units::names()).any(|name| filter.is_none_or(|filter| name.contains(filter)))
+}
+
 /// Before the boot that is between them: `tests` is the program of tests/tests/disk_layouts.rs.
 pub fn first(tests: &str, filter: Option<&str>) -> Checked<bool> {
     // On drives of their own, beside the others: an emulated machine is slow.
     let layouts = Layouts::start(tests, filter)?;
     let mut report = Report::new("guest: units", filter);
-    report.check("a_drive_that_the_system_runs_from_is_refused", root_drive);
-    report.check("drives_with_other_blocks_are_no_volume_group", other_blocks);
+    report.check(ROOT_DRIVE, root_drive);
+    report.check(OTHER_BLOCKS, other_blocks);
     units::first(&mut report);
-    Ok(report.finish() & layouts.finish()?)
+    Ok(report.finish() & layouts.map_or(Ok(true), Layouts::finish)?)
 }
 
 /// After it.
@@ -47,20 +63,28 @@ pub fn second(filter: Option<&str>) -> Checked<bool> {
 /// The tests of layouts that also run on loop devices, here on drives.
 struct Layouts {
     tests: Child,
+    names: Vec<&'static str>,
     output: File,
 }
 
 impl Layouts {
-    fn start(tests: &str, filter: Option<&str>) -> Checked<Layouts> {
+    /// None where none of them is wanted.
+    fn start(tests: &str, filter: Option<&str>) -> Checked<Option<Layouts>> {
+        let names = LAYOUTS.into_iter().filter(|name| filter.is_none_or(|filter| name.contains(filter)));
+        let names: Vec<&str> = names.collect();
+        if names.is_empty() {
+            return Ok(None);
+        }
         let drives: Vec<String> = ["t0", "t1", "t2"].into_iter().map(node).collect::<Checked<_>>()?;
         let output = tempfile::tempfile()?;
         let mut command = Command::new(tests);
-        // What has to do with XFS alone runs on loop devices as well as here.
-        command.args(["--skip", "file_systems_survive", "--skip", "was_given_something_else"]);
-        command.args(["--test-threads=1", "--show-output"]).args(filter).stdout(output.try_clone()?);
+        command
+            .args(["--test-threads=1", "--show-output", "--exact"])
+            .args(&names)
+            .stdout(output.try_clone()?);
         command.env("NVTIER_BIN", "/usr/local/bin/nvtier").env("NVTIER_DRIVES", drives.join(":"));
         let tests = command.spawn().map_err(|error| format!("{tests}: {error}"))?;
-        Ok(Layouts { tests, output })
+        Ok(Some(Layouts { tests, names, output }))
     }
 
     /// Their lines become ours; false when one failed.
@@ -71,6 +95,9 @@ impl Layouts {
         self.output.read_to_string(&mut text)?;
         println!("     Running guest: layouts of nvtier disk");
         print!("{text}");
+        for name in self.names {
+            ensure(text.contains(&format!("test {name} ...")), || format!("there is no test {name}"))?;
+        }
         Ok(status.success())
     }
 }

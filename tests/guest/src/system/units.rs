@@ -7,12 +7,15 @@ use nvtier_tests::{mounted_at, pattern, wait_for};
 use serde_json::Value;
 
 use super::{json, node, ran, told};
-use crate::report::{Checked, Report, ensure, equal};
+use crate::report::{Checked, Report, Skip, ensure, equal};
 
 /// Where units of the administrator lie.
 const UNITS: &str = "/etc/systemd/system";
 /// The unit for pools that were made by hand, as the repository has it.
 const BY_HAND: &str = include_str!("../../../../dist/systemd/nvtier@.service");
+
+/// Its settings for one pool.
+const MODELS: &str = "/etc/nvtier/models.env";
 
 /// A pool that stays through a boot.
 struct Pool {
@@ -27,27 +30,49 @@ const POOLS: [Pool; 3] = [
     Pool { name: "l", layout: "lvm", drives: &["l0", "l1"] },
 ];
 
+const BY_HAND_FIRST: &str = "a_pool_made_by_hand_has_a_unit";
+const BY_HAND_SECOND: &str = "a_boot_mounts_a_pool_made_by_hand";
+
+/// Of all checks.
+pub fn names() -> impl Iterator<Item = String> {
+    let pools = POOLS.iter().flat_map(|pool| [pool.first_name(), pool.second_name()]);
+    pools.chain([BY_HAND_FIRST, BY_HAND_SECOND].map(str::to_owned))
+}
+
 pub fn first(report: &mut Report) {
     for pool in &POOLS {
-        let layout = pool.layout;
-        report.check(&format!("units_of_layout_{layout}_start_and_stop_and_restart_after_a_kill"), || {
-            pool.first().map_err(|error| pool.with_journal(error))
-        });
+        report.check(&pool.first_name(), || pool.first().map_err(|error| pool.with_journal(error)));
     }
-    report.check("a_pool_made_by_hand_has_a_unit", by_hand);
+    report.check(BY_HAND_FIRST, by_hand);
 }
 
 pub fn second(report: &mut Report) {
     for pool in &POOLS {
-        let layout = pool.layout;
-        report.check(&format!("a_boot_mounts_layout_{layout}_and_undo_removes_its_units"), || {
+        report.check(&pool.second_name(), || {
+            made(&pool.record())?;
             pool.second().map_err(|error| pool.with_journal(error))
         });
     }
-    report.check("a_boot_mounts_a_pool_made_by_hand", by_hand_after_a_boot);
+    report.check(BY_HAND_SECOND, || {
+        made(Path::new(MODELS))?;
+        by_hand_after_a_boot()
+    });
+}
+
+/// The part before the boot may not have been asked for.
+fn made(file: &Path) -> Checked {
+    if file.exists() { Ok(()) } else { Err(Skip("nothing was made before the boot".into()).into()) }
 }
 
 impl Pool {
+    fn first_name(&self) -> String {
+        format!("units_of_layout_{}_start_and_stop_and_restart_after_a_kill", self.layout)
+    }
+
+    fn second_name(&self) -> String {
+        format!("a_boot_mounts_layout_{}_and_undo_removes_its_units", self.layout)
+    }
+
     fn unit(&self) -> String {
         format!("nvtier-{}.service", self.name)
     }
@@ -132,6 +157,12 @@ impl Pool {
         told(&["systemctl", "start", &self.unit()])?;
         same("after a stop and a start")?;
 
+        // Whoever unmounts it by hand has it stay so.
+        told(&["nvtier", "umount", &self.point().to_string_lossy()])?;
+        ended(&self.unit())?;
+        equal("how it ended", property(&self.unit(), "Result")?, "success".into())?;
+        told(&["systemctl", "start", &self.unit()])?;
+
         // The same again changes nothing, and disturbs nobody.
         let before = pid(&self.unit())?;
         let again = self.apply()?;
@@ -209,6 +240,14 @@ fn killed(unit: &str) -> Checked {
     wait_for(up).ok_or_else(|| format!("{unit} did not come back after a kill").into())
 }
 
+/// Waits until a unit is stopped, and not about to start again.
+fn ended(unit: &str) -> Checked {
+    let state =
+        || property(unit, "ActiveState").ok().filter(|state| state != "active" && state != "deactivating");
+    let state = wait_for(state).ok_or_else(|| format!("{unit} did not end"))?;
+    equal(&format!("state of {unit}"), state, "inactive".into())
+}
+
 fn property(unit: &str, name: &str) -> Checked<String> {
     told(&["systemctl", "show", "--value", "-p", name, unit])
 }
@@ -252,10 +291,7 @@ fn by_hand() -> Checked {
     std::fs::create_dir_all("/etc/nvtier")?;
     std::fs::create_dir("/mnt/by hand")?;
     let settings = |options: &str| {
-        std::fs::write(
-            "/etc/nvtier/models.env",
-            format!("POOL={}\nMOUNTPOINT=\"/mnt/by hand\"\n{options}", pool.display()),
-        )
+        std::fs::write(MODELS, format!("POOL={}\nMOUNTPOINT=\"/mnt/by hand\"\n{options}", pool.display()))
     };
     settings("OPTIONS=--allow-other --ram 64MiB --metrics 0\n")?;
     told(&["systemctl", "daemon-reload"])?;
