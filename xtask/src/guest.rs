@@ -14,7 +14,7 @@ use crate::{exec, sweep};
 
 /// Packages come over the network.
 const SETUP_LIMIT: Duration = Duration::from_secs(10 * 60);
-const LIMIT: Duration = Duration::from_secs(15 * 60);
+const LIMIT: Duration = Duration::from_secs(25 * 60);
 
 /// Arguments of `cargo xtask guest`.
 #[derive(clap::Args)]

@@ -72,7 +72,7 @@ impl Host<'_> {
         let pid_file = self.scratch.join("qemu.pid");
         let _ = std::fs::remove_file(&pid_file);
         let mut command = Command::new(self.run);
-        command.env("TMPDIR", self.scratch).args(["--timeout", "400", "--pidfile"]).arg(&pid_file);
+        command.env("TMPDIR", self.scratch).args(["--timeout", "600", "--pidfile"]).arg(&pid_file);
         command.arg("--bin").arg(std::env::current_exe()?);
         for program in self.programs {
             command.args(["--bin", program]);
