@@ -8,11 +8,15 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::MemberKind;
+
+/// How long udev may look at a drive.
+const PROBE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The lock file of a directory.
 pub const OWNER_FILE: &str = "owner";
@@ -71,7 +75,16 @@ impl Owner {
         } else {
             FlockOperation::NonBlockingLockExclusive
         };
-        match flock(&file, operation) {
+        let deadline = Instant::now() + PROBE_DEADLINE;
+        let locked = loop {
+            match flock(&file, operation) {
+                Err(rustix::io::Errno::WOULDBLOCK) if is_being_probed(&file) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                other => break other,
+            }
+        };
+        match locked {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let by = match pid_of(&mut file, kind) {
@@ -123,18 +136,34 @@ fn pid_of(file: &mut File, kind: MemberKind) -> Option<u32> {
     text.trim().parse().ok()
 }
 
-/// Looks a lock up in `/proc/locks` (proc(5)): `1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF`. 0: there is one, but of whom is hidden.
-fn holder(file: &File) -> Option<u32> {
-    let meta = file.metadata().ok()?;
+/// Processes with a lock on it, by `/proc/locks` (proc(5)): `1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF`. 0: of whom is hidden.
+fn holders(file: &File) -> Vec<u32> {
+    let Ok(meta) = file.metadata() else { return Vec::new() };
     let (device, inode) = (meta.dev(), meta.ino());
     let id = format!("{:02x}:{:02x}:{inode}", rustix::fs::major(device), rustix::fs::minor(device));
-    let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    let line = locks
-        .lines()
-        .map(str::split_whitespace)
-        .map(Iterator::collect::<Vec<_>>)
-        .find(|fields| fields.get(1) == Some(&"FLOCK") && fields.get(5).is_some_and(|at| *at == id))?;
-    Some(line.get(4).and_then(|pid| pid.parse().ok()).unwrap_or(0))
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    let lines = locks.lines().map(str::split_whitespace).map(Iterator::collect::<Vec<_>>);
+    lines
+        .filter(|fields| fields.get(1) == Some(&"FLOCK") && fields.get(5).is_some_and(|at| *at == id))
+        .map(|fields| fields.get(4).and_then(|pid| pid.parse().ok()).unwrap_or(0))
+        .collect()
+}
+
+/// Who owns the pool. udev does not: it only looks what is there.
+fn holder(file: &File) -> Option<u32> {
+    holders(file).into_iter().find(|pid| !is_udev(*pid))
+}
+
+/// Whether nobody but udev has a lock on it. Whenever a drive that was open for writing is closed, udev looks what it holds now, and has a
+/// shared lock on it meanwhile ("Locking Block Device Access" of systemd): a moment later it is free.
+fn is_being_probed(file: &File) -> bool {
+    let holders = holders(file);
+    !holders.is_empty() && holders.into_iter().all(is_udev)
+}
+
+fn is_udev(pid: u32) -> bool {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    ["(udev-worker)", "systemd-udevd", "udevd"].contains(&name.trim())
 }
 
 fn name_of(pid: u32) -> String {
@@ -146,7 +175,37 @@ fn name_of(pid: u32) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Command, Stdio};
+
     use super::*;
+
+    #[test]
+    fn udev_is_no_owner_and_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("image");
+        std::fs::write(&image, "").unwrap();
+        // What has its name, and a lock until its input ends. It says something once it has the lock.
+        let udev = folder.path().join("(udev-worker)");
+        std::fs::copy("/usr/bin/flock", &udev).unwrap();
+        let mut command = Command::new(&udev);
+        command.arg("--shared").arg(&image).args(["sh", "-c", "echo locked; cat"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = [0; 7];
+        child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+        let file = File::open(&image).unwrap();
+        assert!(is_being_probed(&file));
+        assert_eq!(Owner::pid(&image, MemberKind::Image), None);
+        let taken = std::thread::scope(|scope| {
+            let taking = scope.spawn(|| Owner::take(&image, MemberKind::Image, false));
+            drop(child.stdin.take());
+            assert!(child.wait().unwrap().success());
+            taking.join().unwrap()
+        });
+        let owner = taken.unwrap();
+        assert!(!is_being_probed(&file), "we are not udev");
+        assert_eq!(Owner::pid(&image, MemberKind::Image), Some(std::process::id()));
+        drop(owner);
+    }
 
     #[test]
     fn a_copy_of_the_descriptor_does_not_keep_the_pool() {

@@ -2,6 +2,7 @@
 # Runs one command in a small virtual machine that has emulated NVMe drives.
 #
 #   run.sh --setup                          only fetch and build what is missing; says why where it cannot
+#   run.sh --setup-system                   and the system of --system
 #   run.sh [option]... -- COMMAND [ARG]...
 #
 # The machine is emulated in software, so it needs no /dev/kvm: QEMU and a kernel from Debian's backports, an initramfs with
@@ -17,6 +18,8 @@
 #                     size=256M  lba=512  file=PATH (an image to keep; else a temporary one)
 #                     error=read:SECTOR or error=write:SECTOR   a medium error at that 512-byte sector
 #                     log=PATH   every write and flush also goes to PATH, in the format of dm-log-writes
+#   --system IMAGE  COMMAND runs in a Debian system with systemd, once that has started everything; then the machine shuts down.
+#                   IMAGE is its drive, serial "system": made if it is not there, kept for the next boot. Not with --out
 #   --timeout SEC   whole run, boot included (default 120)
 #   --pidfile FILE  QEMU's pid, for a test that kills it
 #   --console FILE  keep the guest's console here
@@ -31,6 +34,9 @@ readonly KERNEL=linux-image-cloud-amd64
 readonly CACHE=${NVTIER_CACHE:-$HOME/.cache/nvtier}/guest
 
 die() { echo "guest: $*" >&2; exit 125; }
+
+# shellcheck source=tests/guest/system.sh
+. "${BASH_SOURCE[0]%/*}/system.sh"
 
 # ---------------------------------------------------------------- setup
 # apt with lists of its own: this machine's sources and their backports. /etc/apt and /var/lib/apt stay as they are.
@@ -132,7 +138,8 @@ build() {
   init > "$root/init"
   chmod +x "$root/init"
   ( cd "$root" && find . | cpio -o -H newc --quiet ) > base.cpio
-  mkdir -p "$CACHE/$STAMP"
+  mkdir -p "$CACHE/$STAMP/lib"
+  mv kernel/lib/modules "$CACHE/$STAMP/lib/"
   echo "${kernel#linux-image-}" > "$CACHE/$STAMP/version"
   mv vmlinux base.cpio "$CACHE/$STAMP/"
   cd /
@@ -176,8 +183,14 @@ for c in /sys/class/nvme/nvme*; do
 done
 END
 sh /bin/name-drives
+if [ -n "$SYSTEM" ]; then
+INIT
+  system_init
+  cat <<'INIT'
+fi
 out=$(port stdout); rc=$(port rc)
 cd /tmp
+echo begun > "$rc"
 sh /job/command < /dev/null > "$out" 2>&1
 echo $? > "$rc"
 if [ -n "$TAKE_OUT" ]; then tar -C /out -cf - . > "$(port out)"; fi
@@ -191,7 +204,7 @@ setup() {
   command -v apt-get dpkg >/dev/null || die "needs apt and dpkg to get QEMU and a kernel"
   mkdir -p "$CACHE/apt"
   # Changed build steps build anew; so does a changed C library of this machine, which programs in the guest use.
-  STAMP=$({ declare -f build init; ldd --version | sed -n 1p; } | sha256sum | cut -c1-16)
+  STAMP=$({ declare -f build init system_init; ldd --version | sed -n 1p; } | sha256sum | cut -c1-16)
   exec 9> "$CACHE/lock"
   flock 9
   setup_programs
@@ -234,15 +247,15 @@ drive_args() {
     node=lw$n
   fi
   drive+=(-blockdev "driver=raw,node-name=drive-$serial,file=$node,$c"
-    -device "pcie-root-port,id=port-$serial,chassis=$((n + 1)),slot=$((n + 1))"
-    -device "nvme,id=nvme-$serial,bus=port-$serial,serial=$serial,drive=drive-$serial,logical_block_size=$lba,physical_block_size=$lba")
+    -device "nvme,id=nvme-$serial,serial=$serial,drive=drive-$serial,logical_block_size=$lba,physical_block_size=$lba")
 }
 
 main() {
-  local bins=() drives=() out='' limit=120 pidfile='' console='' only_setup=''
+  local bins=() drives=() out='' limit=120 pidfile='' console='' system='' only_setup=''
   while [ $# -gt 0 ]; do
     case $1 in
-      --setup) only_setup=1; shift ;;
+      --setup | --setup-system) only_setup=$1; shift ;;
+      --system) system=$2; shift 2 ;;
       --bin) bins+=("$2"); shift 2 ;;
       --drive) drives+=("$2"); shift 2 ;;
       --out) out=$2; shift 2 ;;
@@ -253,7 +266,9 @@ main() {
       *) die "unknown option $1" ;;
     esac
   done
+  [ -z "$system" ] || [ -z "$out" ] || die '--out and --system do not go together'
   setup
+  [ -z "$system" ] && [ "$only_setup" != --setup-system ] || setup_system
   if [ -n "$only_setup" ]; then
     echo "guest: Linux $(cat "$CACHE/$STAMP/version"), $(qemu-system-x86_64 --version | sed -n 1p)"
     exit 0
@@ -265,7 +280,11 @@ main() {
   console=${console:-$TMP/console}
 
   mkdir -p "$TMP"/root/{job,usr/local/bin}
-  printf 'TAKE_OUT="%s"\nDRIVES=%s\n' "$out" "${#drives[@]}" > "$TMP/root/job/env"
+  if [ -n "$system" ]; then
+    [ -e "$system" ] || cp --sparse=always "$CACHE/$STAMP/$SYSTEM_STAMP.img" "$system"
+    drives+=("serial=system,file=$system")
+  fi
+  printf 'TAKE_OUT="%s"\nDRIVES=%s\nSYSTEM="%s"\n' "$out" "${#drives[@]}" "$system" > "$TMP/root/job/env"
   printf '%q ' "$@" > "$TMP/root/job/command"
   local file
   for file in "${bins[@]}"; do
@@ -288,21 +307,31 @@ main() {
   cat "$TMP/stdout" &
   local cat=$! rc=0 start=$SECONDS
   exec 8> "$TMP/stdout"
-  timeout --foreground -k 5 "$limit" qemu-system-x86_64 \
-    -accel tcg,thread=multi -M q35 -cpu max,la57=off -smp 2 -m 1024 -nodefaults -display none -no-reboot \
-    -kernel "$CACHE/$STAMP/vmlinux" -initrd "$TMP/initrd" \
-    -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=1 nvme_core.multipath=N" \
-    -chardev "file,id=con,path=$console" -serial chardev:con \
-    -device virtio-serial-pci \
-    -chardev "file,id=stdout,path=$TMP/stdout" -device virtserialport,chardev=stdout,name=stdout \
-    -chardev "file,id=rc,path=$TMP/rc" -device virtserialport,chardev=rc,name=rc \
-    -chardev "file,id=out,path=$TMP/out.tar" -device virtserialport,chardev=out,name=out \
-    -device virtio-rng-pci \
-    "${args[@]}" < /dev/null > "$TMP/qemu" 2>&1 8>&- || rc=$?
+  # Now and then this emulator gives up while the guest's kernel looks for its devices (an assertion about its memory map). As long as
+  # the command has not begun, another try is as good.
+  local try
+  for try in 1 2 3; do
+    rc=0
+    timeout --foreground -k 5 "$limit" qemu-system-x86_64 \
+      -accel tcg,thread=multi -M q35 -cpu max,la57=off -smp 2 -m 1024 -nodefaults -display none -no-reboot \
+      -kernel "$CACHE/$STAMP/vmlinux" -initrd "$TMP/initrd" \
+      -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=1 nvme_core.multipath=N" \
+      -chardev "file,id=con,path=$console" -serial chardev:con \
+      -device virtio-serial-pci \
+      -chardev "file,id=stdout,path=$TMP/stdout" -device virtserialport,chardev=stdout,name=stdout \
+      -chardev "file,id=rc,path=$TMP/rc" -device virtserialport,chardev=rc,name=rc \
+      -chardev "file,id=out,path=$TMP/out.tar" -device virtserialport,chardev=out,name=out \
+      -device virtio-rng-pci \
+      "${args[@]}" < /dev/null > "$TMP/qemu" 2>&1 8>&- || rc=$?
+    [ "$rc" = 134 ] && [ ! -s "$TMP/rc" ] || break
+    echo "guest: the emulator gave up before the command began, try $try: $(tail -n 1 "$TMP/qemu")" >&2
+  done
   exec 8>&-
   wait "$cat"
 
-  if [ ! -s "$TMP/rc" ]; then
+  local code
+  code=$(sed -n '2p' "$TMP/rc" 2>/dev/null || :)
+  if [ -z "$code" ]; then
     if [ $((SECONDS - start)) -ge "$limit" ]; then
       echo "guest: ran past $limit s; the end of its console:" >&2
       tail -n 5 "$console" >&2
@@ -314,7 +343,7 @@ main() {
     exit 125
   fi
   [ -z "$out" ] || { mkdir -p "$out"; tar -C "$out" -xf "$TMP/out.tar"; }
-  exit "$(cat "$TMP/rc")"
+  exit "$code"
 }
 
 main "$@"

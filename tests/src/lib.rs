@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
+pub mod drives;
 pub mod kill;
 
 /// How long anything may take before a test calls it a hang.

@@ -1,141 +1,19 @@
-//! `nvtier disk` on loop devices: what is refused, what is made, and that it is taken back, also half-way.
+//! `nvtier disk` on loop devices, layout raw (the others: disk_layouts.rs): what is refused, what is made, and that it is taken back, also half-way.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use nvtier_tests::{LIMIT, Mounted, Ran, nvtier, nvtier_path, pattern, run, scratch, skip, wait_for};
+use nvtier_tests::drives::{Drive, MIB, Machine, has_superblock, has_systemd_analyze, put, verify};
+use nvtier_tests::{LIMIT, Mounted, nvtier, nvtier_path, pattern, run, scratch, skip, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 
-const MIB: u64 = 1 << 20;
-
-/// A loop device over a file, detached at the end.
-struct Loop(PathBuf);
-
-impl Loop {
-    fn attach(file: &Path, flags: &[&str]) -> Option<Loop> {
-        let out = Command::new("losetup").args(["--find", "--show"]).args(flags).arg(file).output();
-        match out {
-            Ok(out) if out.status.success() => Some(Loop(String::from_utf8_lossy(&out.stdout).trim().into())),
-            Ok(out) => {
-                skip(&format!("no loop device: {}", String::from_utf8_lossy(&out.stderr).trim()));
-                None
-            }
-            Err(error) => {
-                skip(&format!("no loop device: losetup: {error}"));
-                None
-            }
-        }
-    }
-
-    fn node(&self) -> &str {
-        self.0.to_str().unwrap()
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
-}
-
-/// Drives, and folders for units, records and the mount. Fields are dropped in order: unmounted first, detached last.
-struct Machine {
-    mounted: Mounted,
-    drives: Vec<Loop>,
-    images: Vec<PathBuf>,
-}
-
-impl Machine {
-    /// With so many blank drives; `None` (said aloud) where there are no loop devices.
-    fn new(drives: usize) -> Option<Machine> {
-        Machine::of(drives, 64 * MIB)
-    }
-
-    /// With so many blank drives of that size.
-    fn of(drives: usize, bytes: u64) -> Option<Machine> {
-        let folder = scratch();
-        fs::create_dir(folder.path().join("units")).unwrap();
-        let images: Vec<PathBuf> = (0..drives).map(|n| folder.path().join(format!("image-{n}"))).collect();
-        let mut loops = Vec::new();
-        for image in &images {
-            File::create(image).unwrap().set_len(bytes).unwrap();
-            loops.push(Loop::attach(image, &[])?);
-        }
-        let point = folder.path().join("mnt");
-        let pool = folder.path().join("state/test");
-        Some(Machine { mounted: Mounted::over(pool, point, folder), drives: loops, images })
-    }
-
-    fn folder(&self) -> &Path {
-        self.mounted.folder()
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.folder().join(name)
-    }
-
-    /// `nvtier disk WORD DRIVE... MORE...` with everything inside the scratch folder.
-    fn command(&self, word: &str, more: &[&str]) -> Command {
-        let mut command = Command::new(nvtier_path());
-        command.args(["disk", word]);
-        if word != "undo" {
-            command.args(self.drives.iter().map(Loop::node));
-            command.args(["--name", "test", "--mountpoint"]).arg(self.at("mnt"));
-            command.arg("--unit-dir").arg(self.at("units"));
-        } else {
-            command.arg("test");
-        }
-        command.arg("--state-dir").arg(self.at("state")).args(more);
-        command
-    }
-
-    #[track_caller]
-    fn disk(&self, word: &str, more: &[&str]) -> Ran {
-        run(&mut self.command(word, more))
-    }
-
-    fn record(&self) -> Option<serde_json::Value> {
-        serde_json::from_slice(&fs::read(self.at("state/test.json")).ok()?).ok()
-    }
-
-    /// No superblock on any drive, no unit, no record, no directories.
-    #[track_caller]
-    fn is_as_before(&self) {
-        for drive in &self.drives {
-            assert!(!has_superblock(&drive.0), "{} still carries a superblock", drive.node());
-        }
-        for made in ["units/nvtier-test.service", "state/test.json", "state/test", "mnt"] {
-            assert!(!self.at(made).exists(), "{made} was left");
-        }
-    }
-}
-
-/// Whether the first or the last 4096 bytes are a superblock of ours.
-fn has_superblock(path: &Path) -> bool {
-    let mut file = File::open(path).unwrap();
-    let len = file.seek(SeekFrom::End(0)).unwrap();
-    [0, len - 4096].into_iter().any(|at| {
-        let mut magic = [0; 8];
-        file.seek(SeekFrom::Start(at)).unwrap();
-        file.read_exact(&mut magic).unwrap();
-        magic == *b"NVTIERSB"
-    })
-}
-
-fn put(path: &Path, at: u64, bytes: &[u8]) {
-    let mut file = File::options().write(true).open(path).unwrap();
-    file.seek(SeekFrom::Start(at)).unwrap();
-    file.write_all(bytes).unwrap();
-    file.sync_all().unwrap();
-}
-
 /// Makes an ext4 file system; false (said aloud) where that cannot be.
-fn ext4(drive: &Loop) -> bool {
-    match Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&drive.0).status() {
+fn ext4(drive: &Drive) -> bool {
+    match Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&drive.path).status() {
         Ok(status) if status.success() => true,
         other => {
             skip(&format!("no ext4 to be made: {other:?}"));
@@ -201,7 +79,7 @@ fn applied_mounted_and_taken_back() {
     let unit = fs::read_to_string(machine.at("units/nvtier-test.service")).unwrap();
     assert!(unit.contains("mount --foreground --"), "{unit}");
     for drive in &machine.drives {
-        assert!(has_superblock(&drive.0));
+        assert!(has_superblock(&drive.path));
     }
     // Once more: nothing is left to do, and nothing is formatted again.
     let again = machine.disk("apply", &["--yes", "--json"]).ok().json();
@@ -251,7 +129,7 @@ fn a_mounted_drive_is_refused_whatever_is_said() {
     }
     let point = machine.at("other");
     fs::create_dir(&point).unwrap();
-    let mounted = run(Command::new("mount").arg(&machine.drives[0].0).arg(&point));
+    let mounted = run(Command::new("mount").arg(&machine.drives[0].path).arg(&point));
     if mounted.code != 0 {
         return skip(&format!("ext4 cannot be mounted here: {}", mounted.stderr.trim()));
     }
@@ -263,7 +141,7 @@ fn a_mounted_drive_is_refused_whatever_is_said() {
     assert_eq!(planned.json()["would_apply"], false);
     assert_eq!(planned.code, 4);
     assert!(machine.record().is_none());
-    run(Command::new("mount").arg(&machine.drives[0].0).arg(&point)).ok();
+    run(Command::new("mount").arg(&machine.drives[0].path).arg(&point)).ok();
     let kept = fs::read_to_string(point.join("precious"));
     run(Command::new("umount").arg(&point)).ok();
     assert_eq!(kept.unwrap(), "precious");
@@ -272,11 +150,11 @@ fn a_mounted_drive_is_refused_whatever_is_said() {
 #[test]
 fn what_a_drive_holds_is_named_and_kept_without_force() {
     let Some(machine) = Machine::new(2) else { return };
-    put(&machine.drives[1].0, 4086, b"SWAPSPACE2");
+    put(&machine.drives[1].path, 4086, b"SWAPSPACE2");
     machine.disk("apply", &["--yes"]).refused(1, &[machine.drives[1].node(), "swap space", "--force"]);
     machine.disk("plan", &[]).refused(1, &["swap space"]);
     assert!(
-        machine.record().is_none() && !has_superblock(&machine.drives[0].0),
+        machine.record().is_none() && !has_superblock(&machine.drives[0].path),
         "the other drive was touched"
     );
     let plan = machine.disk("plan", &["--force", "--json"]).ok().json();
@@ -291,17 +169,17 @@ fn other_uses_are_refused_and_a_small_drive_too() {
     let Some(machine) = Machine::new(1) else { return };
     let image = machine.at("small");
     File::create(&image).unwrap().set_len(MIB).unwrap();
-    let Some(small) = Loop::attach(&image, &[]) else { return };
+    let Some(small) = Drive::attach(&image, &[]) else { return };
     let base = ["disk", "plan", "--state-dir", "/nonexistent"];
     let plan = |drives: &[&str]| nvtier(base.iter().chain(drives));
     plan(&[small.node()]).refused(4, &["too small"]);
     let image = machine.at("read-only");
     File::create(&image).unwrap().set_len(64 * MIB).unwrap();
-    let Some(read_only) = Loop::attach(&image, &["--read-only"]) else { return };
+    let Some(read_only) = Drive::attach(&image, &["--read-only"]) else { return };
     plan(&[read_only.node()]).refused(4, &["read-only"]);
     // Somebody has it open for himself, as a mount in another mount namespace has.
     let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::EXCL | rustix::fs::OFlags::CLOEXEC;
-    let claimed = rustix::fs::open(&machine.drives[0].0, flags, rustix::fs::Mode::empty()).unwrap();
+    let claimed = rustix::fs::open(&machine.drives[0].path, flags, rustix::fs::Mode::empty()).unwrap();
     machine.disk("apply", &["--yes", "--force"]).refused(4, &["open for itself"]);
     drop(claimed);
     // A process that another test is starting has a copy of the descriptor until it runs its program.
@@ -357,21 +235,24 @@ fn nothing_is_wiped_that_apply_did_not_make() {
         .disk("undo", &["--yes"])
         .refused(1, &[other, "no longer what `apply` left", "member of the pool"]);
     machine.disk("apply", &["--yes"]).refused(1, &[other, "no longer"]);
-    assert!(has_superblock(&machine.drives[0].0) && has_superblock(&machine.drives[1].0), "one was wiped");
+    assert!(
+        has_superblock(&machine.drives[0].path) && has_superblock(&machine.drives[1].path),
+        "one was wiped"
+    );
     assert!(unit.exists());
     nvtier(["verify", "--pool", other]).ok();
 
     // And something else.
     run(Command::new("wipefs").args(["-q", "-a", other]));
-    put(&machine.drives[1].0, 0, &[0; 4096]);
-    put(&machine.drives[1].0, 64 * MIB - 4096, &[0; 4096]);
-    put(&machine.drives[1].0, 0x438, &[0x53, 0xef]);
+    put(&machine.drives[1].path, 0, &[0; 4096]);
+    put(&machine.drives[1].path, 64 * MIB - 4096, &[0; 4096]);
+    put(&machine.drives[1].path, 0x438, &[0x53, 0xef]);
     machine.disk("undo", &["--yes"]).refused(1, &[other, "ext4"]);
-    assert!(has_superblock(&machine.drives[0].0), "the first drive was wiped");
+    assert!(has_superblock(&machine.drives[0].path), "the first drive was wiped");
 
     // The same drive by the kernel's number, and another one by its own.
     let record = fs::read_to_string(machine.at("state/test.json")).unwrap();
-    put(&machine.drives[1].0, 0x438, &[0, 0]);
+    put(&machine.drives[1].path, 0x438, &[0, 0]);
     fs::write(machine.at("state/test.json"), record.replace("\"serial\": \"\"", "\"serial\": \"S1\""))
         .unwrap();
     machine.disk("undo", &["--yes"]).refused(1, &["another drive", "S1"]);
@@ -414,8 +295,8 @@ fn an_undo_that_was_killed_is_finished_by_the_next() {
     record["state"] = "undoing".into();
     fs::write(machine.at("state/test.json"), record.to_string()).unwrap();
     fs::remove_file(machine.at("units/nvtier-test.service")).unwrap();
-    put(&machine.drives[0].0, 0, &[0; 4096]);
-    put(&machine.drives[0].0, 64 * MIB - 4096, &[0; 4096]);
+    put(&machine.drives[0].path, 0, &[0; 4096]);
+    put(&machine.drives[0].path, 64 * MIB - 4096, &[0; 4096]);
     machine.disk("apply", &["--yes"]).refused(4, &["`undo` of it was begun"]);
     machine.disk("undo", &["--yes"]).ok();
     machine.is_as_before();
@@ -462,11 +343,11 @@ fn every_half_made_pool_is_finished_or_taken_back() {
                 _ => &[0, 1],
             };
             for index in wiped {
-                put(&machine.drives[*index].0, 0, &[0; 4096]);
-                put(&machine.drives[*index].0, 64 * MIB - 4096, &[0; 4096]);
+                put(&machine.drives[*index].path, 0, &[0; 4096]);
+                put(&machine.drives[*index].path, 64 * MIB - 4096, &[0; 4096]);
             }
             if left == "untouched" {
-                put(&machine.drives[1].0, 4086, b"SWAPSPACE2");
+                put(&machine.drives[1].path, 4086, b"SWAPSPACE2");
                 machine.disk("apply", &["--yes"]).refused(1, &["swap space"]);
             }
             if undo {
@@ -511,23 +392,6 @@ fn a_terminal_is_asked() {
     }
     machine.disk("undo", &["--yes"]).ok();
     machine.is_as_before();
-}
-
-fn has_systemd_analyze() -> bool {
-    let probe = Command::new("systemd-analyze").arg("--version").output();
-    let there = probe.is_ok_and(|out| out.status.success());
-    if !there {
-        skip("there is no systemd-analyze here");
-    }
-    there
-}
-
-fn verify(unit: &Path) {
-    let ran = run(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(unit));
-    // It also tells what is wrong with this machine's other units. It writes names as they are, escapes and all.
-    let name = unit.file_name().unwrap().to_str().unwrap();
-    let about: Vec<&str> = ran.stderr.lines().filter(|line| line.contains(name)).collect();
-    assert!(about.is_empty(), "{about:#?}\n{}", fs::read_to_string(unit).unwrap());
 }
 
 #[test]
@@ -576,151 +440,6 @@ fn a_service_manager_is_told_when_it_is_mounted() {
     assert!(status.success(), "{status}");
 }
 
-/// Unmounts what a failed test may have left, so that loop devices can be detached.
-struct Unmount(Vec<PathBuf>);
-
-impl Drop for Unmount {
-    fn drop(&mut self) {
-        for point in self.0.iter().filter(|point| nvtier_tests::mounted_at(point)) {
-            let _ = Command::new("umount").arg(point).status();
-        }
-    }
-}
-
-/// A machine that XFS can be made on; `None` (said aloud) where it cannot.
-fn for_xfs(drives: usize) -> Option<Machine> {
-    let has = |name: &str| {
-        ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].iter().any(|at| Path::new(at).join(name).is_file())
-    };
-    if !has("mkfs.xfs") {
-        skip("there is no mkfs.xfs here: install xfsprogs");
-        return None;
-    }
-    let machine = Machine::of(drives, 1024 * MIB)?;
-    // Only trying tells whether this kernel mounts it.
-    let probe = machine.at("probe");
-    fs::create_dir(&probe).unwrap();
-    let drive = &machine.drives[0].0;
-    run(Command::new("mkfs.xfs").arg("-q").arg(drive)).ok();
-    let mounted = run(Command::new("mount").args(["-t", "xfs"]).arg(drive).arg(&probe));
-    if mounted.code != 0 {
-        skip(&format!("XFS cannot be mounted here: {}", mounted.stderr.trim()));
-        return None;
-    }
-    run(Command::new("umount").arg(&probe)).ok();
-    fs::remove_dir(&probe).unwrap();
-    put(drive, 0, &vec![0; MIB as usize]);
-    Some(machine)
-}
-
-fn xfs_uuid(drive: &Loop) -> Option<Vec<u8>> {
-    let mut head = [0; 48];
-    File::open(&drive.0).unwrap().read_exact(&mut head).unwrap();
-    head.starts_with(b"XFSB").then(|| head[32..].to_vec())
-}
-
-#[test]
-fn a_file_system_on_each_drive_made_mounted_and_taken_back() {
-    let Some(machine) = for_xfs(2) else { return };
-    let points: Vec<PathBuf> = (0..2).map(|n| machine.at(&format!("state/test.fs/{n}"))).collect();
-    let _unmount = Unmount(points.clone());
-    let xfs = ["--layout", "xfs"];
-    let plan = machine.disk("plan", &[&xfs[..], &["--json"]].concat()).ok().json();
-    let steps = plan["steps"].to_string();
-    for word in ["mkfs.xfs -d su=", machine.drives[1].node(), "state/test.fs/1", "-1.mount", "striped over 2"]
-    {
-        assert!(steps.contains(word), "{word} is not in {steps}");
-    }
-    machine.is_as_before();
-    assert!(xfs_uuid(&machine.drives[0]).is_none(), "the plan made a file system");
-
-    let apply = [&xfs[..], &["--yes", "--json"]].concat();
-    let applied = machine.disk("apply", &apply).ok().json();
-    let volumes = applied["record"]["volumes"].as_array().unwrap().clone();
-    assert_eq!(volumes.len(), 2, "{applied:#}");
-    let units: Vec<PathBuf> = volumes.iter().map(|volume| volume["unit"].as_str().unwrap().into()).collect();
-    let pool_unit = fs::read_to_string(machine.at("units/nvtier-test.service")).unwrap();
-    for (unit, point) in units.iter().zip(&points) {
-        assert!(nvtier_tests::mounted_at(point), "{} is not mounted", point.display());
-        assert!(fs::read_to_string(unit).unwrap().contains(&format!("Where={}\n", point.display())));
-        assert!(pool_unit.contains(&format!(" {}", point.display())), "{pool_unit}");
-        assert!(point.join("pool").is_dir());
-    }
-    if has_systemd_analyze() {
-        units.iter().for_each(|unit| verify(unit));
-        verify(&machine.at("units/nvtier-test.service"));
-        // A mount unit has to be named after its path.
-        let escaped = run(Command::new("systemd-escape").args(["--path", "--suffix=mount"]).arg(&points[0]));
-        assert_eq!(units[0].file_name().unwrap().to_str().unwrap(), escaped.ok().stdout.trim());
-    }
-    machine.mounted.mount(&[]).ok();
-    let bytes = pattern(4, 9_000_000);
-    fs::write(machine.at("mnt/f"), &bytes).unwrap();
-    machine.disk("undo", &["--yes"]).refused(4, &["in use by process"]);
-    machine.mounted.umount().ok();
-
-    // Another layout under that name is refused; the same again changes nothing, also after a boot that mounted nothing.
-    machine.disk("apply", &["--yes"]).refused(1, &["another layout"]);
-    let uuids: Vec<_> = machine.drives.iter().map(xfs_uuid).collect();
-    run(Command::new("umount").arg(&points[0])).ok();
-    machine.disk("apply", &apply).ok();
-    assert_eq!(machine.drives.iter().map(xfs_uuid).collect::<Vec<_>>(), uuids);
-    machine.mounted.mount(&[]).ok();
-    assert_eq!(fs::read(machine.at("mnt/f")).unwrap(), bytes);
-    machine.mounted.umount().ok();
-
-    // What somebody keeps beside the pool is not lost.
-    fs::write(points[1].join("precious"), "precious").unwrap();
-    machine.disk("undo", &["--yes"]).refused(1, &["precious"]);
-    assert!(machine.record().is_some() && units[0].exists());
-    fs::remove_file(points[1].join("precious")).unwrap();
-    machine.disk("undo", &["--yes"]).ok();
-    machine.is_as_before();
-    assert!(machine.drives.iter().all(|drive| xfs_uuid(drive).is_none()), "a file system was left");
-    assert!(!machine.at("state/test.fs").exists() && units.iter().all(|unit| !unit.exists()));
-    assert_eq!(machine.disk("plan", &["--json"]).ok().json()["drives"][1]["verdict"], "safe");
-}
-
-#[test]
-fn file_systems_are_made_on_from_where_a_killed_apply_left_off() {
-    let Some(machine) = for_xfs(2) else { return };
-    let points: Vec<PathBuf> = (0..2).map(|n| machine.at(&format!("state/test.fs/{n}"))).collect();
-    let _unmount = Unmount(points.clone());
-    let apply = ["--layout", "xfs", "--yes", "--json"];
-    let first = machine.disk("apply", &apply).ok().json();
-    // As if it had been killed when the first drive had its file system and the second had nothing.
-    let record = machine.at("state/test.json");
-    let text =
-        fs::read_to_string(&record).unwrap().replace("\"state\": \"done\"", "\"state\": \"formatting\"");
-    fs::write(&record, text).unwrap();
-    for point in &points {
-        run(Command::new("umount").arg(point)).ok();
-    }
-    let kept = xfs_uuid(&machine.drives[0]);
-    put(&machine.drives[1].0, 0, &vec![0; MIB as usize]);
-    let again = machine.disk("apply", &apply).ok().json();
-    assert_eq!(again["record"]["pool_id"], first["record"]["pool_id"]);
-    assert_eq!(xfs_uuid(&machine.drives[0]), kept, "a file system that was there is made again");
-    machine.mounted.mount(&[]).ok();
-    fs::write(machine.at("mnt/f"), pattern(5, 1_000_000)).unwrap();
-    machine.mounted.umount().ok();
-    // A drive that was given something else since is left alone.
-    for point in &points {
-        run(Command::new("umount").arg(point)).ok();
-    }
-    let head = fs::File::open(&machine.drives[1].0).and_then(|mut file| {
-        let mut head = vec![0; 4096];
-        file.read_exact(&mut head).map(|()| head)
-    });
-    let head = head.unwrap();
-    put(&machine.drives[1].0, 0, &[0; 4096]);
-    put(&machine.drives[1].0, 4086, b"SWAPSPACE2");
-    machine.disk("undo", &["--yes"]).refused(1, &["swap space", "no longer"]);
-    put(&machine.drives[1].0, 0, &head);
-    machine.disk("undo", &["--yes"]).ok();
-    machine.is_as_before();
-}
-
 #[test]
 fn layouts_that_cannot_be_made_are_refused_before_anything_is_done() {
     let Some(machine) = Machine::new(1) else { return };
@@ -743,30 +462,4 @@ fn layouts_that_cannot_be_made_are_refused_before_anything_is_done() {
         plan.ok();
     }
     assert!(large.record().is_none());
-}
-
-#[test]
-fn one_file_system_on_a_striped_volume_made_and_taken_back() {
-    let misc = fs::read_to_string("/proc/misc").unwrap_or_default();
-    if !misc.contains("device-mapper") {
-        return skip("the kernel has no device mapper, so that no logical volume can be made");
-    }
-    if !Path::new("/usr/sbin/lvcreate").exists() && !Path::new("/sbin/lvcreate").exists() {
-        return skip("there is no lvcreate here: install lvm2");
-    }
-    let Some(machine) = for_xfs(2) else { return };
-    let point = machine.at("state/test.fs/0");
-    let _unmount = Unmount(vec![point.clone()]);
-    let apply = ["--layout", "lvm", "--yes", "--json"];
-    let applied = machine.disk("apply", &apply).ok().json();
-    assert_eq!(applied["record"]["volumes"].as_array().unwrap().len(), 1, "{applied:#}");
-    machine.disk("apply", &apply).ok();
-    machine.mounted.mount(&[]).ok();
-    let bytes = pattern(6, 9_000_000);
-    fs::write(machine.at("mnt/f"), &bytes).unwrap();
-    assert_eq!(fs::read(machine.at("mnt/f")).unwrap(), bytes);
-    machine.mounted.umount().ok();
-    machine.disk("undo", &["--yes"]).ok();
-    machine.is_as_before();
-    assert_eq!(machine.disk("plan", &["--json"]).ok().json()["drives"][1]["verdict"], "safe");
 }

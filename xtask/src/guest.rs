@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::exec::{run as run_child, step};
 use crate::paths::{self, Scratch};
@@ -14,7 +14,7 @@ use crate::{exec, sweep};
 
 /// Packages come over the network.
 const SETUP_LIMIT: Duration = Duration::from_secs(10 * 60);
-const LIMIT: Duration = Duration::from_secs(15 * 60);
+const LIMIT: Duration = Duration::from_secs(25 * 60);
 
 /// Arguments of `cargo xtask guest`.
 #[derive(clap::Args)]
@@ -87,9 +87,9 @@ pub fn checks(
         )));
     }
     on_line(&last);
-    let (check, example) = build(log)?;
+    let (check, tests, example) = build(log)?;
     let mut command = Command::new(&check);
-    command.arg("host").arg(&script).arg(scratch).arg(nvtier).arg(&example);
+    command.arg("host").arg(&script).arg(scratch).arg(&tests).arg(nvtier).arg(&example);
     command.env("NVTIER_CACHE", &cache).env_remove("NVTIER_FILTER");
     command.envs(filter.map(|filter| ("NVTIER_FILTER", filter)));
     command.envs(variables.iter().map(|(name, value)| (name, value)));
@@ -105,14 +105,28 @@ pub fn checks(
     Ok(outcome)
 }
 
-/// The program with the checks, and the example that is one of them.
-fn build(log: &Path) -> Result<(PathBuf, PathBuf)> {
+/// The program with the checks, tests that run on its drives, too, and the example that is one of them.
+fn build(log: &Path) -> Result<(PathBuf, PathBuf, PathBuf)> {
     let mut check = Command::new("cargo");
     check.args(["build", "--package", "nvtier-guest"]);
     step(check, log, LIMIT)?;
     let mut example = Command::new("cargo");
     example.args(["build", "--package", "nvtier-nvme", "--example", "passthrough"]);
     step(example, log, LIMIT)?;
+    let mut tests = Command::new("cargo");
+    tests.args(["test", "--package", "nvtier-tests", "--test", "disk_layouts", "--no-run"]);
+    tests.arg("--message-format=json-render-diagnostics");
+    // The name of a test program has a hash in it, which only cargo knows.
+    let mut program = None;
+    let ended = run_child(tests, log, LIMIT, |line| program = program.take().or_else(|| executable(line)))?;
+    let program = program.filter(|_| ended.success()).context("the tests of layouts were not built")?;
     let debug = paths::target().join("debug");
-    Ok((debug.join("nvtier-guest-check"), debug.join("examples/passthrough")))
+    Ok((debug.join("nvtier-guest-check"), program, debug.join("examples/passthrough")))
+}
+
+/// The tests of layouts, where it is their program that a message of cargo tells of.
+fn executable(line: &str) -> Option<PathBuf> {
+    let message: serde_json::Value = serde_json::from_str(line).ok()?;
+    let program = message["executable"].as_str().filter(|_| message["target"]["name"] == "disk_layouts");
+    program.map(PathBuf::from)
 }

@@ -8,8 +8,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::report::{Checked, Report, ensure, equal};
-use crate::workload;
 use crate::write_log::WriteLog;
+use crate::{system, workload};
 
 /// The drives of the guest in which [`crate::device`] runs.
 const DRIVES: [&str; 6] = [
@@ -34,18 +34,20 @@ const CUTS: usize = 40;
 struct Host<'a> {
     run: &'a Path,
     scratch: &'a Path,
+    /// The program of tests/tests/disk_layouts.rs.
+    tests: &'a str,
     programs: &'a [&'a str],
     seed: u64,
 }
 
 /// Runs everything, or what `NVTIER_FILTER` names. False when a check failed.
-pub fn run(run: &Path, scratch: &Path, programs: &[&str]) -> Checked<bool> {
+pub fn run(run: &Path, scratch: &Path, tests: &str, programs: &[&str]) -> Checked<bool> {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let seed = number("NVTIER_SEED").unwrap_or(SEED);
     let filter = std::env::var("NVTIER_FILTER").ok();
     println!("seed {seed}");
-    let host = Host { run, scratch, programs, seed };
-    let fine = host.device(filter.as_deref())?;
+    let host = Host { run, scratch, tests, programs, seed };
+    let fine = host.device(filter.as_deref())? & host.system(filter.as_deref())?;
     let mut report = Report::new("guest: crashes", filter.as_deref());
     let kills = number("NVTIER_GUEST_KILLS").unwrap_or(KILLS);
     report.check("a_machine_killed_during_writes_keeps_every_acknowledged_commit", || host.kills(kills));
@@ -62,14 +64,20 @@ struct Guest {
 
 impl Host<'_> {
     fn boot(&self, drives: &[&str], words: &[&str]) -> Checked<Guest> {
+        self.boot_with(&[], drives, words)
+    }
+
+    /// With more options of the script.
+    fn boot_with(&self, options: &[&str], drives: &[&str], words: &[&str]) -> Checked<Guest> {
         let pid_file = self.scratch.join("qemu.pid");
         let _ = std::fs::remove_file(&pid_file);
         let mut command = Command::new(self.run);
-        command.env("TMPDIR", self.scratch).args(["--timeout", "400", "--pidfile"]).arg(&pid_file);
+        command.env("TMPDIR", self.scratch).args(["--timeout", "600", "--pidfile"]).arg(&pid_file);
         command.arg("--bin").arg(std::env::current_exe()?);
         for program in self.programs {
             command.args(["--bin", program]);
         }
+        command.args(options);
         for drive in drives {
             command.args(["--drive", drive]);
         }
@@ -83,13 +91,40 @@ impl Host<'_> {
     fn device(&self, filter: Option<&str>) -> Checked<bool> {
         let mut words = vec!["nvtier-guest-check", "device"];
         words.extend(filter);
-        let mut guest = self.boot(&DRIVES, &words)?;
-        while let Some(line) = guest.line()? {
-            println!("{line}");
+        self.boot(&DRIVES, &words)?.checks()
+    }
+
+    /// Two boots of one system with systemd. Where its packages cannot be had, one skipped check says why.
+    fn system(&self, filter: Option<&str>) -> Checked<bool> {
+        if !system::wants(filter) {
+            return Ok(true);
         }
-        let code = guest.child.wait()?.code();
-        ensure(matches!(code, Some(0 | 1)), || format!("the guest's checks ended with {code:?}"))?;
-        Ok(code == Some(0))
+        let setup = Command::new(self.run).arg("--setup-system").output()?;
+        if !setup.status.success() {
+            let said = String::from_utf8_lossy(&setup.stderr).into_owned();
+            let why = said.lines().last().unwrap_or_default().trim_start_matches("guest: ").to_owned();
+            let mut report = Report::new("guest: units", filter);
+            report.skip("layouts_and_units_in_a_guest_with_systemd", &why);
+            return Ok(report.finish());
+        }
+        let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
+        let image = text(self.scratch.join("system.img"));
+        let tests = Path::new(self.tests).file_name().ok_or("no name")?.to_string_lossy().into_owned();
+        let mut drives: Vec<String> = system::DRIVES
+            .iter()
+            .enumerate()
+            .map(|(n, drive)| format!("{drive},file={}", text(self.scratch.join(format!("system-{n}.raw")))))
+            .collect();
+        let mut fine = true;
+        for words in [&["first", &tests][..], &["second"]] {
+            let options = ["--system", image.as_str(), "--bin", self.tests];
+            let drives_now: Vec<&str> = drives.iter().map(String::as_str).collect();
+            let words = [&["nvtier-guest-check"], words, filter.as_slice()].concat();
+            fine &= self.boot_with(&options, &drives_now, &words)?.checks()?;
+            // The next boot finds them under other numbers.
+            drives.reverse();
+        }
+        Ok(fine)
     }
 
     fn kills(&self, rounds: u64) -> Checked {
@@ -210,6 +245,16 @@ impl Host<'_> {
 }
 
 impl Guest {
+    /// Passes its lines on to its end; false when a check failed.
+    fn checks(&mut self) -> Checked<bool> {
+        while let Some(line) = self.line()? {
+            println!("{line}");
+        }
+        let code = self.child.wait()?.code();
+        ensure(matches!(code, Some(0 | 1)), || format!("the guest's checks ended with {code:?}"))?;
+        Ok(code == Some(0))
+    }
+
     /// The next whole line; None at the end.
     fn line(&mut self) -> Checked<Option<String>> {
         let mut bytes = Vec::new();

@@ -66,6 +66,12 @@ impl Report {
         }
     }
 
+    /// Says that checks cannot run, whatever their names.
+    pub fn skip(&mut self, name: &str, why: &str) {
+        self.skipped += 1;
+        println!("test {name} ... ignored, {why}");
+    }
+
     /// The sums; false when a check failed.
     pub fn finish(self) -> bool {
         let word = if self.failed == 0 { "ok" } else { "FAILED" };

@@ -34,7 +34,7 @@ pub fn run(global: &Global, args: &DiskApply) -> Outcome {
         record.save(folder)?;
     }
     // After a boot without systemd nobody has mounted them.
-    record.volumes.iter().try_for_each(layout::Volume::mount)?;
+    layout::mount(&record)?;
     for volume in &record.volumes {
         write_whole(&volume.unit, &volume.unit_text, 0o644)?;
     }
@@ -54,10 +54,10 @@ pub fn run(global: &Global, args: &DiskApply) -> Outcome {
     let started = request.start && reachable.is_ok();
     if started {
         unit::systemctl(&["daemon-reload"])?;
-        for name in unit_names(&record) {
-            unit::systemctl(&["enable", &name])?;
-            unit::systemctl(&["start", &name])?;
-        }
+        let names = unit_names(&record);
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        unit::systemctl(&[&["enable"], &names[..]].concat())?;
+        unit::systemctl(&[&["start"], &names[..]].concat())?;
     }
     record.state = State::Done;
     record.save(folder)?;

@@ -1,17 +1,21 @@
 //! What lies between the drives and the pool: nothing, an XFS on each drive, or one XFS on a striped logical volume.
 //!
 //! Each step is taken only where its result is not there yet, so that `apply` can be killed anywhere and run again. What is ours is told by
-//! identifiers that were recorded before: the UUID of a file system, a tag of a volume group.
+//! identifiers that were recorded before: the UUID of a file system, that of a physical volume, the tag of a volume group.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use doctor::System;
+use doctor::disks::disks;
+use engine::format::erase_device;
+use nvme::DeviceOptions;
 use serde::{Deserialize, Serialize};
 
 use super::record::Record;
-use super::tool::{MKFS_XFS, MOUNT, UMOUNT, lvm};
-use super::unit;
+use super::tool::{MKFS_XFS, MOUNT, UMOUNT};
+use super::{lvm, unit};
 use crate::cli::Layout;
 use crate::failure::{Failure, Outcome, code};
 use crate::mountpoint::mounted_at;
@@ -19,12 +23,15 @@ use crate::size;
 
 /// mkfs.xfs wants a log of 64 MiB inside an allocation group; of 512 MiB with a stripe unit it makes none (xfsprogs 6.1).
 const XFS_LEAST: u64 = 1 << 30;
-/// Stripes of a logical volume: large enough for a drive's bandwidth, and a divisor of the pool's own unit.
-const LVM_STRIPE: u64 = 128 << 10;
+const XFS_MAGIC: &[u8] = b"XFSB";
+/// `sb_inprogress`, which mkfs.xfs clears last; nothing mounts an XFS that has it.
+const XFS_IN_PROGRESS: usize = 126;
+/// What tells whose a drive is lies in its first bytes.
+const HEAD: usize = 4096;
+/// Bytes at the start of a drive that `undo` takes away.
+const WIPED: usize = 1 << 20;
 /// The pool's directory on a file system.
 const POOL: &str = "pool";
-/// Of the logical volume.
-const VOLUME: &str = "pool";
 
 /// A file system that `apply` makes.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -49,15 +56,25 @@ impl Volume {
         self.unit.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// Where it is now: the kernel numbers NVMe drives anew at each boot.
+    /// Where it is now: the kernel numbers NVMe drives anew at each boot. Where no device carries it, the one that it was made on.
     pub fn device(&self) -> PathBuf {
-        let by_uuid = Path::new("/dev/disk/by-uuid").join(&self.uuid);
-        if by_uuid.exists() { by_uuid } else { self.node.clone() }
+        let likely = [Path::new("/dev/disk/by-uuid").join(&self.uuid), self.node.clone()];
+        let carries = |node: &PathBuf| super_block(node).is_some_and(|(uuid, _)| uuid == self.uuid);
+        if let Some(found) = likely.into_iter().find(carries) {
+            return found;
+        }
+        let all = disks(&System::here()).into_iter().map(|disk| PathBuf::from(disk.node));
+        all.into_iter().find(carries).unwrap_or_else(|| self.node.clone())
     }
 
-    /// Whether it is the one that `apply` made.
+    /// Whether it is there, and the one that `apply` made or began to make.
     pub fn is_ours(&self) -> bool {
-        xfs_uuid(&self.device()).is_some_and(|uuid| uuid == self.uuid)
+        super_block(&self.device()).is_some_and(|(uuid, _)| uuid == self.uuid)
+    }
+
+    /// Whether it is ours and mkfs.xfs came to its end.
+    pub fn is_made(&self) -> bool {
+        super_block(&self.device()).is_some_and(|(uuid, made)| made && uuid == self.uuid)
     }
 
     pub fn is_mounted(&self) -> Outcome<bool> {
@@ -68,6 +85,14 @@ impl Volume {
     pub fn mount(&self) -> Outcome {
         if self.is_mounted()? {
             return Ok(());
+        }
+        if !self.is_made() {
+            let message = format!(
+                "mount the file system {} on {}: no drive carries it",
+                self.uuid,
+                self.mountpoint.display()
+            );
+            return Err(Failure::not_found(message).hint("is a drive missing? `nvtier disk plan` lists them"));
         }
         std::fs::create_dir_all(&self.mountpoint).map_err(|error| {
             Failure::io(format!("make the mount point {}", self.mountpoint.display()), &error)
@@ -94,28 +119,12 @@ impl Volume {
     }
 }
 
-/// The UUID of an XFS (xfs_format.h, `xfs_dsb`: the magic at 0, `sb_uuid` at 32).
-pub fn xfs_uuid(node: &Path) -> Option<String> {
-    let mut head = [0; 48];
+/// The UUID of an XFS, and whether it was made to the end (xfs_format.h, `xfs_dsb`: the magic at 0, `sb_uuid` at 32).
+fn super_block(node: &Path) -> Option<(String, bool)> {
+    let mut head = [0; 128];
     File::open(node).ok()?.read_exact_at(&mut head, 0).ok()?;
-    let bytes: [u8; 16] = head[32..].try_into().ok()?;
-    head.starts_with(b"XFSB").then(|| uuid::Uuid::from_bytes(bytes).hyphenated().to_string())
-}
-
-/// The tag of our volume group.
-fn tag(record: &Record) -> String {
-    format!("nvtier.{}", record.pool_id)
-}
-
-fn group(record: &Record) -> String {
-    format!("nvtier-{}", record.name)
-}
-
-/// Whether a drive is part of our volume group.
-pub fn in_group(record: &Record, node: &Path) -> bool {
-    let words = ["--noheadings", "-o", "vg_tags"].map(AsRef::as_ref);
-    let told = lvm("pvs").run(&[&words[..], &[node.as_os_str()]].concat());
-    told.is_ok_and(|text| text.trim().split(',').any(|found| found == tag(record)))
+    let uuid = uuid::Uuid::from_slice(&head[32..48]).ok()?;
+    head.starts_with(XFS_MAGIC).then(|| (uuid.hyphenated().to_string(), head[XFS_IN_PROGRESS] == 0))
 }
 
 /// The file systems of a record to be.
@@ -123,7 +132,7 @@ pub fn volumes(record: &Record, unit_dir: &Path) -> Outcome<Vec<Volume>> {
     let nodes: Vec<PathBuf> = match record.layout {
         Layout::Raw => Vec::new(),
         Layout::Xfs => record.drives.iter().map(|drive| drive.node.clone()).collect(),
-        Layout::Lvm => vec![Path::new("/dev").join(group(record)).join(VOLUME)],
+        Layout::Lvm => vec![Path::new("/dev").join(lvm::group(record)).join(lvm::VOLUME)],
     };
     let mut folder = record.pool.clone().into_os_string();
     folder.push(".fs");
@@ -162,16 +171,7 @@ pub fn check(record: &Record) -> Outcome {
         ));
     }
     if record.layout == Layout::Lvm {
-        for name in ["pvcreate", "vgcreate", "lvcreate", "pvs", "vgs", "lvs", "vgremove", "pvremove"] {
-            lvm(name).check().map_err(tried)?;
-        }
-        let misc = std::fs::read_to_string("/proc/misc").unwrap_or_default();
-        if !misc.lines().any(|line| line.ends_with(" device-mapper")) {
-            return Err(tried(
-                Failure::unsupported("the kernel has no device mapper, of which logical volumes are made")
-                    .hint("`modprobe dm_mod`; where there is none, choose --layout raw or xfs"),
-            ));
-        }
+        lvm::check(record).map_err(tried)?;
     }
     Ok(())
 }
@@ -183,10 +183,10 @@ pub fn steps(record: &Record) -> Vec<String> {
     if record.layout == Layout::Lvm {
         steps.push(format!(
             "make the volume group {} of {} and a logical volume of all of it, striped over {} in units of {}",
-            group(record),
+            lvm::group(record),
             nodes.join(" "),
             nodes.len(),
-            size::human(LVM_STRIPE)
+            size::human(lvm::STRIPE)
         ));
     }
     for volume in &record.volumes {
@@ -204,7 +204,7 @@ pub fn steps(record: &Record) -> Vec<String> {
 /// Unit and width of stripes as XFS is to know them: files begin where stripes of the volume, or of the pool, do.
 fn stripe(record: &Record) -> (u64, usize) {
     match record.layout {
-        Layout::Lvm => (LVM_STRIPE, record.drives.len()),
+        Layout::Lvm => (lvm::STRIPE, record.drives.len()),
         _ => (engine::pool::DEFAULT_STRIPE_UNIT, 1),
     }
 }
@@ -212,11 +212,11 @@ fn stripe(record: &Record) -> (u64, usize) {
 /// Makes what is not there yet; afterwards every file system is mounted.
 pub fn make(record: &Record) -> Outcome {
     if record.layout == Layout::Lvm {
-        make_group(record)?;
+        lvm::make(record)?;
     }
     let (unit, width) = stripe(record);
     for volume in &record.volumes {
-        if !volume.is_ours() {
+        if !volume.is_made() {
             let uuid = format!("uuid={}", volume.uuid);
             let data = format!("su={unit},sw={width}");
             // What may be lost was judged before, drive by drive. The log has its own unit: the data's may be more than it takes.
@@ -228,29 +228,12 @@ pub fn make(record: &Record) -> Outcome {
     Ok(())
 }
 
-fn make_group(record: &Record) -> Outcome {
-    let (group, tag) = (group(record), tag(record));
-    let nodes: Vec<&Path> = record.drives.iter().map(|drive| drive.node.as_path()).collect();
-    if !nodes.iter().all(|node| in_group(record, node)) {
-        for node in &nodes {
-            let words = ["--yes", "-ff"].map(AsRef::as_ref);
-            lvm("pvcreate").run(&[&words[..], &[node.as_os_str()]].concat())?;
-        }
-        let words = ["--yes", "--addtag", tag.as_str(), group.as_str()].map(AsRef::as_ref);
-        let nodes: Vec<_> = nodes.iter().map(|node| node.as_os_str()).collect();
-        lvm("vgcreate").run(&[&words[..], &nodes].concat())?;
+/// Mounts what a boot without the units did not.
+pub fn mount(record: &Record) -> Outcome {
+    if record.layout == Layout::Lvm {
+        lvm::activate(record)?;
     }
-    let made = lvm("lvs").run(&["--noheadings", "-o", "lv_name", &group])?;
-    if made.split_whitespace().any(|name| name == VOLUME) {
-        return lvm("lvchange").run(&["-ay", &format!("{group}/{VOLUME}")]).map(drop);
-    }
-    let (stripes, unit) = (record.drives.len().to_string(), format!("{}k", LVM_STRIPE >> 10));
-    let mut words = vec!["--yes", "-W", "y", "-n", VOLUME, "-l", "100%FREE"];
-    if record.drives.len() > 1 {
-        words.extend(["-i", &stripes, "-I", &unit]);
-    }
-    words.push(&group);
-    lvm("lvcreate").run(&words).map(drop)
+    record.volumes.iter().try_for_each(Volume::mount)
 }
 
 /// Whether a drive carries what `apply` made.
@@ -258,14 +241,47 @@ pub fn is_ours(record: &Record, index: usize) -> bool {
     let Some(drive) = record.drives.get(index) else { return false };
     match record.layout {
         Layout::Raw => super::judge::pool_id(&drive.node).as_ref() == Some(&record.pool_id),
-        Layout::Xfs => record.volumes.get(index).is_some_and(Volume::is_ours),
-        Layout::Lvm => in_group(record, &drive.node),
+        Layout::Xfs | Layout::Lvm => node_of(record, index).is_some(),
     }
+}
+
+/// Where the drive is now that carries a file system or a physical volume of ours.
+pub fn node_of(record: &Record, index: usize) -> Option<PathBuf> {
+    match record.layout {
+        Layout::Raw => None,
+        Layout::Xfs => {
+            let device = record.volumes.get(index).filter(|volume| volume.is_ours())?.device();
+            Some(device.canonicalize().unwrap_or(device))
+        }
+        Layout::Lvm => lvm::node_of(record.drives.get(index)?),
+    }
+}
+
+/// Takes file system or physical volume off a drive. What tells that it is ours goes last: until then a run that was killed can be repeated.
+pub fn wipe(node: &Path) -> engine::Result<()> {
+    let device = nvme::open(node, &DeviceOptions::default())?;
+    let mut head = vec![0; HEAD];
+    device.read_at(0, &mut head)?;
+    if head.starts_with(XFS_MAGIC) {
+        // From here on nobody mounts it.
+        head[XFS_IN_PROGRESS] = 1;
+        device.write_at(0, &head)?;
+        device.flush()?;
+    }
+    // Whoever looks next sees nothing: what looks for signatures looks here.
+    device.write_at(HEAD as u64, &vec![0; WIPED - HEAD])?;
+    device.flush()?;
+    device.write_at(0, &[0; HEAD])?;
+    device.flush()?;
+    erase_device(&*device)
 }
 
 /// Fails where undoing would lose what is not the pool's. Mounts what is not mounted.
 pub fn check_undo(record: &Record) -> Outcome {
-    for volume in record.volumes.iter().filter(|volume| volume.is_ours()) {
+    if record.layout == Layout::Lvm {
+        lvm::check_undo(record)?;
+    }
+    for volume in record.volumes.iter().filter(|volume| volume.is_made()) {
         volume.mount()?;
         let others = volume.others()?;
         if !others.is_empty() {
@@ -280,42 +296,7 @@ pub fn check_undo(record: &Record) -> Outcome {
             );
         }
     }
-    if record.layout == Layout::Lvm && in_group(record, &record.drives[0].node) {
-        let made = lvm("lvs").run(&["--noheadings", "-o", "lv_name", &group(record)])?;
-        let others: Vec<&str> = made.split_whitespace().filter(|name| *name != VOLUME).collect();
-        if !others.is_empty() {
-            let message = format!(
-                "undo `{}`: the volume group {} has other logical volumes: {}",
-                record.name,
-                group(record),
-                others.join(", ")
-            );
-            return Err(Failure::new(code::FAILED, "Changed", message).hint("remove them first"));
-        }
-    }
     Ok(())
-}
-
-/// Removes volume group and physical volumes, if they are ours.
-pub fn remove_group(record: &Record) -> Outcome<Vec<String>> {
-    let ours: Vec<&Path> = record
-        .drives
-        .iter()
-        .map(|drive| drive.node.as_path())
-        .filter(|node| in_group(record, node))
-        .collect();
-    if ours.is_empty() {
-        return Ok(Vec::new());
-    }
-    let group = group(record);
-    lvm("vgremove").run(&["--yes", "--force", &group])?;
-    let mut done = vec![format!("removed the volume group {group}")];
-    for node in ours {
-        let words = ["--yes", "--force"].map(AsRef::as_ref);
-        lvm("pvremove").run(&[&words[..], &[node.as_os_str()]].concat())?;
-        done.push(format!("wiped {}", node.display()));
-    }
-    Ok(done)
 }
 
 /// The directory of mount points.
@@ -335,11 +316,15 @@ mod tests {
         bytes[..4].copy_from_slice(b"XFSB");
         bytes[32..48].copy_from_slice(&[0xab; 16]);
         std::fs::write(&path, &bytes).unwrap();
-        assert_eq!(xfs_uuid(&path).unwrap(), "abababab-abab-abab-abab-abababababab");
+        let uuid = "abababab-abab-abab-abab-abababababab".to_owned();
+        assert_eq!(super_block(&path), Some((uuid.clone(), true)));
+        bytes[126] = 1;
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(super_block(&path), Some((uuid, false)));
         bytes[0] = 0;
         std::fs::write(&path, &bytes).unwrap();
-        assert_eq!(xfs_uuid(&path), None);
+        assert_eq!(super_block(&path), None);
         std::fs::write(&path, b"XFSB").unwrap();
-        assert_eq!(xfs_uuid(&path), None);
+        assert_eq!(super_block(&path), None);
     }
 }

@@ -3,6 +3,7 @@
 mod apply;
 mod judge;
 mod layout;
+mod lvm;
 mod record;
 mod tool;
 mod undo;
@@ -118,6 +119,7 @@ impl Request {
                 model: drive.disk.model.clone(),
                 serial: drive.disk.serial.clone(),
                 held: drive.holds.clone(),
+                physical: (target.layout == Layout::Lvm).then(lvm::new_id),
             })
             .collect();
         let earlier = Record::load(&state_dir, name)?;

@@ -39,6 +39,9 @@ pub struct Drive {
     pub serial: String,
     /// What was on it before.
     pub held: Option<String>,
+    /// Of the layout `lvm`: the identifier of its physical volume, chosen before that is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub physical: Option<String>,
 }
 
 /// Whom the pool's root belongs to.

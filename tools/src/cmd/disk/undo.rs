@@ -11,20 +11,17 @@ use nvme::{Device, DeviceOptions};
 use serde_json::json;
 
 use super::record::{self, Record, State, lock};
-use super::{confirm, layout, shown, unit, unit_name, unit_names};
+use super::{confirm, layout, lvm, shown, unit, unit_name};
 use crate::cli::{DiskUndo, Global, Layout};
 use crate::failure::{Failure, Outcome, code};
 use crate::output;
-
-/// Bytes at the start of a file system that `undo` takes away.
-const WIPED: usize = 1 << 20;
 
 /// What a drive is now.
 enum Now {
     /// It carries the pool: claimed, to be wiped.
     Ours(Arc<dyn Device>),
-    /// It carries a file system of ours, or is part of our volume group.
-    Below,
+    /// It carries a file system of ours, or a physical volume: where it is now.
+    Below(PathBuf),
     /// Nothing is on it.
     Blank,
     /// `apply` was killed before its pool was there; this is.
@@ -62,8 +59,7 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
         record.save(&folder)?;
     }
     let mut done = Vec::new();
-    let units = record.volumes.iter().map(|volume| &volume.unit).chain([&record.unit]);
-    for unit in units.filter(|unit| unit.exists()) {
+    for (unit, _) in units(&record).filter(|(unit, _)| unit.exists()) {
         std::fs::remove_file(unit)
             .map_err(|error| Failure::io(format!("remove the unit {}", unit.display()), &error))?;
         done.push(format!("removed the unit {}", unit.display()));
@@ -72,10 +68,10 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
         unit::systemctl(&["daemon-reload"])?;
     }
     record.volumes.iter().try_for_each(layout::Volume::umount)?;
-    if record.layout == Layout::Lvm {
-        done.extend(layout::remove_group(&record)?);
+    if record.layout == Layout::Lvm && lvm::remove_group(&record)? {
+        done.push(format!("removed the volume group {}", lvm::group(&record)));
     }
-    for (index, (drive, now)) in record.drives.iter().zip(&drives).enumerate() {
+    for (drive, now) in record.drives.iter().zip(&drives) {
         let node = drive.node.display();
         match now {
             Now::Ours(device) => {
@@ -83,17 +79,10 @@ pub fn run(global: &Global, args: &DiskUndo) -> Outcome {
                     .map_err(|error| Failure::from(error).while_doing(format!("wipe {node}")))?;
                 done.push(format!("wiped {node}"));
             }
-            Now::Below if record.layout == Layout::Lvm => {}
-            Now::Below => {
-                let device = record.volumes[index].device();
-                let wipe = || -> engine::Result<()> {
-                    let device = nvme::open(&device, &DeviceOptions::default())?;
-                    // Whoever looks next sees nothing: what looks for signatures looks here.
-                    device.write_at(0, &vec![0; (WIPED as u64).min(device.len()) as usize])?;
-                    erase_device(&*device)
-                };
-                wipe().map_err(|error| Failure::from(error).while_doing(format!("wipe {node}")))?;
-                done.push(format!("wiped {node}"));
+            Now::Below(node) => {
+                layout::wipe(node)
+                    .map_err(|error| Failure::from(error).while_doing(format!("wipe {}", node.display())))?;
+                done.push(format!("wiped {}", node.display()));
             }
             Now::Blank => done.push(format!("left {node}: nothing is on it")),
             Now::Untouched(holds) => done.push(format!("left {node}: it holds {holds}, and no pool yet")),
@@ -137,10 +126,9 @@ fn check(record: &Record) -> Outcome {
 
 /// The unit is the one that was written, or gone.
 fn check_unit(record: &Record) -> Outcome {
-    let volumes = record.volumes.iter().map(|volume| (&volume.unit, &volume.unit_text));
-    for (unit, written) in volumes.chain([(&record.unit, &record.unit_text)]) {
+    for (unit, written) in units(record) {
         match std::fs::read_to_string(unit) {
-            Ok(text) if text == *written => {}
+            Ok(text) if text == written => {}
             Ok(_) => {
                 return Err(Failure::new(
                     code::FAILED,
@@ -163,14 +151,23 @@ fn is_active(record: &Record) -> bool {
 
 /// Unmounts by stopping the unit, where systemd knows it.
 fn stop(record: &Record) -> Outcome {
-    if record.unit.exists() && unit::reachable(&record.unit).is_ok() {
+    if unit::reachable(&record.unit).is_err() {
+        return Ok(());
+    }
+    if record.unit.exists() {
         // Only the pool's is stopped: its files are looked at before they go. A file system that is unmounted later ends its unit.
         unit::systemctl(&["stop", &unit_name(record)])?;
-        for name in unit_names(record) {
-            unit::systemctl(&["disable", &name])?;
-        }
     }
-    Ok(())
+    // An `undo` that was killed may have removed some of them; what it removed it had disabled.
+    let there = units(record).filter(|(unit, _)| unit.exists());
+    let names: Vec<_> = there.filter_map(|(unit, _)| unit.file_name()?.to_str()).collect();
+    if names.is_empty() { Ok(()) } else { unit::systemctl(&[&["disable"], &names[..]].concat()) }
+}
+
+/// Units of a record with their text, those of file systems first.
+fn units(record: &Record) -> impl Iterator<Item = (&Path, &str)> {
+    let volumes = record.volumes.iter().map(|volume| (volume.unit.as_path(), volume.unit_text.as_str()));
+    volumes.chain([(record.unit.as_path(), record.unit_text.as_str())])
 }
 
 /// Looks at every drive and claims what is ours: nobody can mount or change it until it is wiped.
@@ -197,8 +194,8 @@ fn look(record: &Record) -> Outcome<Vec<Now>> {
 /// Of a drive with a file system on it.
 fn look_below(record: &Record, index: usize, drive: &record::Drive) -> Outcome<Now> {
     let node = &drive.node;
-    if layout::is_ours(record, index) {
-        return Ok(Now::Below);
+    if let Some(node) = layout::node_of(record, index) {
+        return Ok(Now::Below(node));
     }
     let tried = || format!("undo `{}`: look at {}", record.name, node.display());
     let holds = foreign::in_device(node).map_err(|error| Failure::from(error).while_doing(tried()))?;

@@ -149,7 +149,7 @@ mod tests {
             line("ExecStart="),
             "ExecStart=/usr/bin/nvtier mount --foreground --allow-other -- /p/@UNIT@ \"/mnt/a b/100%%\""
         );
-        assert_eq!(line("ExecStop="), "ExecStop=/usr/bin/nvtier umount \"/mnt/a b/100%%\"");
+        assert_eq!(line("ExecStop="), "ExecStop=-/usr/bin/nvtier umount \"/mnt/a b/100%%\"");
         assert_eq!(line("RequiresMountsFor="), "RequiresMountsFor=/p/@UNIT@ \"/mnt/a b\" /f/0 \"/f/1 2\"");
         assert_eq!(line("Description="), "Description=nvtier pool on /mnt/a b/100%%");
         assert_eq!(text.matches('@').count(), 4, "{text}"); // those of the pool, twice
