@@ -77,7 +77,7 @@ fn a_directory_is_loaded_as_one_compared_and_saved() {
 #[test]
 fn the_ceilings_are_those_of_now_and_the_lower_one_binds() {
     let folder = scratch();
-    let (directory, _) = checkpoint(folder.path(), 70 << 20);
+    let (directory, _) = checkpoint(folder.path(), 140 << 20);
     let options = ["--device", "cpu", "--no-tune", "--ceilings", "--json"];
     let json = nvtier(["load", text(&directory)].into_iter().chain(options)).ok().json();
     let ceilings = &json["ceilings"];
