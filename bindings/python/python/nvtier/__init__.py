@@ -50,7 +50,7 @@ from ._nvtier import (
 )
 
 if TYPE_CHECKING:
-    from . import kv, numpy, torch, transformers
+    from . import kv, numpy, stream, torch, train, transformers
 
 __all__ = [
     "Cancelled",
