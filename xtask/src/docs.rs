@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::paths;
 
 /// Page, and the example that prints it.
-const PAGES: [(&str, &str); 1] = [("docs/sizing.md", "sizing")];
+const PAGES: [(&str, &str); 2] = [("docs/sizing.md", "sizing"), ("docs/tables.md", "tables")];
 
 /// Arguments of `cargo xtask docs`.
 #[derive(clap::Args)]

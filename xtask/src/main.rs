@@ -40,7 +40,7 @@ enum Task {
     Setup,
     /// Make the committed bindings of NVMe structures anew; `--check`: fail if they have drifted.
     Bindgen(bindgen::Args),
-    /// Make the pages that are made from data anew (docs/sizing.md); `--check`: fail if they have drifted.
+    /// Make the pages that are made from data anew (docs/sizing.md, docs/tables.md); `--check`: fail if they have drifted.
     Docs(docs::Args),
     /// Simulated power cuts against a model, bit flips at rest; see docs/reliability.md.
     Sim(sim::Args),

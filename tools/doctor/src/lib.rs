@@ -12,6 +12,7 @@
 pub mod ceilings;
 mod checks;
 pub mod disks;
+pub mod page;
 mod system;
 mod tables;
 pub mod wear;

@@ -1,5 +1,14 @@
 //! The tables of hardware, as data.
 
+/// GPUs that aiDAPTIV's vendor published as validated.
+const GPUS: &str = include_str!("../data/gpus.csv");
+/// CPUs of the same publication.
+pub(crate) const CPUS: &str = include_str!("../data/cpus.csv");
+/// Drives, by their makers' data sheets.
+pub(crate) const DRIVES: &str = include_str!("../data/drives.csv");
+/// GPUs that nvtier ran on, and where the results are.
+pub(crate) const RUN: &str = include_str!("../data/gpus_run.csv");
+
 /// A GPU of the table. Empty where the table has nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GpuRow {
@@ -34,7 +43,7 @@ pub struct CpuRow {
     pub pcie_lanes: u32,
 }
 
-fn rows(text: &'static str) -> impl Iterator<Item = Vec<&'static str>> {
+pub(crate) fn rows(text: &'static str) -> impl Iterator<Item = Vec<&'static str>> {
     text.lines().skip(1).filter(|line| !line.is_empty()).map(|line| line.split(',').collect())
 }
 
@@ -44,7 +53,7 @@ fn giga(text: &str) -> u64 {
 
 /// GPUs that are known.
 pub fn gpus() -> Vec<GpuRow> {
-    rows(include_str!("../data/gpus.csv"))
+    rows(GPUS)
         .map(|row| GpuRow {
             class: row[0],
             name: row[1],
@@ -60,7 +69,7 @@ pub fn gpus() -> Vec<GpuRow> {
 
 /// CPUs that are known.
 pub fn cpus() -> Vec<CpuRow> {
-    rows(include_str!("../data/cpus.csv"))
+    rows(CPUS)
         .map(|row| CpuRow {
             brand: row[0],
             model: row[1],
@@ -81,7 +90,7 @@ pub(crate) fn cpu(found: &str) -> Option<CpuRow> {
 
 /// Bytes that a drive's maker rates it for. `model`: as the drive says, which begins with the name of the line. `bytes`: its length.
 pub(crate) fn rated_bytes(model: &str, bytes: u64) -> Option<u64> {
-    let line = rows(include_str!("../data/drives.csv"))
+    let line = rows(DRIVES)
         .filter(|row| model.strip_prefix(row[0]).is_some_and(|rest| rest.is_empty() || rest.starts_with(' ')))
         .filter_map(|row| Some((row[0], row[1].parse::<u64>().ok()?, row[2].parse::<u64>().ok()?)));
     let lines: Vec<_> = line.collect();

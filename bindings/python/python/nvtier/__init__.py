@@ -50,7 +50,7 @@ from ._nvtier import (
 )
 
 if TYPE_CHECKING:
-    from . import kv, numpy, torch, transformers
+    from . import kv, numpy, stream, torch, train, transformers
 
 __all__ = [
     "Cancelled",
@@ -100,6 +100,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # torch, numpy and transformers are imported by who uses them, not by `import nvtier`. (`nvtier.patch` acts when it is imported.)
-    if name in ("torch", "numpy", "kv", "transformers"):
+    if name in ("torch", "numpy", "kv", "transformers", "train", "stream"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,8 @@ use super::drive::link;
 use crate::{Finding, System, tables};
 
 /// What the table of requirements asks for: 16 GB to fine-tune with a tier of NVMe, 20 GB to infer with an 8B model.
-const FINE_TUNE: u64 = 15_500_000_000;
-const INFER: u64 = 19_500_000_000;
+pub(crate) const FINE_TUNE: u64 = 15_500_000_000;
+pub(crate) const INFER: u64 = 19_500_000_000;
 
 const NVIDIA: &str = "0x10de";
 const AMD: &str = "0x1002";

@@ -3,12 +3,12 @@
 mod drive;
 mod filesystem;
 mod fuse;
-mod gpu;
+pub(crate) mod gpu;
 mod gpudirect;
 mod io;
 mod iommu;
 mod memory;
-mod platform;
+pub(crate) mod platform;
 
 use std::path::Path;
 

@@ -15,8 +15,8 @@ const KERNELS: [((u32, u32), &str); 6] = [
 ];
 const RECOMMENDED: (u32, u32) = (6, 14);
 /// What the table of requirements asks for.
-const CORES: usize = 8;
-const LANES: u32 = 24;
+pub(crate) const CORES: usize = 8;
+pub(crate) const LANES: u32 = 24;
 
 pub(super) fn check(system: &System, _path: &Path, out: &mut Vec<Finding>) {
     out.push(os(system));

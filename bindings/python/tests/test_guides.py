@@ -1,0 +1,95 @@
+"""Python blocks of the guides that say that this file runs them: as they stand, but for where the pool and the mount lie."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import nvtier
+
+pytest.importorskip("torch")
+
+GUIDES = pathlib.Path(__file__).resolve().parents[3] / "docs" / "guides"
+BLOCK = re.compile(r"^<!-- not run: (?P<why>[^\n]*) -->\n```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+LIMIT_S = 240
+
+
+def blocks():
+    found = []
+    for page in sorted(GUIDES.glob("*.md")):
+        text = page.read_text()
+        for match in BLOCK.finditer(text):
+            if pathlib.Path(__file__).name in match["why"]:
+                line = text.count("\n", 0, match.start("code")) + 1
+                found.append(pytest.param(match["code"], match["why"], id=f"{page.name}:{line}"))
+    return found
+
+
+def model():
+    folder = os.environ.get("NVTIER_MODEL")
+    if not folder:
+        pytest.skip("NVTIER_MODEL is not set: run this through `cargo xtask test`")
+    return pathlib.Path(folder) / "snapshot"
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """What the guides' readers have: a pool with a model in it. Where the model lies is its mount: whether mounts show files is tested elsewhere."""
+    small = model()
+    (tmp_path / "nvme0").mkdir()
+    (tmp_path / "models" / "models").mkdir(parents=True)
+    (tmp_path / "models" / "models" / "m").symlink_to(small)
+    nvtier.format(tmp_path / "nvme0" / "pool")
+    with nvtier.Pool(tmp_path / "nvme0" / "pool") as pool:
+        for file in sorted(small.glob("*.safetensors")):
+            pool.import_file(file, f"models/m/{file.name}")
+    return tmp_path
+
+
+def execute(code, folder):
+    for place in ("/mnt/nvme0", "/mnt/models"):
+        code = code.replace(place, str(folder / pathlib.Path(place).name))
+    assert "/mnt/" not in code, code
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"{code}\nended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("code, why", blocks())
+def test_a_block_does_what_its_page_says(code, why, reader):
+    if "transformers" in code:
+        pytest.importorskip("transformers")
+    printed = execute(code, reader)
+    assert printed.strip(), "it prints nothing"
+    if "twice" in why:
+        first = [line.split()[0] for line in printed.splitlines()]
+        second = [line.split()[0] for line in execute(code, reader).splitlines()]
+        assert first == [str(number) for number in range(5)], printed
+        assert second == [str(number) for number in range(5, 10)], "it does not go on where it ended"
+    if "copy.safetensors" in code:
+        import safetensors.torch
+
+        ours, theirs = safetensors.torch.load_file(reader / "copy.safetensors"), {}
+        for file in model().glob("*.safetensors"):
+            theirs.update(safetensors.torch.load_file(file))
+        assert ours.keys() == theirs.keys()
+        assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    if "PrefixCache" in code:
+        # Of the second prompt, the head that it has in common with the first.
+        loaded = [int(number) for number in re.findall(r"'loaded_tokens': (\d+)", printed)]
+        assert len(loaded) == 2 and loaded[0] == 0 < loaded[1], printed
+
+
+def test_the_quick_start_is_among_them():
+    assert sum(parameter.id.startswith("quickstart.md:") for parameter in blocks()) >= 3
