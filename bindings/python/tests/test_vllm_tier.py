@@ -315,13 +315,13 @@ def test_what_does_not_come_in_time_is_a_miss_and_nobody_waits_for_ever(pool):
         engine.store(range(12))
     finally:
         engine.close()
-    engine = Engine(pool, 64, deadline=1e-6)
+    # Over before anything begins: all that is loaded is late.
+    engine = Engine(pool, 64, deadline=1e-9)
     try:
-        found = engine.load(range(12))
+        assert engine.load(range(12)) == []
         stat = engine.tier._tier.stat()
-        assert stat["loaded"] == len(found)
-        assert stat["loaded"] + stat["load_failed"] + stat["lost"] + stat["corrupt"] == stat["hits"]
-        assert stat["corrupt"] == 0
+        assert stat["load_failed"] == stat["hits"] > 0
+        assert stat["loaded"] == stat["lost"] == stat["corrupt"] == 0
     finally:
         engine.close()
     engine = Engine(pool, 64)

@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use nvtier_tests::kill::{self, clients};
+use nvtier_tests::kill::{self, clients, window};
 
 const USAGE: &str = "usage: kill-rounds [--rounds N] [--first-seed S] [--keep]\n\
     --keep: stop at the first round that finds something, and leave its pools";
@@ -15,6 +15,9 @@ fn main() -> ExitCode {
             Some(args) => clients::run(&args),
             None => usage(),
         };
+    }
+    if let Some(("kv-window", rest)) = words.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        return window::victim(rest);
     }
     let Ok(program) = std::env::current_exe() else { return usage() };
     let mut options = kill::Options { rounds: 200, first_seed: 1, clients: program, keep: false };

@@ -7,6 +7,7 @@
 //! - `content.rs`: bytes that say which version of which file they are.
 //! - `journal.rs`: what clients write down, and what a pool may hold because of it (docs/semantics.md, section 4).
 //! - `clients.rs`: the processes. `round.rs`: one round. `import.rs`: importers one after the other. `check.rs`: what the pool holds.
+//! - `window.rs`: rounds of their own, for what a KV store may lose.
 
 mod check;
 pub mod clients;
@@ -14,6 +15,7 @@ pub mod content;
 mod import;
 pub mod journal;
 mod round;
+pub mod window;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -11,6 +11,7 @@ use super::*;
 use crate::pool::{FormatOptions, OpenOptions};
 
 mod damage;
+mod durable;
 mod loads;
 mod model;
 mod room;
