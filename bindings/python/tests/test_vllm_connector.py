@@ -155,12 +155,14 @@ def test_requests_that_are_preempted_and_a_late_pool_change_no_token(model, plai
     blocks = sum(answer["prompt"] // BLOCK + 1 for answer in chosen) + 2
     order = {"blocks": blocks, "max_model_len": 256, "prefix_caching": True}
     full = engine(model, [prompts, prompts], pool, **order)
-    late = engine(model, [prompts, prompts], pool, extra={"deadline": 1e-6}, **order)
+    # Over before anything begins: what the pool has, and it is asked for, comes too late.
+    late = engine(model, [prompts, prompts], pool, extra={"deadline": 1e-9}, **order)
     for done in (full, late):
         for wave in done["waves"]:
             assert tokens(wave) == [answer["tokens"] for answer in chosen]
     assert full["counts"]["num_preemptions"] >= 1, "the device had room for all"
-    assert late["counts"]["corrupt"] == 0
+    counts = late["counts"]
+    assert counts["load_failed"] > 0 and counts["loaded"] == counts["lost"] == counts["corrupt"] == 0
 
 
 def test_what_makes_no_sense_is_refused(model, pool, tmp_path):
