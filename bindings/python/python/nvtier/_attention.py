@@ -11,14 +11,14 @@ import contextlib
 from typing import Any, Iterator, Optional, Tuple
 
 import torch
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.bias import causal_lower_right
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 try:
+    from torch.backends.cuda import SDPAParams, can_use_flash_attention
+    from torch.nn.attention.bias import causal_lower_right
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
     from transformers.masking_utils import causal_mask_function, sdpa_mask
-except ImportError:  # before 4.53 masks could not be left to somebody else
+except ImportError:  # before transformers 4.53 masks could not be left to somebody else; PyTorch has had its part since 2.3
     AttentionInterface = None
 
 __all__ = ["without_masks"]
@@ -86,13 +86,22 @@ def _attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
         )
     groups = getattr(module, "num_key_value_groups", 1)
-    shared = groups > 1 and can_use_flash_attention(SDPAParams(query, key, value, None, dropout, False, True))
+    shared = groups > 1 and _shares_heads(query, key, value, dropout)
     if groups > 1 and not shared:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    heads = {"enable_gqa": True} if shared else {}
     found = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=causal_lower_right(tokens, keys), dropout_p=dropout, scale=scaling, enable_gqa=shared
+        query, key, value, attn_mask=causal_lower_right(tokens, keys), dropout_p=dropout, scale=scaling, **heads
     )
     return found.transpose(1, 2).contiguous(), None
+
+
+def _shares_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Whether the flash kernel takes keys and values with fewer heads than the queries have."""
+    try:
+        return can_use_flash_attention(SDPAParams(query, key, value, None, dropout, False, True))
+    except TypeError:  # before PyTorch 2.5 nothing did
+        return False
 
 
 if AttentionInterface is not None:
