@@ -1,7 +1,7 @@
 """Attention of tokens behind others that needs no mask.
 
 transformers gives PyTorch's scaled dot product attention a mask of ``tokens x (tokens before + tokens)`` where tokens are computed behind a cache.
-With a mask PyTorch cannot take its flash kernel, and takes one that needs about three times as long. The mask says nothing but "causal, aligned
+With a mask PyTorch cannot take its flash kernel, and takes one that needs up to twice as long. The mask says nothing but "causal, aligned
 to the lower right", which that kernel knows how to do by itself (``torch.nn.attention.bias.causal_lower_right``).
 """
 
