@@ -214,7 +214,8 @@ class Run:
         return {"nvtier": lambda: self.nvtier(files), **{p: (lambda p=p: self.peer(p, files)) for p in PEERS}}
 
     def step(self, name, work):
-        if self.a.steps and name not in self.a.steps:
+        # Bytes are always compared, and the drive has a while to forget that it was written to.
+        if self.a.steps and name not in self.a.steps and name != "check":
             return
         if self.left() < 25:
             self.results["failures"].append(f"{name}: left out, no time")
@@ -249,6 +250,15 @@ class Run:
         self.step("check", lambda: self.nvtier([disk], "--check", "--ceilings"))
         self.step("cold", lambda: self.alternate("cold", on_disk, {
             **self.loaders(on_disk), "drive (nvtier bench read)": lambda: self.bench(on_disk[0], "read", size)}, a.rounds, True))
+
+        def warm():
+            for f in on_disk:
+                with open(f, "rb", buffering=0) as source:
+                    while source.readinto(bytearray(1 << 24)):
+                        pass
+            return self.alternate("warm", on_disk, self.loaders(on_disk), max(2, a.rounds), False)
+
+        self.step("warm", warm)
 
         def tmpfs():
             os.makedirs(shm)
