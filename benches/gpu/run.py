@@ -135,6 +135,14 @@ def call(command, timeout):
     return done, cpu
 
 
+def read_whole(files):
+    """Has all of them in memory."""
+    for f in files:
+        with open(f, "rb", buffering=0) as source:
+            while source.readinto(bytearray(1 << 24)):
+                pass
+
+
 def last_words(done):
     return (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
 
@@ -252,10 +260,7 @@ class Run:
             **self.loaders(on_disk), "drive (nvtier bench read)": lambda: self.bench(on_disk[0], "read", size)}, a.rounds, True))
 
         def warm():
-            for f in on_disk:
-                with open(f, "rb", buffering=0) as source:
-                    while source.readinto(bytearray(1 << 24)):
-                        pass
+            read_whole(on_disk)
             return self.alternate("warm", on_disk, self.loaders(on_disk), max(2, a.rounds), False)
 
         self.step("warm", warm)
@@ -265,10 +270,7 @@ class Run:
             for f in on_disk:
                 subprocess.run(["cp", f, shm], check=True)
             # Read once before: the first reading of new pages of tmpfs moves each on the kernel's lists, which takes half of the time again.
-            for f in files(shm):
-                with open(f, "rb", buffering=0) as source:
-                    while source.readinto(bytearray(1 << 24)):
-                        pass
+            read_whole(files(shm))
             return self.alternate("tmpfs", [], self.loaders(files(shm)), max(2, a.rounds), False)
 
         self.step("tmpfs", tmpfs)

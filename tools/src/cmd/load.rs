@@ -40,9 +40,10 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
         return explain(global, args, &driver.info().map_err(failure)?);
     }
     let pool = args.pool.as_deref().map(open_pool).transpose()?;
+    let listed = if pool.is_none() { files(&args.paths)? } else { Vec::new() };
     let sources = match &pool {
         Some(session) => regions(session, args)?,
-        None => files(&args.paths)?
+        None => listed
             .iter()
             .map(|path| Source::file(path, policy(args.cache)).map_err(failure))
             .collect::<Outcome<_>>()?,
@@ -94,7 +95,7 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
     let copy_ceiling =
         if args.ceilings { Some(lane.copy_ceiling(CEILING_TIME).map_err(failure)?) } else { None };
     let measured = match args.ceilings && args.pool.is_none() {
-        true => drive_now(args, &mut loaded.report.notes)?,
+        true => drive_now(&listed, &mut loaded.report.notes)?,
         false => None,
     };
     let ceilings = Ceilings { copy: copy_ceiling, drive: measured.or(drive), drive_now: measured.is_some() };
@@ -139,9 +140,9 @@ fn rate_of(report: &Report) -> f64 {
 }
 
 /// Bytes a second that the drive of the first file that is long enough reads now, past the page cache. Why there is none is noted.
-fn drive_now(args: &Load, notes: &mut Vec<String>) -> Outcome<Option<f64>> {
-    let long = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|file| file.len() >= DRIVE_FILE);
-    let Some(path) = files(&args.paths)?.into_iter().find(long) else {
+fn drive_now(listed: &[PathBuf], notes: &mut Vec<String>) -> Outcome<Option<f64>> {
+    let long = |path: &&PathBuf| std::fs::metadata(path).is_ok_and(|file| file.len() >= DRIVE_FILE);
+    let Some(path) = listed.iter().find(long) else {
         notes.push(format!(
             "the drive was not measured: no file has {} or more to read",
             size::human(DRIVE_FILE)
@@ -150,7 +151,7 @@ fn drive_now(args: &Load, notes: &mut Vec<String>) -> Outcome<Option<f64>> {
     };
     let options = ["--rw=read", "--bs=1m", "--ioengine=io_uring", "--iodepth=32", "--direct=1"];
     let time = ["--runtime=1", "--time_based"];
-    match super::measure::bench(&path, "read", &[&options[..], &time].concat()) {
+    match super::measure::bench(path, "read", &[&options[..], &time].concat()) {
         Ok(rate) => Ok(Some(rate)),
         Err(failure) if failure.code == code::INTERRUPTED => Err(failure),
         Err(failure) => {

@@ -27,44 +27,22 @@ __all__ = ["without_masks"]
 _NAME = "nvtier_sdpa"
 
 
-def _mask(
-    *args: Any,
-    q_length: int = 0,
-    kv_length: int = 0,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    mask_function: Any = None,
-    attention_mask: Optional[torch.Tensor] = None,
-    local_size: Optional[int] = None,
-    allow_is_causal_skip: bool = True,
-    **others: Any,
-) -> Optional[torch.Tensor]:
+def _mask(*args: Any, **asked: Any) -> Optional[torch.Tensor]:
     """No mask where it would say "causal" and no more: the last of the tokens sees all keys, each one before it one less."""
+    tokens, keys, before = asked.get("q_length", 0), asked.get("kv_length", 0), asked.get("q_offset", 0)
+    padding = asked.get("attention_mask")
     plain = (
         not args
-        and allow_is_causal_skip
-        and mask_function is causal_mask_function
-        and local_size is None
-        and kv_offset == 0
-        and 1 < q_length < kv_length
-        and isinstance(q_offset, int)
-        and q_offset + q_length == kv_length
-        and (attention_mask is None or (attention_mask.shape[-1] == kv_length and bool(attention_mask.all())))
+        and asked.get("allow_is_causal_skip", True)
+        and asked.get("mask_function") is causal_mask_function
+        and asked.get("local_size") is None
+        and asked.get("kv_offset", 0) == 0
+        and 1 < tokens < keys
+        and isinstance(before, int)
+        and before + tokens == keys
+        and (padding is None or (padding.shape[-1] == keys and bool(padding.all())))
     )
-    if plain:
-        return None
-    return sdpa_mask(
-        *args,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **others,
-    )
+    return None if plain else sdpa_mask(*args, **asked)
 
 
 def _attend(
