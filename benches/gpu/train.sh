@@ -16,7 +16,8 @@
 # WHEEL    the Python package, or a folder that has it unpacked; NVTIER: the command; both built elsewhere (cargo xtask wheel; cargo build --release)
 # DISK     folder on the drive (default: a new one in the working folder)
 # LIMIT    seconds for each step (default 280)
-# VRAM     GiB of weights, gradients and state on the device, where a step says so by it (small 3, states 4)
+# VRAM     GiB of weights, gradients and state on the device, where a step says so by it (small 3, ram 5, states 4)
+# RUNS     of the step ram (ram; ram-backward needs a larger cap)
 #
 # Needs python3 with torch, transformers and accelerate. A step that fails is said, and the next one runs.
 set -u
@@ -69,11 +70,11 @@ import sys, json, tempfile
 import train_gpu_check
 found = train_gpu_check.exact(tempfile.mkdtemp(dir=sys.argv[1]))
 json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
-    small) train small --no-exact --runs ram,ram-backward --vram "${VRAM:-3}" --steps 6 ;;
+    small) train small --no-exact --runs ram,ram-backward --vram "${VRAM:-3}" --steps 6 --timeline ;;
     stream) check stream python3 $tests/stream_gpu_check.py --dir "$DISK" --out "$OUT/stream.json" --nvtier "$NVTIER" --rounds 5 ;;
     ranks) check ranks python3 -m torch.distributed.run --standalone --nproc-per-node 2 $tests/ranks_gpu_check.py --dir "$DISK" --out "$OUT/ranks.json" ;;
     part) train part --no-exact "${big[@]}" --runs part --vram 3 --cap 8 --steps 3 ;;
-    ram) train ram --no-exact "${big[@]}" --layers 16 --runs ram,ram-backward --batch 1 --vram 3 --cap 8 --steps 6 ;;
+    ram) train ram --no-exact "${big[@]}" --layers 16 --runs "${RUNS:-ram}" --vram "${VRAM:-5}" --cap 8 --steps 6 --timeline ;;
     large)
         train large --no-exact --no-plain "${big[@]}" --layers "${LAYERS:-37}" --batch 1 --runs large --vram 12 --cap 24 --steps 2
         for layers in 14 13 12 11 10 9; do
@@ -81,7 +82,7 @@ json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
             grep -q "exit 0" "$OUT/plain.log" && break
         done
         ;;
-    states) train states --no-exact "${big[@]}" --runs ram --vram "${VRAM:-4}" --cap 8 --steps 6 ;;
+    states) train states --no-exact "${big[@]}" --runs ram --vram "${VRAM:-4}" --cap 8 --steps 6 --timeline ;;
     peer)
         for package in "$PEER"/*.deb; do dpkg -x "$package" "$site/aio"; done
         ( 

@@ -19,6 +19,7 @@ pub mod control;
 pub mod cufile;
 pub mod driver;
 pub mod error;
+pub mod halves;
 pub mod lane;
 pub mod load;
 pub mod paged;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use engine::state::{StateOptions, StateStore};
 use gpudirect::Driver;
+use gpudirect::halves::{Halves, Way};
 use gpudirect::residency::{Residency, ResidencyOptions, Stage, Target, Ticket};
 use nvme::{Arena, ArenaOptions};
 use pyo3::prelude::*;
@@ -59,20 +60,21 @@ impl State {
                 let len = residency.store().units().get(unit as usize).copied().unwrap_or_default();
                 Arc::new(Foreign::writable(address, len))
             }
-            _ => {
-                let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-                match devices.get(device) {
-                    Some(driver) => driver.clone(),
-                    None => {
-                        let driver = gpudirect::driver::open(device).py()?;
-                        residency.use_device(&driver).py()?;
-                        devices.insert(device.to_owned(), driver.clone());
-                        driver
-                    }
-                }
-            }
+            _ => self.device(residency, device)?,
         };
         Ok(Target { driver, address, after, keep: Some(Arc::new(keep)) })
+    }
+
+    /// A device with memory of its own, opened once.
+    fn device(&self, residency: &Residency, device: &str) -> PyResult<Arc<dyn Driver>> {
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(driver) = devices.get(device) {
+            return Ok(driver.clone());
+        }
+        let driver = gpudirect::driver::open(device).py()?;
+        residency.use_device(&driver).py()?;
+        devices.insert(device.to_owned(), driver.clone());
+        Ok(driver)
     }
 }
 
@@ -184,7 +186,9 @@ impl State {
     }
 
     /// The address is taken on the word of `nvtier.train`: it is memory of `keep`, of the unit's length, which nobody else uses until the ticket
-    /// is done.
+    /// is done, but for the store that `behind` is of.
+    #[pyo3(signature = (unit, device, address, after, keep, behind=None))]
+    #[allow(clippy::too_many_arguments)]
     fn fetch(
         &self,
         py: Python<'_>,
@@ -193,10 +197,12 @@ impl State {
         address: u64,
         after: u64,
         keep: Py<PyAny>,
+        behind: Option<&Bound<'_, StateTicket>>,
     ) -> PyResult<StateTicket> {
         let inner = self.inner()?;
         let target = self.target(&inner, unit, device, address, after, keep)?;
-        py.detach(|| inner.fetch(unit, target)).map(ticket).py()
+        let behind = behind.map(|before| before.get().ticket.clone());
+        py.detach(|| inner.fetch(unit, target, behind)).map(ticket).py()
     }
 
     /// As `fetch`, the other way.
@@ -215,6 +221,27 @@ impl State {
         let inner = self.inner()?;
         let target = self.target(&inner, unit, device, address, after, keep)?;
         py.detach(|| inner.store_unit(unit, target, write)).map(ticket).py()
+    }
+
+    /// Weights of a split master to float32 (`join`) or back, on a device and in its stream `stream`. Addresses and stream are taken on the word of
+    /// `nvtier.train`, as for `fetch`.
+    #[pyo3(signature = (device, stream, join, master, hi, lo, ties, count))]
+    #[allow(clippy::too_many_arguments)]
+    fn halves(
+        &self,
+        device: &str,
+        stream: u64,
+        join: bool,
+        master: u64,
+        hi: u64,
+        lo: u64,
+        ties: u64,
+        count: u64,
+    ) -> PyResult<()> {
+        may_use(device)?;
+        let inner = self.inner()?;
+        let way = if join { Way::Join } else { Way::Split };
+        self.device(&inner, device)?.halves(&Halves { way, master, hi, lo, ties, count }, stream).py()
     }
 
     fn commit(&self, py: Python<'_>, meta: Vec<u8>) -> PyResult<StateTicket> {

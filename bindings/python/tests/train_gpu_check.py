@@ -7,6 +7,7 @@ The pool and the files of the drive's ceilings are made in DIR and removed. Need
 
 import argparse
 import copy
+import gzip
 import json
 import os
 import shutil
@@ -27,10 +28,37 @@ GIB = 1 << 30
 ADAMW = dict(lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
+def halves(folder):
+    """Float32 weights taken apart and put together by the GPU's kernel, beside PyTorch on the host, bit for bit: random bits, all ties, the smallest and the
+    largest, tails of every length. Not a number is left out: its bits are each device's own."""
+    from nvtier import _nvtier
+    from nvtier.train._planes import join, split
+
+    pool = os.path.join(folder, "halves")
+    nvtier.format(pool)
+    state = _nvtier.State(nvtier.Pool(pool), name="halves", budget=64 << 20, block_bytes=64 << 10, ram=0, deadline=10.0)
+    bits = torch.randint(-(1 << 31), 1 << 31, (1 << 22,), dtype=torch.int64, generator=torch.Generator().manual_seed(1))
+    ties = (torch.arange(1 << 16, dtype=torch.int64) << 16 | 0x8000).where(torch.arange(1 << 16) < 1 << 15, (torch.arange(1 << 16, dtype=torch.int64) - (1 << 16)) << 16 | 0x8000)
+    wrong = 0
+    for count in [*range(1, 33), 4095, None]:
+        master = torch.cat([ties, bits]).to(torch.int32).view(torch.float32)
+        master = master[~master.isnan()][-count if count else 0 :].clone()
+        parts = [torch.empty(master.numel(), dtype=torch.bfloat16), torch.empty(master.numel(), dtype=torch.int16), torch.empty(-(-master.numel() // 8), dtype=torch.uint8)]
+        split(master, *parts)
+        on_device = [torch.zeros_like(part, device="cuda") for part in parts]
+        split(master.cuda(), *on_device, state)
+        wrong += sum(int((mine.cpu().view(torch.uint8) != part.view(torch.uint8)).sum()) for mine, part in zip(on_device, parts))
+        wrong += int((join(*on_device, state).cpu().view(torch.int32) != master.view(torch.int32)).sum())
+    state.close()
+    shutil.rmtree(pool)
+    return {"halves_wrong": wrong, "elements": master.numel()}
+
+
 def exact(folder):
     """Twenty steps of a small model, every precision, the budget of one block: losses, weights and moments are compared bit for bit."""
+    found = [halves(folder)]
+    print(json.dumps(found[0]), flush=True)
     torch.use_deterministic_algorithms(True)
-    found = []
     cases = [("fp32", 4, 1.0, True, "forward"), ("mixed", 4, 1.0, False, "forward"), ("mixed", 1, None, True, "forward"), ("bf16", 1, 0.5, False, "forward")]
     cases += [("fp32", 1, None, True, "backward"), ("mixed", 1, None, False, "backward")]
     for precision, micro, clip, tie, step_in in cases:
@@ -169,6 +197,68 @@ def steps_of(model, optimizer, ids, count, clip=True):
     return times
 
 
+#: Bytes of copies on the device that mark where a pass begins and ends: of no size that anything else has.
+MARKS = {"forward": 100_003, "backward": 100_019, "end": 100_043}
+
+
+def timeline(model, optimizer, ids, clip, path):
+    """What the device did in one step: seconds of the forward and of the backward pass, and of these, seconds in which it copied each way, both ways at
+    once, and computed; and bytes. From the activities that CUPTI records; ``path``: where the whole record is written."""
+    there, here = (torch.empty(max(MARKS.values()), dtype=torch.uint8, device="cuda") for _ in range(2))
+
+    def mark(name):
+        there[: MARKS[name]].copy_(here[: MARKS[name]])
+
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        mark("forward")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        mark("backward")
+        loss.backward()
+        if clip:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mark("end")
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(path)
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X" and "dur" in event]
+    marks = {event["args"].get("bytes"): event["ts"] for event in events if event.get("cat") == "gpu_memcpy" and "DtoD" in event["name"]}
+    found = {}
+    for phase, until in (("forward", "backward"), ("backward", "end")):
+        first, last = marks[MARKS[phase]], marks[MARKS[until]]
+        spans, moved = {"htod": [], "dtoh": [], "kernel": []}, {"htod": 0, "dtoh": 0}
+        for event in events:
+            name = event["name"]
+            way = {"gpu_memcpy": "htod" if "HtoD" in name else "dtoh" if "DtoH" in name else None, "kernel": "kernel"}.get(event.get("cat"))
+            begin, end = max(event["ts"], first), min(event["ts"] + event["dur"], last)
+            if way is None or end <= begin:
+                continue
+            spans[way].append((begin, end))
+            if way != "kernel":
+                moved[way] += event["args"].get("bytes", 0) * (end - begin) / event["dur"]
+        seconds = {way: _length(parts) for way, parts in spans.items()}
+        found[phase] = {
+            "seconds": (last - first) / 1e6,
+            **{f"{way}_seconds": value for way, value in seconds.items()},
+            "both_ways_seconds": seconds["htod"] + seconds["dtoh"] - _length(spans["htod"] + spans["dtoh"]),
+            **{f"{way}_gb": value / 1e9 for way, value in moved.items()},
+            "kernels": len(spans["kernel"]),
+        }
+    return found
+
+
+def _length(spans):
+    """Seconds that at least one of the spans covers."""
+    covered, until = 0.0, 0.0
+    for begin, end in sorted(spans):
+        covered += max(end - max(begin, until), 0)
+        until = max(until, end)
+    return covered / 1e6
+
+
 #: Runs by name: bytes of RAM, steps between commits, where the step is carried out.
 RUNS = {
     "drive": (0, 1, "forward"),
@@ -258,20 +348,24 @@ def speed(options, folder):
         torch.cuda.reset_peak_memory_stats()
         if options.cap:
             torch.cuda.set_per_process_memory_fraction(options.cap * GIB / torch.cuda.get_device_properties(0).total_memory)
-        times = steps_of(model, optimizer, ids, 1, clip=step_in == "forward")
+        # The first step has nothing to update yet, and the second one no moments to read.
+        warm = min(2, options.steps - 1)
+        times = steps_of(model, optimizer, ids, warm, clip=step_in == "forward")
         before = optimizer.stats()
-        times += steps_of(model, optimizer, ids, options.steps - 1, clip=step_in == "forward")
+        times += steps_of(model, optimizer, ids, options.steps - warm, clip=step_in == "forward")
         after = optimizer.stats()
         one = {
             "name": name,
             "begin_seconds": begun,
             "seconds": times,
-            "median_seconds": statistics.median(times[1:]),
+            "median_seconds": statistics.median(times[warm:]),
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
             "state_peak_gb": after["device_peak_bytes"] / 1e9,
             "needs": needs,
-            "per_step": {key: (after[key] - before[key]) / (options.steps - 1) for key in after if key.endswith("bytes") and "device" not in key},
+            "per_step": {key: (after[key] - before[key]) / (options.steps - warm) for key in after if key.endswith("bytes") and "device" not in key},
         }
+        if options.timeline:
+            one["timeline"] = timeline(model, optimizer, ids, step_in == "forward", f"{options.out}.{name}.trace.json.gz")
         torch.cuda.set_per_process_memory_fraction(1.0)
         optimizer.__exit__(KeyboardInterrupt, None, None)
         del model, optimizer
@@ -299,6 +393,7 @@ def main():
     parser.add_argument("--cap", type=float, default=0, help="GiB that all of the process may have on the device while it trains; 0: no cap")
     parser.add_argument("--runs", default="drive,ram,ram-backward", help=f"of {','.join(RUNS)}")
     parser.add_argument("--no-plain", action="store_true", help="leave out plain PyTorch with all of it on the device")
+    parser.add_argument("--timeline", action="store_true", help="record what the device did in one more step of each run")
     parser.add_argument("--no-exact", action="store_true", help="leave out the comparison bit for bit")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -25,6 +25,7 @@ use nvme::Arena;
 use super::mapped::Mapping;
 use super::{DeviceCopy, DeviceInfo, Driver, Stream, VirtualMemory};
 use crate::error::{Error, ErrorKind, Result};
+use crate::halves::Halves;
 use kernel::Kernels;
 use stream::{CopyBatch, CudaStream, Once};
 
@@ -371,6 +372,13 @@ impl Driver for CudaDriver {
     fn copy_within(&self, moves: &[DeviceCopy]) -> Result<()> {
         self.0.enter()?;
         Once::new()?.copy(moves)
+    }
+
+    fn halves(&self, job: &Halves, stream: u64) -> Result<()> {
+        job.check()?;
+        job.ranges().into_iter().try_for_each(|(address, len)| self.check_range(address, len))?;
+        self.0.enter()?;
+        self.0.kernels()?.halves(job, stream)
     }
 
     fn check_range(&self, address: u64, len: u64) -> Result<()> {

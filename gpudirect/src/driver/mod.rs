@@ -20,6 +20,7 @@ use engine::ram_tier::Page;
 use nvme::{Arena, Buffer};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::halves::Halves;
 use crate::paged::Move;
 use mapped::{MappedPiece, Mapping};
 
@@ -185,6 +186,12 @@ pub trait Driver: Send + Sync + fmt::Debug {
     }
     /// Copies ranges of the device's memory to other places there, and waits for it.
     fn copy_within(&self, moves: &[DeviceCopy]) -> Result<()>;
+    /// Joins or splits weights, in order with what else is in a stream that somebody else made there: a `cudaStream_t`, taken on the caller's word, as
+    /// is that the memory stays until the stream has gone on.
+    fn halves(&self, job: &Halves, stream: u64) -> Result<()> {
+        let _ = (job, stream);
+        Err(Error::new(ErrorKind::Unsupported, "this device runs no kernels"))
+    }
     /// Refuses a range that is not memory of this device from its first byte to its last.
     fn check_range(&self, address: u64, len: u64) -> Result<()>;
     /// Makes a piece of a mapped file known to the device, so that it reads the page cache itself; the pages stay where they

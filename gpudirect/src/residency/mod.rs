@@ -4,7 +4,7 @@
 //! caller       fetch, store, commit: returns at once with a ticket
 //! queue.rs     operations on one unit run in the order of the calls, one at a time; on different units side by side
 //! reads.rs     threads: drive -> buffer -> tensor
-//! work.rs      threads: RAM share -> tensor, tensor -> RAM share, tensor -> buffer -> drive; units of the RAM share keep their buffers
+//! work.rs      a thread: RAM share -> tensor; a thread: tensor -> RAM share; threads: tensor -> buffer -> drive. Units of the RAM share keep their buffers
 //! flights.rs   copies that a thread has under way
 //! commits      a commit names what was stored before it was asked for, and nothing that was stored after
 //! ```
@@ -42,9 +42,7 @@ pub struct ResidencyOptions {
     pub readers: usize,
     /// Blocks that such a thread has on their way, being checked and being copied. Default: 8.
     pub ahead: usize,
-    /// Threads that copy from the RAM share. Default: 4.
-    pub copiers: usize,
-    /// Blocks that such a thread copies at a time. Default: 4.
+    /// Blocks that are copied at a time between the RAM share and tensors. Default: 4.
     pub copies: usize,
     /// Threads that write back. Default: 4.
     pub writers: usize,
@@ -54,7 +52,7 @@ pub struct ResidencyOptions {
 
 impl Default for ResidencyOptions {
     fn default() -> ResidencyOptions {
-        ResidencyOptions { readers: 2, ahead: 8, copiers: 4, copies: 4, writers: 4, batch: 2 }
+        ResidencyOptions { readers: 2, ahead: 8, copies: 4, writers: 4, batch: 2 }
     }
 }
 
@@ -101,6 +99,12 @@ struct Progress {
     error: Option<(ErrorKind, String)>,
 }
 
+impl Progress {
+    fn reached(&self, stage: Stage) -> bool {
+        self.done || stage == Stage::Copied && self.copied
+    }
+}
+
 /// How far an operation must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
@@ -123,15 +127,11 @@ impl Ticket {
     /// Waits for a stage for at most `time`; `false`: it is not there yet.
     pub fn wait(&self, stage: Stage, time: Duration) -> Result<bool> {
         let state = self.progress();
-        let there = |state: &mut Progress| match stage {
-            Stage::Copied => state.copied || state.done,
-            Stage::Done => state.done,
-        };
-        let (mut state, _) = self
+        let (state, _) = self
             .changed
-            .wait_timeout_while(state, time, |state| !there(state))
+            .wait_timeout_while(state, time, |state| !state.reached(stage))
             .unwrap_or_else(PoisonError::into_inner);
-        if !there(&mut state) {
+        if !state.reached(stage) {
             return Ok(false);
         }
         match &state.error {
@@ -179,8 +179,8 @@ pub struct Residency {
 impl Residency {
     /// Over a store. `arena`: what buffers are taken from: [`ResidencyOptions::ring_bytes`], and the RAM share.
     pub fn new(store: StateStore, arena: Arena, options: ResidencyOptions) -> Result<Residency> {
-        let ResidencyOptions { readers, ahead, copiers, copies, writers, batch } = options;
-        if [readers, ahead, copiers, copies, writers, batch].contains(&0) {
+        let ResidencyOptions { readers, ahead, copies, writers, batch } = options;
+        if [readers, ahead, copies, writers, batch].contains(&0) {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 "a residency without threads, or with batches of nothing",
@@ -194,8 +194,8 @@ impl Residency {
             let ring = residency.buffers(ahead)?;
             residency.start(move |shared| reads::run(shared, ring))?;
         }
-        for _ in 0..copiers {
-            residency.start(move |shared| work::run(shared, work::Side::Copy, Vec::new()))?;
+        for side in [work::Side::Copy, work::Side::Keep] {
+            residency.start(move |shared| work::run(shared, side, Vec::new()))?;
         }
         for _ in 0..writers {
             let ring = residency.buffers(batch)?;
@@ -266,28 +266,35 @@ impl Residency {
         })
     }
 
-    fn submit(&self, unit: u32, kind: Kind, target: Option<Target>) -> Result<Arc<Ticket>> {
+    fn submit(
+        &self,
+        unit: u32,
+        kind: Kind,
+        target: Option<Target>,
+        behind: Option<Arc<Ticket>>,
+    ) -> Result<Arc<Ticket>> {
         let len = self.check(unit)?;
         if let Some(target) = &target {
             target.driver.check_range(target.address, len)?;
         }
         let ticket = Arc::new(Ticket::default());
         let mut queues = self.shared.queues();
-        queues.submit(&self.shared, Op { unit, len, kind, target, epoch: 0, ticket: ticket.clone() });
+        queues.submit(&self.shared, Op { unit, len, kind, target, epoch: 0, behind, ticket: ticket.clone() });
         drop(queues);
         self.shared.changed.notify_all();
         Ok(ticket)
     }
 
-    /// Copies a unit to a tensor, which nobody else may use until the ticket is done.
-    pub fn fetch(&self, unit: u32, target: Target) -> Result<Arc<Ticket>> {
-        self.submit(unit, Kind::Fetch, Some(target))
+    /// Copies a unit to a tensor, which nobody else may use until the ticket is done. `behind`: a store of this residency that copies from that
+    /// tensor; it is left to end first.
+    pub fn fetch(&self, unit: u32, target: Target, behind: Option<Arc<Ticket>>) -> Result<Arc<Ticket>> {
+        self.submit(unit, Kind::Fetch, Some(target), behind)
     }
 
     /// Makes what a tensor holds the unit's bytes. It must stay as it is until the ticket says `Copied`. `write`: to the drive at once;
     /// otherwise, where the unit is in the RAM share, with the next commit.
     pub fn store_unit(&self, unit: u32, target: Target, write: bool) -> Result<Arc<Ticket>> {
-        self.submit(unit, Kind::Store { write }, Some(target))
+        self.submit(unit, Kind::Store { write }, Some(target), None)
     }
 
     /// Commits all that was stored before this call, with bytes of the caller's.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use engine::state::Draft;
 use nvme::Buffer;
 
-use super::{Moved, Shared, Target, Ticket};
+use super::{Moved, Shared, Stage, Target, Ticket};
 use crate::error::{Error, ErrorKind, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,12 +28,18 @@ pub(super) struct Op {
     pub target: Option<Target>,
     /// Of the next commit when it was asked for.
     pub epoch: u64,
+    /// What its tensor is copied from still: it begins when that has been copied.
+    pub behind: Option<Arc<Ticket>>,
     pub ticket: Arc<Ticket>,
 }
 
 impl Op {
     fn writes(&self) -> bool {
         matches!(self.kind, Kind::Store { .. } | Kind::Flush)
+    }
+
+    fn may_begin(&self) -> bool {
+        self.behind.as_ref().is_none_or(|ticket| ticket.progress().reached(Stage::Copied))
     }
 }
 
@@ -99,6 +105,8 @@ pub(super) struct Queues {
     pub reads: VecDeque<Piece>,
     /// From the RAM share.
     pub copies: VecDeque<Piece>,
+    /// To the RAM share.
+    pub keeps: VecDeque<Piece>,
     pub writes: VecDeque<Piece>,
     commits: VecDeque<Commit>,
     epoch: u64,
@@ -106,6 +114,8 @@ pub(super) struct Queues {
     unfinished: BTreeMap<u64, usize>,
     /// Written, but to be named by a later commit than the one that is made.
     held: Vec<Arc<Running>>,
+    /// Units whose next operation waits for a tensor that is copied from.
+    parked: Vec<u32>,
     failed: Option<(ErrorKind, String)>,
     pub stopped: bool,
     pub moved: Moved,
@@ -142,6 +152,7 @@ impl Queues {
                     kind: Kind::Flush,
                     target: None,
                     epoch: 0,
+                    behind: None,
                     ticket: Arc::default(),
                 };
                 self.submit(shared, op);
@@ -159,10 +170,17 @@ impl Queues {
             if queue.busy {
                 return;
             }
+            if failed.is_none() && queue.waiting.front().is_some_and(|op| !op.may_begin()) {
+                if !self.parked.contains(&unit) {
+                    self.parked.push(unit);
+                }
+                return;
+            }
             let Some(op) = queue.waiting.pop_front() else { return };
             if let Some(error) = failed {
                 self.over(&op);
                 op.ticket.set(|progress| (progress.done, progress.error) = (true, Some(error)));
+                self.unpark(shared);
                 continue;
             }
             let (ram, in_ram) = (!queue.ram.is_empty(), queue.filled);
@@ -179,6 +197,7 @@ impl Queues {
             let batch = match op.kind {
                 Kind::Fetch if reads => 1,
                 Kind::Fetch => shared.options.copies,
+                Kind::Store { write: false } if ram => shared.options.copies,
                 _ => shared.options.batch,
             } as u32;
             let pieces = blocks.div_ceil(batch) as usize;
@@ -195,6 +214,7 @@ impl Queues {
                 match running.op.kind {
                     Kind::Fetch if reads => self.reads.push_back(piece),
                     Kind::Fetch => self.copies.push_back(piece),
+                    Kind::Store { write: false } if ram => self.keeps.push_back(piece),
                     _ => self.writes.push_back(piece),
                 }
                 first += count;
@@ -204,11 +224,22 @@ impl Queues {
     }
 
     /// The tensor's part of a piece is over.
-    pub fn copied(&mut self, running: &Running) {
-        let mut left = running.left.lock().unwrap_or_else(PoisonError::into_inner);
-        left.copies -= 1;
-        if left.copies == 0 {
+    pub fn copied(&mut self, shared: &Shared, running: &Running) {
+        let last = {
+            let mut left = running.left.lock().unwrap_or_else(PoisonError::into_inner);
+            left.copies -= 1;
+            left.copies == 0
+        };
+        if last {
             running.op.ticket.set(|progress| progress.copied = true);
+            self.unpark(shared);
+        }
+    }
+
+    /// A tensor is free, or nothing is done any more: who waited for it looks again.
+    fn unpark(&mut self, shared: &Shared) {
+        for unit in std::mem::take(&mut self.parked) {
+            self.next(shared, unit);
         }
     }
 
@@ -247,7 +278,7 @@ impl Queues {
             Vec::new()
         });
         if copied {
-            self.copied(&piece.running);
+            self.copied(shared, &piece.running);
         }
         let (own, threads) = if piece.own { (buffers, Vec::new()) } else { (Vec::new(), buffers) };
         self.done(shared, &piece.running, piece.first, own);
@@ -282,6 +313,7 @@ impl Queues {
         self.over(op);
         op.ticket.set(|progress| (progress.copied, progress.done, progress.error) = (true, true, failed));
         self.next(shared, op.unit);
+        self.unpark(shared);
     }
 
     fn over(&mut self, op: &Op) {
@@ -316,6 +348,7 @@ impl Queues {
             .reads
             .iter()
             .chain(&self.copies)
+            .chain(&self.keeps)
             .chain(&self.writes)
             .map(|piece| piece.running.op.ticket.clone());
         tickets.extend(pieces.chain(self.held.iter().map(|running| running.op.ticket.clone())));

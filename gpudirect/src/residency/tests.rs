@@ -12,7 +12,7 @@ use crate::driver::host::HostDriver;
 use crate::driver::{Batch, DeviceMemory, Direction, Part};
 
 const BLOCK: u32 = 5000;
-const LENS: [u64; 5] = [1, 5000, 12_345, 90_000, 33_000];
+const LENS: [u64; 6] = [1, 5000, 12_345, 90_000, 33_000, 90_000];
 const RAM: [u32; 2] = [1, 3];
 const LONG: Duration = Duration::from_secs(30);
 
@@ -111,27 +111,37 @@ fn it_is_as_if_one_thing_came_after_the_other() {
             versions = committed.unwrap_or_default();
             // Under way: what is kept until it is done.
             let mut tickets: Vec<Arc<Ticket>> = Vec::new();
-            let mut stored: Vec<DeviceMemory> = Vec::new();
+            let mut stored: Vec<(DeviceMemory, Arc<Ticket>)> = Vec::new();
             let mut fetched: Vec<(DeviceMemory, Vec<u8>, Arc<Ticket>)> = Vec::new();
             for step in 0..60u64 {
                 let unit = rng.in_range(0..LENS.len() as u64) as u32;
-                match rng.in_range(0..10) {
+                match rng.in_range(0..12) {
                     0..5 => {
                         versions[unit as usize] = 1 + round * 1000 + step;
                         let memory = rig.tensor(&content(unit, versions[unit as usize]));
                         let write = rng.in_range(0..3) > 0;
-                        tickets.push(residency.store_unit(unit, rig.target(&memory), write).unwrap());
-                        stored.push(memory);
+                        let ticket = residency.store_unit(unit, rig.target(&memory), write).unwrap();
+                        tickets.push(ticket.clone());
+                        stored.push((memory, ticket));
                     }
                     5..9 if versions[unit as usize] > 0 => {
                         let memory = rig.tensor(&vec![0xee; LENS[unit as usize] as usize]);
-                        let ticket = residency.fetch(unit, rig.target(&memory)).unwrap();
+                        let ticket = residency.fetch(unit, rig.target(&memory), None).unwrap();
                         fetched.push((memory, content(unit, versions[unit as usize]), ticket));
                     }
                     9 => {
                         let meta = [round, step].map(u64::to_le_bytes).concat();
                         tickets.push(residency.commit(meta));
                         committed = Some(versions);
+                    }
+                    10..12 if versions[unit as usize] > 0 => {
+                        // Into a tensor that is copied from still.
+                        let wanted = content(unit, versions[unit as usize]);
+                        let fits = |(memory, _): &(DeviceMemory, _)| memory.len() == wanted.len() as u64;
+                        let Some(at) = stored.iter().rposition(fits) else { continue };
+                        let (memory, before) = stored.swap_remove(at);
+                        let ticket = residency.fetch(unit, rig.target(&memory), Some(before)).unwrap();
+                        fetched.push((memory, wanted, ticket));
                     }
                     _ => {}
                 }
@@ -154,7 +164,7 @@ fn it_is_as_if_one_thing_came_after_the_other() {
             assert_eq!(residency.store().has(unit), version > 0);
             if version > 0 {
                 let memory = rig.tensor(&vec![0xee; LENS[unit as usize] as usize]);
-                done(&residency.fetch(unit, rig.target(&memory)).unwrap()).unwrap();
+                done(&residency.fetch(unit, rig.target(&memory), None).unwrap()).unwrap();
                 assert!(
                     rig.read(&memory) == content(unit, version),
                     "unit {unit} is not as it was committed"
@@ -175,17 +185,43 @@ fn after_a_failure_nothing_succeeds_and_the_last_commit_counts() {
     done(&first).unwrap();
     // What nobody stored cannot be fetched: that is an error of the whole.
     let room = rig.tensor(&content(4, 1));
-    let error = done(&residency.fetch(4, rig.target(&room)).unwrap()).unwrap_err();
+    let error = done(&residency.fetch(4, rig.target(&room), None).unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
     let second = residency.store_unit(2, rig.target(&memory), true).unwrap();
     assert!(done(&second).is_err());
     assert!(done(&residency.commit(b"bad".to_vec())).is_err());
-    assert!(residency.fetch(9, rig.target(&room)).is_err(), "no such unit");
+    assert!(residency.fetch(9, rig.target(&room), None).is_err(), "no such unit");
     let short = rig.tensor(&[1]);
-    assert!(residency.fetch(2, rig.target(&short)).is_err(), "a tensor that is too short");
+    assert!(residency.fetch(2, rig.target(&short), None).is_err(), "a tensor that is too short");
     drop(residency);
     let store = StateStore::open(&session, &options(), None).unwrap();
     assert_eq!(store.meta().unwrap().as_deref(), Some(&b"good"[..]));
+}
+
+#[test]
+fn what_waits_for_a_tensor_hears_of_a_failure_and_of_the_end() {
+    let rig = Rig::new();
+    let (_session, residency) = rig.open();
+    residency.add(&LENS).unwrap();
+    let memory = rig.tensor(&content(3, 1));
+    let before = residency.store_unit(3, rig.target(&memory), true).unwrap();
+    let behind = residency.fetch(3, rig.target(&memory), Some(before.clone())).unwrap();
+    done(&behind).unwrap();
+    // Unit 5 was never stored: whatever waits fails with it, and nothing waits for ever.
+    let mut tickets = vec![before];
+    for _ in 0..20 {
+        tickets.push(residency.store_unit(3, rig.target(&memory), true).unwrap());
+        let last = tickets.last().cloned();
+        tickets.push(residency.fetch(5, rig.target(&memory), last).unwrap());
+    }
+    tickets[1..].iter().for_each(|ticket| {
+        let _ = done(ticket);
+    });
+    assert_eq!(done(tickets.last().unwrap()).unwrap_err().kind(), ErrorKind::NotFound);
+    // A ticket that nothing carries out.
+    let late = residency.fetch(3, rig.target(&memory), Some(Arc::default())).unwrap();
+    drop(residency);
+    assert!(late.wait(Stage::Done, Duration::ZERO).is_err());
 }
 
 #[test]

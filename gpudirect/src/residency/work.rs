@@ -10,15 +10,18 @@ use super::queue::{Kind, Piece, block_len};
 use crate::driver::Direction;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Copies between tensors and the RAM share that a thread has under way: the bus never waits for the host.
-const FLYING: usize = 3;
+/// Copies between tensors and the RAM share that a thread has under way: the bus never waits for the host. One thread each way has one stream, where
+/// copies end in their order: of streams that always have something to do, a device serves one for milliseconds before it looks at the next.
+const FLYING: usize = 8;
 
 /// Which pieces a thread takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
     /// RAM share to tensor.
     Copy,
-    /// Tensor to RAM share and to the drive.
+    /// Tensor to RAM share.
+    Keep,
+    /// Tensor or RAM share to the drive.
     Write,
 }
 
@@ -41,6 +44,7 @@ pub(super) fn run(shared: &Shared, side: Side, ring: Vec<Buffer>) {
         }
         let piece = match side {
             Side::Copy => queues.copies.pop_front(),
+            Side::Keep => queues.keeps.pop_front(),
             Side::Write => queues.writes.pop_front(),
         };
         let failed = queues.has_failed();
@@ -113,7 +117,7 @@ impl Worker<'_> {
             Kind::Flush => buffers,
             _ => self.take_out(piece, buffers)?,
         };
-        self.shared.queues().copied(running);
+        self.shared.queues().copied(self.shared, running);
         self.shared.changed.notify_all();
         self.write(piece, buffers)
     }

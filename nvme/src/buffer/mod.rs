@@ -68,6 +68,13 @@ impl Buffer {
         matches!(&self.owner, Owner::Arena(inner) if Arc::ptr_eq(inner, &arena.0))
     }
 
+    /// True when `next` was cut from the same arena and begins where this one ends: the two are one piece of memory.
+    pub fn is_followed_by(&self, next: &Buffer) -> bool {
+        self.arena_offset().is_some()
+            && self.arena_id() == next.arena_id()
+            && self.arena_offset().map(|offset| offset + self.len) == next.arena_offset()
+    }
+
     /// Address of the arena it was cut from: an identity, compared by queues on every operation.
     pub(crate) fn arena_id(&self) -> usize {
         match &self.owner {
@@ -135,6 +142,21 @@ mod tests {
         assert_eq!(buffer.arena_offset(), None);
         assert_eq!(Buffer::heap(usize::MAX).unwrap_err().kind(), ErrorKind::NoMemory);
         assert_eq!(Buffer::heap(0).unwrap().len(), PAGE);
+    }
+
+    #[test]
+    fn only_pieces_of_one_arena_follow_each_other() {
+        let arena = || Arena::new(4 * PAGE, ArenaOptions::default()).unwrap();
+        let (one, other) = (arena(), arena());
+        let mut cut: Vec<Buffer> = (0..3).map(|_| one.alloc(PAGE).unwrap()).collect();
+        cut.sort_by_key(Buffer::arena_offset);
+        assert!(cut[0].is_followed_by(&cut[1]) && cut[1].is_followed_by(&cut[2]));
+        assert!(!cut[0].is_followed_by(&cut[2]) && !cut[1].is_followed_by(&cut[0]));
+        let mut elsewhere: Vec<Buffer> = (0..3).map(|_| other.alloc(PAGE).unwrap()).collect();
+        elsewhere.sort_by_key(Buffer::arena_offset);
+        assert!(!cut[0].is_followed_by(&elsewhere[1]));
+        let heap = Buffer::heap(PAGE).unwrap();
+        assert!(!heap.is_followed_by(&heap) && !cut[0].is_followed_by(&heap));
     }
 
     #[test]

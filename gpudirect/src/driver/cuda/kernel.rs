@@ -1,4 +1,4 @@
-//! The kernels of [`Move`], compiled by the driver from PTX.
+//! The kernels of [`Move`] and [`Halves`], compiled by the driver from PTX.
 
 #![allow(unsafe_code)]
 
@@ -9,16 +9,22 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::{Context, check, explain};
 use crate::error::{Error, ErrorKind, Result};
+use crate::halves::{self, Halves, Way};
 use crate::paged::Move;
 use crate::paged::kernel::{self, Launch, THREADS, WIDTHS};
 
 /// Bytes for what the compiler says.
 const LOG: usize = 4096;
 
-/// The entries, in the order of [`WIDTHS`].
+/// Threads of a group that joins or splits.
+const HALVES_THREADS: u32 = 256;
+
 pub(super) struct Kernels {
     module: sys::CUmodule,
+    /// In the order of [`WIDTHS`].
     entries: [sys::CUfunction; WIDTHS.len()],
+    join: sys::CUfunction,
+    split: sys::CUfunction,
 }
 
 // SAFETY: handles of a module that is unloaded with the context only; any thread with that current may launch its entries.
@@ -49,7 +55,7 @@ impl Kernels {
     /// Compiles the module in the current context.
     fn load() -> Result<Kernels> {
         let invalid = |error: std::ffi::NulError| Error::new(ErrorKind::Invalid, error.to_string());
-        let text = CString::new(kernel::ptx()).map_err(invalid)?;
+        let text = CString::new(kernel::ptx() + &halves::ptx()).map_err(invalid)?;
         let mut log = vec![0u8; LOG];
         let mut options = [
             sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
@@ -72,18 +78,23 @@ impl Kernels {
         if result != CUresult::CUDA_SUCCESS {
             let end = log.iter().position(|byte| *byte == 0).unwrap_or(LOG);
             let said = String::from_utf8_lossy(&log[..end]);
-            let context =
-                format!("compile the kernels for paged layouts: {} {}", explain(result), said.trim());
+            let context = format!("compile the kernels: {} {}", explain(result), said.trim());
             return Err(Error::new(ErrorKind::Device, context));
         }
+        let find = |name: &str| -> Result<sys::CUfunction> {
+            let text = CString::new(name).map_err(invalid)?;
+            let mut function = std::ptr::null_mut();
+            // SAFETY: `function` is valid for writes, the module was loaded, the name is NUL-terminated.
+            let result = unsafe { sys::cuModuleGetFunction(&mut function, module, text.as_ptr()) };
+            check(result, || format!("find the kernel {name}"))?;
+            Ok(function)
+        };
         let mut entries = [std::ptr::null_mut(); WIDTHS.len()];
         for (entry, width) in entries.iter_mut().zip(WIDTHS) {
-            let name = CString::new(kernel::entry(width)).map_err(invalid)?;
-            // SAFETY: `entry` is valid for writes, the module was loaded, the name is NUL-terminated.
-            let result = unsafe { sys::cuModuleGetFunction(entry, module, name.as_ptr()) };
-            check(result, || format!("find the kernel {}", kernel::entry(width)))?;
+            *entry = find(&kernel::entry(width))?;
         }
-        Ok(Kernels { module, entries })
+        let (join, split) = (find(halves::entry(Way::Join))?, find(halves::entry(Way::Split))?);
+        Ok(Kernels { module, entries, join, split })
     }
 
     /// Unloads the module. Its context is current, and no launch of it runs.
@@ -119,5 +130,34 @@ impl Kernels {
             };
             check(result, || format!("move {} bytes between paged layout and staging", job.bytes()))
         })
+    }
+
+    /// Puts a join or a split into a stream of the current context, whose handle is taken on the caller's word.
+    pub(super) fn halves(&self, job: &Halves, stream: u64) -> Result<()> {
+        let function = match job.way {
+            Way::Join => self.join,
+            Way::Split => self.split,
+        };
+        let groups = job.threads().div_ceil(HALVES_THREADS.into()) as u32;
+        let mut values = [job.master, job.hi, job.lo, job.ties, job.count];
+        let mut parameters = values.each_mut().map(|value| (&raw mut *value).cast::<c_void>());
+        // SAFETY: the entry takes five parameters of 8 bytes, which `parameters` points to; the driver copies them before it returns. The caller found
+        // the ranges to be memory of the device, and keeps them until the stream has gone on; a handle that is no stream is refused.
+        let result = unsafe {
+            sys::cuLaunchKernel(
+                function,
+                groups,
+                1,
+                1,
+                HALVES_THREADS,
+                1,
+                1,
+                0,
+                stream as sys::CUstream,
+                parameters.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        check(result, || format!("take {} weights apart or together", job.count))
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUresult};
 
 use super::{Context, check, explain};
-use crate::driver::{Batch, DeviceCopy, Direction, Lent, Part, Refused, Stream};
+use crate::driver::{Batch, DeviceCopy, Direction, Lent, Refused, Stream};
 use crate::error::Result;
 use crate::paged::Move;
 
@@ -66,6 +66,19 @@ impl Drop for Once {
     }
 }
 
+/// One copy.
+struct Range {
+    host: u64,
+    device: u64,
+    len: usize,
+}
+
+impl Range {
+    fn ends_at(&self, host: u64, device: u64) -> bool {
+        self.host + self.len as u64 == host && self.device + self.len as u64 == device
+    }
+}
+
 /// Copies and moves in order.
 pub(super) struct CudaStream {
     cuda: Arc<Context>,
@@ -107,30 +120,45 @@ impl CudaStream {
         Ok(event)
     }
 
-    /// Puts the batch's copies into the stream, and an event behind them.
+    /// Puts the batch's copies into the stream, and an event behind them. What follows each other on both sides is one copy: the pauses between copies
+    /// are a tenth of the bus where both ways are in use.
     fn issue(&mut self, batch: &mut Batch, event: sys::CUevent) -> Result<()> {
         let direction = batch.direction;
         let owned = batch.buffers.iter_mut().map(|buffer| buffer.as_mut_ptr() as u64);
         let hosts: Vec<u64> = owned.chain(batch.lent.iter().map(Lent::address)).collect();
-        let host = |part: &Part| hosts[part.buffer as usize] + part.offset as u64;
+        // Only pieces of one arena, which the driver knows as a whole, may be gone over by one copy.
+        let follows: Vec<bool> =
+            batch.buffers.windows(2).map(|pair| pair[0].is_followed_by(&pair[1])).collect();
+        let mut ranges: Vec<Range> = Vec::with_capacity(batch.parts.len());
+        let mut before = None;
+        for part in &batch.parts {
+            let (index, host) = (part.buffer as usize, hosts[part.buffer as usize] + part.offset as u64);
+            let one_memory = before == Some(index) && index < batch.buffers.len()
+                || index > 0 && before == Some(index - 1) && follows.get(index - 1) == Some(&true);
+            before = Some(index);
+            match ranges.last_mut() {
+                Some(last) if one_memory && last.ends_at(host, part.device) => last.len += part.len,
+                _ => ranges.push(Range { host, device: part.device, len: part.len }),
+            }
+        }
         let batched = match self.copy_batch {
-            Some(function) if batch.parts.len() >= BATCH_MIN => self.issue_batch(function, batch, &host)?,
+            Some(function) if ranges.len() >= BATCH_MIN => self.issue_batch(function, direction, &ranges)?,
             _ => false,
         };
         if !batched {
-            for part in &batch.parts {
+            for Range { host, device, len } in ranges {
                 let result = match direction {
-                    // SAFETY: `check` found the part inside its buffer or what was lent, which the stream keeps until the event
-                    // behind this copy has happened; the driver refuses device addresses that are not allocated.
+                    // SAFETY: `check` found each part inside its buffer or what was lent, and a range is parts that follow each other; the stream keeps
+                    // them until the event behind this copy has happened; the driver refuses device addresses that are not allocated.
                     Direction::ToDevice => unsafe {
-                        sys::cuMemcpyHtoDAsync_v2(part.device, host(part) as *const _, part.len, self.stream)
+                        sys::cuMemcpyHtoDAsync_v2(device, host as *const _, len, self.stream)
                     },
-                    // SAFETY: as above; the batch owns the buffer, so nobody else reads or writes it meanwhile.
+                    // SAFETY: as above; the batch owns the buffers, so nobody else reads or writes them meanwhile.
                     Direction::ToHost => unsafe {
-                        sys::cuMemcpyDtoHAsync_v2(host(part) as *mut _, part.device, part.len, self.stream)
+                        sys::cuMemcpyDtoHAsync_v2(host as *mut _, device, len, self.stream)
                     },
                 };
-                check(result, || format!("copy {} bytes, device address {:#x}", part.len, part.device))?;
+                check(result, || format!("copy {len} bytes, device address {device:#x}"))?;
             }
         }
         // SAFETY: both handles are ours and alive.
@@ -138,21 +166,16 @@ impl CudaStream {
     }
 
     /// All copies by one call. False: this driver will not have it so, nothing was started, they are to go one by one.
-    fn issue_batch(
-        &mut self,
-        function: CopyBatch,
-        batch: &Batch,
-        host: &dyn Fn(&Part) -> u64,
-    ) -> Result<bool> {
-        let mut hosts: Vec<u64> = batch.parts.iter().map(host).collect();
-        let mut devices: Vec<u64> = batch.parts.iter().map(|part| part.device).collect();
-        let mut sizes: Vec<usize> = batch.parts.iter().map(|part| part.len).collect();
+    fn issue_batch(&mut self, function: CopyBatch, direction: Direction, ranges: &[Range]) -> Result<bool> {
+        let mut hosts: Vec<u64> = ranges.iter().map(|range| range.host).collect();
+        let mut devices: Vec<u64> = ranges.iter().map(|range| range.device).collect();
+        let mut sizes: Vec<usize> = ranges.iter().map(|range| range.len).collect();
         let on_host = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_HOST, id: 0 };
         let on_device = sys::CUmemLocation {
             type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
             id: self.cuda.ordinal as c_int,
         };
-        let (to, from, src, dst) = match batch.direction {
+        let (to, from, src, dst) = match direction {
             Direction::ToDevice => (&mut devices, &mut hosts, on_host, on_device),
             Direction::ToHost => (&mut hosts, &mut devices, on_device, on_host),
         };
@@ -164,7 +187,7 @@ impl CudaStream {
         };
         let (mut first, mut failed) = (0usize, 0usize);
         // SAFETY: the three arrays have `sizes.len()` elements each, and the one attribute is for all copies from index 0 on.
-        // Addresses as in `issue`: host ranges are inside buffers that the stream keeps until its event.
+        // Addresses as in `issue`: host ranges are made of buffers that the stream keeps until its event.
         let result = unsafe {
             function(
                 to.as_mut_ptr(),

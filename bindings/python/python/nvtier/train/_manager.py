@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 import torch
 
 from .._errors import Closed, Error, InvalidArgument, OutOfDeviceMemory
-from .._units import fetch, name_of, store
+from .._units import event_on, fetch, name_of, store
 from ._blocks import Block, Param, gradient_plane, moment_planes, weight_plane
 from ._planes import FULL, SPLIT, Place, join, low_parts, split
 from ._ranks import Alone, Ranks
@@ -32,6 +32,26 @@ class Pending:
 
     def __init__(self, step: int, groups: Sequence[Dict[str, Any]], clip: Optional[torch.Tensor]) -> None:
         self.step, self.groups, self.clip = step, [dict(group) for group in groups], clip
+
+
+class Spare:
+    """Memory of a plane that is not in use any more."""
+
+    __slots__ = ("tensor", "bytes", "ticket", "event", "ours")
+
+    def __init__(self, tensor: torch.Tensor, ticket: Any, event: Any, ours: bool) -> None:
+        self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+        #: A store that copies from it still, or None.
+        self.ticket = ticket
+        #: After which the device has no use for it.
+        self.event = event
+        #: Whether nobody else has a part of it (autograd keeps transposed weights): only then it is used again.
+        self.ours = ours
+
+    def copied(self) -> bool:
+        if self.ticket is not None and self.ticket.is_done(copied=True):
+            self.ticket = None
+        return self.ticket is None
 
 
 class Manager:
@@ -65,8 +85,12 @@ class Manager:
         self._full: Dict[str, torch.Tensor] = {}
         self._seen: List[Block] = []
         self._blanks: Dict[Any, torch.Tensor] = {}
-        #: ``[tensor, ticket, whether it is nobody else's]``
-        self._leaving: List[List[Any]] = []
+        #: What is in use and copied from, with the ticket.
+        self._leaving: List[Tuple[torch.Tensor, Any]] = []
+        #: Memory for the planes that come next; counted as in use. The one that became free first is first.
+        self._spare: List[Spare] = []
+        #: Micro-batches of the last step; None: there was none yet.
+        self.micro: Optional[int] = None
         self._in_backward = False
         self._using: Optional[Block] = None
         #: Blocks whose weights are on the device and not in use, the one that was used longest ago first.
@@ -81,10 +105,64 @@ class Manager:
     # Memory on the device
 
     def _empty(self, dtype: torch.dtype, count: int) -> torch.Tensor:
-        self._make_room(count * dtype.itemsize)
-        tensor = torch.empty(count, dtype=dtype, device=self.device)
-        self._count(tensor, 1)
-        return tensor
+        """Memory for a plane that the device writes to."""
+        return self._take(dtype, count)[0]
+
+    def _take(self, dtype: torch.dtype, count: int, fetched: bool = False) -> Tuple[torch.Tensor, Any, Optional[Spare]]:
+        """Memory for a plane. ``fetched``: what comes into it may wait for what is copied from it still; the ticket of that. And whose it was."""
+        found = self._find(dtype, count, fetched)
+        while found is None:
+            if self._idle:
+                self._evict(self._idle[0])
+                nothing = False
+            else:
+                nothing = not self._reap(wait=True) and not self._give_up_ahead()
+            # What was being copied a moment ago may be free now: it is looked at once more before it is given up.
+            found = self._find(dtype, count, fetched)
+            if found is None and nothing:
+                raise self._no_room(count * dtype.itemsize)
+        return found
+
+    def _find(self, dtype: torch.dtype, count: int, fetched: bool) -> Optional[Tuple[torch.Tensor, Any, Optional[Spare]]]:
+        """As :meth:`_take`, where that takes nothing from anybody."""
+        bytes = count * dtype.itemsize
+        self._reap()
+        alike = [spare for spare in self._spare if spare.ours and spare.bytes == bytes]
+        # What the device has had no use for the longest.
+        spare = next((spare for spare in alike if spare.copied()), None)
+        if spare is None and not self._fits(bytes):
+            self._free(bytes)
+        if spare is None and self._fits(bytes):
+            tensor = torch.empty(count, dtype=dtype, device=self.device)
+            self._count(tensor, 1)
+            return tensor, None, None
+        if spare is None and fetched:
+            spare = next(iter(alike), None)
+        if spare is None:
+            return None
+        self._spare.remove(spare)
+        tensor = spare.tensor if spare.tensor.dtype == dtype else spare.tensor.view(dtype)
+        return tensor, spare.ticket, spare
+
+    def _free(self, more: int) -> None:
+        """Gives memory back, as far as it takes for so many bytes to fit."""
+        for spare in list(self._spare):
+            if self._fits(more):
+                return
+            if spare.copied():
+                self._spare.remove(spare)
+                self._count(spare.tensor, -1)
+
+    def makes_room(self, more: int) -> bool:
+        """Whether so many bytes fit without anything else having to go."""
+        self._reap()
+        self._free(more)
+        return self._fits(more)
+
+    def _no_room(self, more: int) -> Exception:
+        return OutOfDeviceMemory(
+            f"nvtier: {more} bytes more of training state than the budget of {self.vram} bytes on {name_of(self.device)}: {self.device_bytes} are in use"
+        )
 
     def _count(self, tensor: torch.Tensor, sign: int) -> None:
         self.count_bytes(sign * tensor.numel() * tensor.element_size())
@@ -94,64 +172,65 @@ class Manager:
         self.device_peak = max(self.device_peak, self.device_bytes)
 
     def _fetch(self, block: Block, plane: str) -> None:
-        tensor = self._empty(*block.layout.room(plane))
-        block.coming[plane] = (tensor, fetch(self.state, block.units[plane], block.part(plane, tensor)))
+        dtype, count = block.layout.room(plane)
+        self._begin_fetch(block, plane, self._take(dtype, count, fetched=True))
+
+    def _begin_fetch(self, block: Block, plane: str, room: Tuple[torch.Tensor, Any, Optional[Spare]]) -> None:
+        tensor, behind, spare = room
+        # New memory may be what the device is still busy with.
+        event = event_on(self.device) if spare is None else spare.event
+        block.coming[plane] = (tensor, fetch(self.state, block.units[plane], block.part(plane, tensor), event, behind))
 
     def _store(self, block: Block, plane: str) -> None:
         tensor, part = block.planes[plane], block.mine(plane)
         ticket = store(self.state, block.units[plane], part, self.write_at_once)
         block.stored.add(plane)
-        self._leaving.append([tensor, ticket, False])
+        self._leaving.append((tensor, ticket))
         if self.write_at_once or plane not in block.in_ram:
             self.stored_since_commit += part.numel() * part.element_size()
 
     def _drop(self, block: Block, planes: Sequence[str]) -> None:
+        event: Any = None
         for plane in planes:
             tensor = block.planes.pop(plane, None)
             if tensor is None:
                 continue
             block.whole.discard(plane)
-            for entry in self._leaving:
-                if entry[0] is tensor:
-                    # It is copied from still, and given back then.
-                    entry[2] = True
-                    break
-            else:
-                self._count(tensor, -1)
+            # Operations on a unit follow each other: the last one counts.
+            tickets = [ticket for other, ticket in self._leaving if other is tensor]
+            self._leaving = [entry for entry in self._leaving if entry[0] is not tensor]
+            event = event_on(self.device) if event is None else event
+            self._put_by(Spare(tensor, tickets[-1] if tickets else None, event, _alone(tensor)))
 
-    def _reap(self, wait: bool = False) -> None:
-        """Gives back what was copied; with ``wait`` at least one, where there is any."""
-        if wait and self._leaving:
-            self._leaving[0][1].wait(copied=True)
-        left = []
-        for entry in self._leaving:
-            if entry[1].is_done(copied=True):
-                if entry[2]:
-                    self._count(entry[0], -1)
-            else:
-                left.append(entry)
-        self._leaving = left
+    def _put_by(self, spare: Spare) -> None:
+        """Of memory that is not in use any more; where it cannot be used again, it goes as soon as nothing copies from it."""
+        if (self.vram is None or not spare.ours) and spare.copied():
+            self._count(spare.tensor, -1)
+        else:
+            self._spare.append(spare)
+
+    def _reap(self, wait: bool = False) -> bool:
+        """Takes note of what was copied; with ``wait`` waits for one copy. False: there is none to wait for."""
+        waited = next((spare.ticket for spare in self._spare if not spare.copied()), None) if wait else None
+        if waited is None and wait and self._leaving:
+            waited = self._leaving[0][1]
+        if waited is not None:
+            waited.wait(copied=True)
+        self._leaving = [entry for entry in self._leaving if not entry[1].is_done(copied=True)]
+        useless = [spare for spare in self._spare if (self.vram is None or not spare.ours) and spare.copied()]
+        for spare in useless:
+            self._spare.remove(spare)
+            self._count(spare.tensor, -1)
         if self.spill is not None:
             self.spill.reap()
+        return waited is not None
 
     def settle(self, block: Block) -> None:
         """Waits until nothing of a block is being copied from: it is about to be changed."""
-        for tensor, ticket, _ in self._leaving:
+        for tensor, ticket in self._leaving:
             if any(tensor is mine for mine in block.planes.values()):
                 ticket.wait(copied=True)
         self._reap()
-
-    def _make_room(self, more: int) -> None:
-        self._reap()
-        while not self._fits(more):
-            if self._idle:
-                self._evict(self._idle[0])
-            elif self._leaving:
-                self._reap(wait=True)
-            elif not self._give_up_ahead():
-                raise OutOfDeviceMemory(
-                    f"nvtier: {more} bytes more of training state than the budget of {self.vram} bytes on {name_of(self.device)}: {self.device_bytes} are in use"
-                )
 
     def _fits(self, more: int) -> bool:
         return self.vram is None or self.device_bytes + more <= self.vram
@@ -161,15 +240,23 @@ class Manager:
         self._drop(block, list(block.planes))
 
     def _give_up_ahead(self) -> bool:
-        """Lets go of what was fetched ahead for another order than the one that came; False: there is nothing."""
-        for block in self.blocks:
-            if block.coming and block is not self._using:
-                for tensor, ticket in block.coming.values():
-                    ticket.wait()
-                    self._count(tensor, -1)
-                block.coming.clear()
+        """Lets go of what was fetched ahead, or for another order than the one that came; False: there is nothing."""
+        using = self._using
+        course = [] if using is None else [block for block, _ in self._course(using, self._in_backward)]
+        # What is needed last goes first.
+        for block in [*(block for block in self.blocks if block not in course), *reversed(course)]:
+            if block.coming and block is not using:
+                self._give_up(block)
                 return True
         return False
+
+    def _give_up(self, block: Block) -> None:
+        for tensor, ticket in block.coming.values():
+            # What came for nothing may have failed: who needs something hears of it.
+            with contextlib.suppress(Error):
+                ticket.wait()
+            self._put_by(Spare(tensor, None, None, _alone(tensor)))
+        block.coming.clear()
 
     # Coming
 
@@ -186,7 +273,7 @@ class Manager:
 
     def _ahead(self, block: Block, backward: bool) -> None:
         """Begins to fetch what the blocks after this one will need, in their order, as far as the budget has room. What a nearer one needs stays for it."""
-        nearer = [block]
+        nearer, gradients = [block], None
         course = self._course(block, backward)
         for following, in_backward in itertools.chain([(block, True)], course) if backward else course:
             if self.vram is None and len(nearer) > 2:
@@ -194,26 +281,55 @@ class Manager:
             planes = self._planes_for(following, in_backward)
             if in_backward and self.steps_in_backward and following.trainable:
                 planes = following.weight_planes() + following.state_planes()
+            # Inputs of blocks that come back are needed sooner.
+            keep = 2 * self.spill.largest if self.spill is not None else 0
+            if backward and not in_backward:
+                # Of the step that this backward pass is the last one of; gradients are not there yet.
+                planes = following.weight_planes() + following.state_planes()
+            if backward or in_backward:
+                gradients = self._for_gradients(block, backward) if gradients is None else gradients
+                keep += gradients
             for plane in planes:
                 if plane in following.planes or plane in following.coming or plane not in following.stored:
                     continue
-                dtype, count = following.layout.room(plane)
-                self._reap()
-                # Inputs of blocks that come back are needed sooner.
-                while not self._fits(count * dtype.itemsize + (2 * self.spill.largest if self.spill is not None else 0)):
-                    far = next((idle for idle in self._idle if idle not in nearer and idle is not following), None)
-                    if far is None:
-                        return
-                    self._evict(far)
-                self._fetch(following, plane)
+                room = self._room_ahead(*following.layout.room(plane), keep, [*nearer, following])
+                if room is None:
+                    return
+                self._begin_fetch(following, plane, room)
             nearer.append(following)
 
+    def _room_ahead(self, dtype: torch.dtype, count: int, keep: int, nearer: List[Block]) -> Optional[Tuple[torch.Tensor, Any, Optional[Spare]]]:
+        """Memory for what is fetched ahead, where ``keep`` bytes are left beside it, and ``nearer`` blocks stay."""
+        bytes = count * dtype.itemsize
+        while True:
+            spare = sum(spare.bytes for spare in self._spare)
+            if self.vram is None or self.device_bytes - spare + bytes + keep <= self.vram:
+                found = self._find(dtype, count, fetched=True)
+                if found is not None:
+                    return found
+            far = [idle for idle in self._idle if idle not in nearer]
+            free = sum(spare.bytes for spare in self._spare if spare.copied()) - self.device_bytes + (self.vram or 0)
+            # Nothing goes that is not enough.
+            if free + sum(tensor.numel() * tensor.element_size() for idle in far for tensor in idle.planes.values()) < bytes + keep:
+                return None
+            if not far:
+                return None
+            self._evict(far[0])
+
+    def _for_gradients(self, block: Block, backward: bool) -> int:
+        """Bytes that the gradients of the two blocks will need whose backward passes come first."""
+        course = itertools.chain([(block, True)] if backward else [], self._course(block, backward))
+        coming = itertools.islice((other for other, in_backward in course if in_backward), 2)
+        missing = ((other, plane) for other in coming for plane in other.layout.gradient_planes() if plane not in other.planes)
+        return sum(dtype.itemsize * count for dtype, count in (other.layout.gradient_planes()[plane] for other, plane in missing))
+
     def _course(self, block: Block, backward: bool) -> Iterator[Tuple[Block, bool]]:
-        """What will be used after a block: the rest of the forward pass, then back to the first block, then forward again."""
+        """What will be used after a block, and whether in a backward pass: the rest of the forward pass, then back to the first block, then, where the
+        next forward pass carries out a step, forward again."""
         order = self.order or self.blocks
         if block not in order:
             return
-        index = order.index(block)
+        index, forward = order.index(block), not backward
         if self.cyclic:
             yield from ((other, False) for other in order[index + 1 :] + order[:index])
             return
@@ -223,6 +339,8 @@ class Manager:
                 return
             index = len(order)
         yield from ((other, True) for other in reversed(order[:index]))
+        if not forward and self.micro == self.gathered + 1 and not self.steps_in_backward:
+            yield from ((other, False) for other in order)
 
     def _bring(self, block: Block, planes: Sequence[str], ahead: Optional[bool] = None) -> None:
         """Waits for planes of a block. ``ahead``: what comes after them, in a forward (False) or backward pass, is asked for first, so that nothing pauses."""
@@ -284,12 +402,7 @@ class Manager:
     def drop_all(self) -> None:
         """After an interrupted pass: everything goes but what stays."""
         for block in self.blocks:
-            for tensor, ticket in block.coming.values():
-                # What came for nothing may have failed: who needs something hears of it.
-                with contextlib.suppress(Error):
-                    ticket.wait()
-                self._count(tensor, -1)
-            block.coming.clear()
+            self._give_up(block)
             for tensor in block.incoming.values():
                 self._count(tensor, -1)
             block.incoming.clear()
@@ -297,6 +410,10 @@ class Manager:
             self._release(block)
         for block in list(self._idle):
             self._evict(block)
+        self._reap()
+        for spare in [spare for spare in self._spare if spare.copied()]:
+            self._spare.remove(spare)
+            self._count(spare.tensor, -1)
         self._in_backward = False
 
     # Hooks
@@ -455,6 +572,8 @@ class Manager:
                 if not self.steps_in_backward:
                     # The last one that is noted is the one of all micro-batches.
                     block.norms[index] = torch._foreach_norm([_as_master(into, entry)])[0]
+            # A plane that is looked at is not put by.
+            del into
             block.arrived.add(index)
             self._perhaps_gather(block)
 
@@ -530,7 +649,7 @@ class Manager:
         m, v = (block.own(entry, plane)[first : first + count] for plane in moment_planes(entry))
         if entry.kind == SPLIT:
             high, low = block.own(entry, "hi")[first : first + count], self._low(block, entry, first, count)
-            weight = join(high, *low)
+            weight = join(high, *low, self.state)
         else:
             weight = block.own(entry, "w")[first : first + count]
         torch._fused_adamw_(
@@ -549,7 +668,7 @@ class Manager:
             maximize=group["maximize"],
         )
         if entry.kind == SPLIT:
-            split(weight, high, *low)
+            split(weight, high, *low, self.state)
 
     def _low(self, block: Block, entry: Param, first: int, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
         return low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(block.piece(entry).start + first, count))
@@ -557,7 +676,7 @@ class Manager:
     def _master(self, block: Block, entry: Param) -> torch.Tensor:
         if entry.kind == FULL:
             return block.own(entry, "w")
-        return join(block.own(entry, "hi"), *self._low(block, entry, 0, block.piece(entry).length))
+        return join(block.own(entry, "hi"), *self._low(block, entry, 0, block.piece(entry).length), self.state)
 
     def master(self, block: Block, entry: Param) -> torch.Tensor:
         """A copy of a parameter's weights as they are trained, on the host. The block's planes are there."""
@@ -612,6 +731,13 @@ def nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         return torch.full((1,), float("nan"), dtype=dtype, device=device)
     return torch.zeros(1, dtype=dtype, device=device)
+
+
+def _alone(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor has a part of this one's memory."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    # One is the tensor's, one is what is asked with.
+    return count is not None and count(tensor.untyped_storage()._cdata) <= 2
 
 
 class _Token:

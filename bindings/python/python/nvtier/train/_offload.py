@@ -356,7 +356,7 @@ def _take_in(manager: Manager, block: Block, fresh: bool) -> None:
                 data = data[piece.skip : piece.skip + piece.length]
                 if entry.kind == SPLIT:
                     low, ties = low_parts(block.planes["lo"], block.layout.share(SPLIT), Place(piece.start, piece.length))
-                    split(data.to(manager.device), block.own(entry, "hi"), low, ties)
+                    split(data.to(manager.device), block.own(entry, "hi"), low, ties, manager.state)
                 else:
                     block.own(entry, weight_plane(entry)).copy_(data)
         for plane in list(block.planes):

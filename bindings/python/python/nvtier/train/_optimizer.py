@@ -101,6 +101,7 @@ class Optimizer(torch.optim.Optimizer):
         for block in manager.blocks:
             block.owed = set() if manager.steps_in_backward else set(block.graded)
         manager.pending = pending if any(block.owed for block in manager.blocks) else None
+        manager.micro = manager.gathered
         self._forget_gradients()
         self._must_clear = True
         self._uncommitted = True

@@ -18,9 +18,11 @@ With several ranks each has an equal part of every plane, and of the planes that
 from __future__ import annotations
 
 import functools
-from typing import Dict, NamedTuple, Tuple
+from typing import Any, Dict, NamedTuple, Tuple
 
 import torch
+
+from .._units import name_of
 
 #: Elements that a parameter's place in a plane is a multiple of: whole vectors of every type (kernels round otherwise in a tail than in a vector).
 ALIGN = 64
@@ -40,8 +42,11 @@ def padded(count: int) -> int:
     return -(-count // ALIGN) * ALIGN
 
 
-def split(master: torch.Tensor, hi: torch.Tensor, lo: torch.Tensor, ties: torch.Tensor) -> None:
-    """Takes float32 weights apart: into bfloat16 ``hi``, int16 ``lo``, and uint8 ``ties`` of an eighth as many elements, rounded up."""
+def split(master: torch.Tensor, hi: torch.Tensor, lo: torch.Tensor, ties: torch.Tensor, state: Any = None) -> None:
+    """Takes float32 weights apart: into bfloat16 ``hi``, int16 ``lo``, and uint8 ``ties`` of an eighth as many elements, rounded up. ``state``: the one that
+    has the kernel of a GPU, which does it in one pass."""
+    if _by_kernel(state, False, master, hi, lo, ties):
+        return
     bits = master.view(torch.int32)
     hi.copy_(master)
     low = bits & 0xFFFF
@@ -52,13 +57,28 @@ def split(master: torch.Tensor, hi: torch.Tensor, lo: torch.Tensor, ties: torch.
     ties.copy_(_pack(up))
 
 
-def join(hi: torch.Tensor, lo: torch.Tensor, ties: torch.Tensor) -> torch.Tensor:
+def join(hi: torch.Tensor, lo: torch.Tensor, ties: torch.Tensor, state: Any = None) -> torch.Tensor:
     """The float32 weights that :func:`split` took apart."""
+    if state is not None and hi.is_cuda:
+        master = torch.empty(hi.numel(), dtype=torch.float32, device=hi.device)
+        if _by_kernel(state, True, master, hi, lo, ties):
+            return master
     low = lo.to(torch.int32) & 0xFFFF
     tie = low == 0x8000
     up = torch.where(tie, _unpack(ties, low.numel()), low > 0x8000)
     upper = (hi.view(torch.int16).to(torch.int32) - up.to(torch.int32)) & 0xFFFF
     return ((upper << 16) | low).view(torch.float32)
+
+
+def _by_kernel(state: Any, joins: bool, master: torch.Tensor, *halves: torch.Tensor) -> bool:
+    if state is None or not master.is_cuda or master.numel() == 0:
+        return False
+    addresses = [tensor.data_ptr() for tensor in (master, *halves)]
+    if any(address % 16 for address in addresses[:-1]) or not master.is_contiguous():
+        return False
+    stream = torch.cuda.current_stream(master.device).cuda_stream
+    state.halves(name_of(master.device), stream, joins, *addresses, master.numel())
+    return True
 
 
 @functools.lru_cache(maxsize=None)
@@ -92,6 +112,7 @@ class Layout:
         self.passing = passing
         self.counts: Dict[str, int] = {}
         self.frozen: Dict[str, torch.dtype] = {}
+        self._rooms: Dict[str, Tuple[torch.dtype, int]] = {}
         self.gradient = torch.float32 if precision != "bf16" else torch.bfloat16
         #: Of weights whose gradient comes as bfloat16: kept so where nothing is added to it, and it is no mean of several.
         self.split_gradient = torch.float32 if accumulate or ranks > 1 else torch.bfloat16
@@ -99,6 +120,7 @@ class Layout:
     def add(self, kind: str, tensor: torch.Tensor) -> Tuple[str, Place]:
         """A place for a parameter."""
         key = kind if kind != FROZEN else f"{FROZEN}:{tensor.dtype}"
+        self._rooms.clear()
         start = self.counts.get(key, 0)
         place = Place(start, tensor.numel())
         self.counts[key] = start + padded(tensor.numel())
@@ -137,8 +159,10 @@ class Layout:
 
     def room(self, plane: str) -> Tuple[torch.dtype, int]:
         """Type and elements of a plane on the device: the whole of what modules see."""
-        dtype, count = self.planes()[plane]
-        return dtype, count * self.ranks if seen(plane) else count
+        if plane not in self._rooms:
+            dtype, count = self.planes()[plane]
+            self._rooms[plane] = dtype, count * self.ranks if seen(plane) else count
+        return self._rooms[plane]
 
 
 def low_parts(lo: torch.Tensor, count: int, place: Place) -> Tuple[torch.Tensor, torch.Tensor]:

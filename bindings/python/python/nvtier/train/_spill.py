@@ -180,7 +180,7 @@ class Spill:
         manager = self._manager
         for slot in [slot for reference in self._of.get(block, []) if (slot := reference()) is not None]:
             if slot.tensor is None and slot.coming is None:
-                if manager.vram is not None and manager.device_bytes + slot.bytes > manager.vram:
+                if not manager.makes_room(slot.bytes):
                     return
                 self._fetch(slot)
 
@@ -268,7 +268,7 @@ class Spill:
 
     def _fetch(self, slot: Slot) -> None:
         manager = self._manager
-        manager._reap()
+        manager.makes_room(slot.bytes)
         dtype, shape = slot.like
         tensor = torch.empty(shape, dtype=dtype, device=manager.device)
         slot.counted = slot.bytes
