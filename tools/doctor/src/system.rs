@@ -67,6 +67,20 @@ impl System {
         names
     }
 
+    /// A file of the cgroup that this process is in, and of each above it: what limits one limits all below it.
+    pub(crate) fn cgroup(&self, file: &str) -> Vec<String> {
+        let own = self.read("/proc/self/cgroup").unwrap_or_default();
+        // "0::/user.slice/x"; in a container with a cgroup namespace it is "/".
+        let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_owned();
+        let folders = Path::new(&own).ancestors();
+        folders
+            .filter_map(|folder| {
+                let folder = folder.to_string_lossy();
+                self.read(&format!("/sys/fs/cgroup/{}/{file}", folder.trim_matches('/')))
+            })
+            .collect()
+    }
+
     /// The last part of what a symbolic link leads to.
     pub(crate) fn link_name(&self, path: &str) -> Option<String> {
         let target = fs::read_link(self.at(path)).ok()?;

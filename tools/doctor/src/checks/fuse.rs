@@ -14,16 +14,16 @@ pub(super) fn check(system: &System, _path: &Path, out: &mut Vec<Finding>) {
     }
     if let Some(pages) = system.number("/proc/sys/fs/fuse/max_pages_limit") {
         let size = crate::system::human(pages * 4096);
-        out.push(Finding::info("fuse", "largest request", format!("{pages} pages ({size})")));
+        out.push(
+            Finding::info("fuse", "largest request", format!("{pages} pages ({size})"))
+                .needs("256 pages (1 MiB), what this version asks for"),
+        );
     }
     let uring = system.read("/sys/module/fuse/parameters/enable_uring");
     if let Some(uring) = uring {
         let on = matches!(uring.as_str(), "Y" | "1");
-        out.push(Finding::info(
-            "fuse",
-            "FUSE over io_uring",
-            if on { "on; not used by this version" } else { "off; not used by this version" },
-        ));
+        let found = if on { "on; not used by this version" } else { "off; not used by this version" };
+        out.push(Finding::info("fuse", "FUSE over io_uring", found).needs("neither"));
     }
 }
 
@@ -40,7 +40,7 @@ fn device(system: &System) -> Finding {
         };
     }
     if !system.is_live() {
-        return Finding::ok("fuse", "/dev/fuse", "is there");
+        return Finding::ok("fuse", "/dev/fuse", "is there").needs("is there and can be opened");
     }
     match OpenOptions::new().read(true).write(true).open("/dev/fuse").and_then(|file| Ok(file.metadata()?.rdev())) {
         // Linux: Documentation/admin-guide/devices.txt

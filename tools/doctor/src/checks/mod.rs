@@ -5,6 +5,7 @@ mod filesystem;
 mod fuse;
 pub(crate) mod gpu;
 mod gpudirect;
+mod health;
 mod io;
 mod iommu;
 mod memory;
