@@ -52,7 +52,9 @@ fn text(report: &Report, fix_hints: bool) -> String {
         }
         let fine = finding.status <= Status::Unknown && finding.effect.is_empty();
         let needed = match finding.needed.as_str() {
-            needed if fine && !needed.is_empty() && needed != finding.item.trim() => format!(" (needed: {needed})"),
+            needed if fine && !needed.is_empty() && needed != finding.item.trim() => {
+                format!(" (needed: {needed})")
+            }
             _ => String::new(),
         };
         lines.push(format!("  {:<8} {}: {}{needed}", word(finding.status), finding.item, finding.found));

@@ -11,7 +11,7 @@ use crate::{Finding, System};
 
 /// A line of /proc/self/mountinfo.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct MountPoint {
+pub(crate) struct MountPoint {
     /// `major:minor`.
     pub device: String,
     pub point: String,
@@ -21,7 +21,7 @@ pub(super) struct MountPoint {
 }
 
 /// The mount that `path` is below.
-pub(super) fn mount_of(system: &System, path: &Path) -> Option<MountPoint> {
+pub(crate) fn mount_of(system: &System, path: &Path) -> Option<MountPoint> {
     let text = system.read("/proc/self/mountinfo")?;
     let path = existing(path);
     let path = path.canonicalize().unwrap_or(path);

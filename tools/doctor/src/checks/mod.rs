@@ -1,7 +1,7 @@
 //! The checks, one file an area.
 
 mod drive;
-mod filesystem;
+pub(crate) mod filesystem;
 mod fuse;
 pub(crate) mod gpu;
 mod gpudirect;
