@@ -48,6 +48,23 @@ impl Machine {
         machine
     }
 
+    /// Of a file that lists a machine's: `== PATH` begins one, `-> TARGET` makes it a link.
+    fn listed(text: &str) -> Machine {
+        let machine = Machine(tempfile::tempdir().unwrap());
+        for part in text.split("\n== ").skip(1) {
+            let (path, content) = part.split_once('\n').unwrap_or((part, ""));
+            match content.strip_prefix("-> ") {
+                Some(target) => {
+                    let path = machine.0.path().join(path.trim_start_matches('/'));
+                    fs::create_dir_all(path.parent().unwrap()).unwrap();
+                    std::os::unix::fs::symlink(target.trim(), path).unwrap();
+                }
+                None => drop(machine.file(path, content)),
+            }
+        }
+        machine
+    }
+
     fn file(&self, path: &str, text: &str) -> &Machine {
         let path = self.0.path().join(path.trim_start_matches('/'));
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -272,6 +289,54 @@ fn each_fault_is_found_by_itself_with_its_effect_and_remedy() {
             assert!(all.contains(word), "{word:?} is not in {finding:#?}");
         }
         assert_eq!(machine.report().verdict, Status::Degraded);
+    }
+}
+
+/// A real machine, as its files are.
+#[test]
+fn a_virtual_machine_with_an_h200_is_seen_as_it_is() {
+    let machine = Machine::listed(include_str!("data/h200.txt"));
+    let report = machine.report();
+    let worse: Vec<_> = report.findings.iter().filter(|finding| finding.status >= Status::Degraded).collect();
+    assert!(
+        worse.len() == 1 && worse[0].item == "NVMe" && worse[0].found.contains("no NVMe drive"),
+        "{worse:#?}"
+    );
+    assert_eq!(report.verdict, Status::Degraded);
+    for (area, item, status, found) in [
+        ("platform", "operating system", Status::Ok, "Ubuntu 24.04.3 LTS"),
+        ("platform", "kernel", Status::Ok, "6.18.44"),
+        ("platform", "processor", Status::Ok, "Intel(R) Xeon(R) Processor, 16 threads"),
+        ("platform", "PCIe lanes", Status::Info, "not in the table"),
+        ("platform", "container", Status::Info, "/.dockerenv"),
+        ("memory", "RAM", Status::Ok, "125.9 GiB"),
+        ("memory", "huge pages", Status::Ok, "transparent: madvise"),
+        ("memory", "locked memory (memlock)", Status::Ok, "unlimited"),
+        ("io", "io_uring", Status::Ok, "not turned off"),
+        ("fuse", "passthrough", Status::Ok, "possible"),
+        ("fuse", "FUSE over io_uring", Status::Info, "off"),
+        ("file system", "/", Status::Ok, "ext4 on /dev/vda"),
+        ("drive", "vda queue", Status::Info, "commands of up to 4096 KiB, no limit"),
+        ("iommu", "mode", Status::Ok, "none in use"),
+        ("gpu", "driver", Status::Ok, "580.159.04, open kernel modules"),
+        (
+            "gpu",
+            "0000:00:06.0",
+            Status::Info,
+            "NVIDIA H200: not in the table of validated GPUs, nvtier ran on it",
+        ),
+        ("gpu", "0000:00:06.0 link", Status::Ok, "PCIe 5 x16 now"),
+        ("gpudirect", "cuda:0: bounce", Status::Ok, "always works"),
+        ("gpudirect", "cuda:0: cuFile on nvidia-fs", Status::Info, "nvidia-fs is not loaded"),
+        ("gpudirect", "  NVIDIA's open kernel driver", Status::Ok, "open"),
+        ("gpudirect", "  the driver's option RMForceStaticBar1=1", Status::Info, "not among"),
+        ("gpudirect", "  the IOMMU is off or passes through", Status::Ok, "no IOMMU"),
+    ] {
+        let finding = machine.finding(area, item);
+        assert!(
+            finding.status == status && finding.found.contains(found),
+            "{found:?}, {status:?}: {finding:#?}"
+        );
     }
 }
 

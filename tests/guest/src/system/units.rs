@@ -14,6 +14,9 @@ const UNITS: &str = "/etc/systemd/system";
 /// The unit for pools that were made by hand, as the repository has it.
 const BY_HAND: &str = include_str!("../../../../dist/systemd/nvtier@.service");
 
+/// A drop-in that takes its powers away but for one.
+const UNPRIVILEGED: &str = include_str!("../../../../dist/systemd/unprivileged.conf");
+
 /// Its settings for one pool.
 const MODELS: &str = "/etc/nvtier/models.env";
 
@@ -307,12 +310,40 @@ fn by_hand() -> Checked {
     settings("")?;
     told(&["systemctl", "restart", "nvtier@models"])?;
     same_bytes(file, &pattern(9, 3_000_000), "after a restart")?;
+    unprivileged(&target, file)?;
     // A pool that is not there is a failure of the unit, and one that says what is missing.
     std::fs::write("/etc/nvtier/none.env", "POOL=/nonexistent\nMOUNTPOINT=/mnt\n")?;
     let (started, _) = ran(&["systemctl", "start", "nvtier@none"])?;
     let journal = told(&["journalctl", "-b", "-o", "cat", "-u", "nvtier@none"])?;
     ensure(!started && journal.contains("/nonexistent"), || journal.clone())?;
     told(&["systemctl", "stop", "nvtier@none"]).map(drop)
+}
+
+/// The same unit as a user whose the drive is, and back.
+fn unprivileged(drive: &str, file: &Path) -> Checked {
+    let user = UNPRIVILEGED.replace("User=nvtier", "User=nobody");
+    ensure(user != UNPRIVILEGED, || "the drop-in names another user".into())?;
+    let folder = Path::new(UNITS).join("nvtier@models.service.d");
+    std::fs::create_dir(&folder)?;
+    std::fs::write(folder.join("user.conf"), user)?;
+    let owned = |uid| std::os::unix::fs::chown(drive, Some(uid), None);
+    owned(65534)?;
+    told(&["systemctl", "daemon-reload"])?;
+    told(&["systemctl", "stop", "nvtier@models"])?;
+    std::os::unix::fs::chown("/mnt/by hand", Some(65534), None)?;
+    told(&["systemctl", "start", "nvtier@models"])?;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid("nvtier@models")?))?;
+    for line in ["Uid:\t65534\t", "CapEff:\t0000000000200000\n", "CapBnd:\t0000000000200000\n"] {
+        ensure(status.contains(line), || format!("no {line:?} in {status}"))?;
+    }
+    same_bytes(file, &pattern(9, 3_000_000), "as a user of its own")?;
+    killed("nvtier@models")?;
+    same_bytes(file, &pattern(9, 3_000_000), "as a user of its own, after a kill")?;
+    std::fs::remove_dir_all(&folder)?;
+    owned(0)?;
+    told(&["systemctl", "daemon-reload"])?;
+    told(&["systemctl", "restart", "nvtier@models"])?;
+    same_bytes(file, &pattern(9, 3_000_000), "as root again")
 }
 
 fn by_hand_after_a_boot() -> Checked {

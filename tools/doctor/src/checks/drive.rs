@@ -115,12 +115,13 @@ fn queue(system: &System, disk: &str, path: &Path) -> Finding {
     let kind = if disk.starts_with("nvme") {
         "NVMe"
     } else if spins {
-        "said to spin"
+        "no NVMe drive (said to spin)"
     } else {
         "no NVMe drive"
     };
-    let found =
-        format!("{kind}; commands of up to {now} KiB, {limit} KiB possible (below {})", path.display());
+    // A driver that sets no limit.
+    let most = if limit >= 1 << 20 { "no limit".to_owned() } else { format!("{limit} KiB possible") };
+    let found = format!("{kind}; commands of up to {now} KiB, {most} (below {})", path.display());
     let finding = Finding::ok("drive", format!("{disk} queue"), found).needs(COMMAND);
     match now {
         0..128 => finding.degraded(
