@@ -284,7 +284,7 @@ fn links(folder: &Path, unit: &str) -> Checked<Vec<PathBuf>> {
 /// A pool on a drive that is named as udev names it, for good.
 fn by_hand() -> Checked {
     let target = node("h0")?;
-    let by_id = std::fs::read_dir("/dev/disk/by-id")?;
+    let by_id = did("list /dev/disk/by-id", std::fs::read_dir("/dev/disk/by-id"))?;
     let mut links = by_id.flatten().map(|entry| entry.path());
     let pool = links
         .find(|link| std::fs::canonicalize(link).is_ok_and(|found| found == Path::new(&target)))
@@ -299,11 +299,12 @@ fn by_hand() -> Checked {
     settings("OPTIONS=--allow-other --ram 64MiB --metrics 0\n")?;
     told(&["systemctl", "daemon-reload"])?;
     told(&["systemctl", "enable", "--now", "nvtier@models"])?;
-    let line = std::fs::read_to_string(format!("/proc/{}/cmdline", pid("nvtier@models")?))?;
+    let line = std::fs::read_to_string(format!("/proc/{}/cmdline", pid("nvtier@models")?));
+    let line = did("read the daemon's command line", line)?;
     ensure(line.contains("\0--ram\x0064MiB\0--metrics\x000\0--\0"), || format!("{line:?}"))?;
     let file = Path::new("/mnt/by hand/file");
-    std::fs::write(file, pattern(9, 3_000_000))?;
-    std::fs::File::open(file)?.sync_all()?;
+    did("write a file", std::fs::write(file, pattern(9, 3_000_000)))?;
+    did("make it durable", std::fs::File::open(file).and_then(|file| file.sync_all()))?;
     killed("nvtier@models")?;
     same_bytes(file, &pattern(9, 3_000_000), "after a kill")?;
     // And without options.
@@ -319,27 +320,33 @@ fn by_hand() -> Checked {
     told(&["systemctl", "stop", "nvtier@none"]).map(drop)
 }
 
+/// What was tried, where it failed.
+fn did<T>(what: &str, result: std::io::Result<T>) -> Checked<T> {
+    Ok(result.map_err(|error| format!("{what}: {error}"))?)
+}
+
 /// The same unit as a user whose the drive is, and back.
 fn unprivileged(drive: &str, file: &Path) -> Checked {
     let user = UNPRIVILEGED.replace("User=nvtier", "User=nobody");
     ensure(user != UNPRIVILEGED, || "the drop-in names another user".into())?;
     let folder = Path::new(UNITS).join("nvtier@models.service.d");
-    std::fs::create_dir(&folder)?;
-    std::fs::write(folder.join("user.conf"), user)?;
-    let owned = |uid| std::os::unix::fs::chown(drive, Some(uid), None);
+    did("make the folder of drop-ins", std::fs::create_dir(&folder))?;
+    did("write the drop-in", std::fs::write(folder.join("user.conf"), user))?;
+    let owned = |uid| did("change the drive's owner", std::os::unix::fs::chown(drive, Some(uid), None));
     owned(65534)?;
     told(&["systemctl", "daemon-reload"])?;
     told(&["systemctl", "stop", "nvtier@models"])?;
-    std::os::unix::fs::chown("/mnt/by hand", Some(65534), None)?;
+    did("change the mount point's owner", std::os::unix::fs::chown("/mnt/by hand", Some(65534), None))?;
     told(&["systemctl", "start", "nvtier@models"])?;
-    let status = std::fs::read_to_string(format!("/proc/{}/status", pid("nvtier@models")?))?;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid("nvtier@models")?));
+    let status = did("read the daemon's status", status)?;
     for line in ["Uid:\t65534\t", "CapEff:\t0000000000200000\n", "CapBnd:\t0000000000200000\n"] {
         ensure(status.contains(line), || format!("no {line:?} in {status}"))?;
     }
     same_bytes(file, &pattern(9, 3_000_000), "as a user of its own")?;
     killed("nvtier@models")?;
     same_bytes(file, &pattern(9, 3_000_000), "as a user of its own, after a kill")?;
-    std::fs::remove_dir_all(&folder)?;
+    did("remove the drop-in", std::fs::remove_dir_all(&folder))?;
     owned(0)?;
     told(&["systemctl", "daemon-reload"])?;
     told(&["systemctl", "restart", "nvtier@models"])?;
