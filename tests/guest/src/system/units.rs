@@ -284,6 +284,8 @@ fn links(folder: &Path, unit: &str) -> Checked<Vec<PathBuf>> {
 /// A pool on a drive that is named as udev names it, for good.
 fn by_hand() -> Checked {
     let target = node("h0")?;
+    // What a boot found first may not be named yet.
+    told(&["udevadm", "settle"])?;
     let by_id = did("list /dev/disk/by-id", std::fs::read_dir("/dev/disk/by-id"))?;
     let mut links = by_id.flatten().map(|entry| entry.path());
     let pool = links
