@@ -31,6 +31,12 @@ impl System {
         !self.live || rustix::process::geteuid().is_root()
     }
 
+    /// Whether this process may mount, and pass reads through to the kernel. Of a machine that is only read about: whether its root may, who may.
+    pub(crate) fn may_mount(&self) -> bool {
+        use rustix::thread::{CapabilitySet, capabilities};
+        !self.live || capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
+    }
+
     /// Where a path of the machine lies here.
     pub(crate) fn at(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
