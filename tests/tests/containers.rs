@@ -21,7 +21,7 @@ fn instructions() -> Vec<(String, String)> {
 
 /// The words of one that is written as a JSON list.
 fn list(of: &str) -> Vec<String> {
-    let found = instructions().into_iter().filter(|(word, _)| word == of).next_back();
+    let found = instructions().into_iter().rfind(|(word, _)| word == of);
     let (_, words) = found.unwrap_or_else(|| panic!("no {of}"));
     serde_json::from_str(&words).unwrap_or_else(|error| panic!("{of} {words}: {error}"))
 }

@@ -10,15 +10,32 @@ pub(crate) const FINE_TUNE: u64 = 15_500_000_000;
 pub(crate) const INFER: u64 = 19_500_000_000;
 const GPU: &str = "Ampere or newer; 16 GB to fine-tune, 20 GB to infer with 8B models";
 
-/// What older drivers lose, by the release that brought it, and its CUDA.
-const DRIVERS: [((u32, u32), (u32, u32), &str); 2] = [
-    ((470, 42), (11, 4), "all of VRAM: functions that nvtier calls are missing"),
-    (
-        (570, 26),
-        (12, 8),
-        "batched copies (cuMemcpyBatchAsync: small tensors are copied one by one), and cuFile by PCI peer-to-peer",
-    ),
+/// A release of the driver that brought something.
+struct Release {
+    driver: (u32, u32),
+    cuda: (u32, u32),
+    /// What an older one loses.
+    lost: &'static str,
+}
+
+const RELEASES: [Release; 2] = [
+    Release {
+        driver: (470, 42),
+        cuda: (11, 4),
+        lost: "all of VRAM: functions that nvtier calls are missing",
+    },
+    Release {
+        driver: (570, 26),
+        cuda: (12, 8),
+        lost: "batched copies (cuMemcpyBatchAsync: small tensors are copied one by one), and cuFile by PCI peer-to-peer",
+    },
 ];
+
+/// What those bring that are newer.
+fn lost(is_older: impl Fn(&Release) -> bool) -> Vec<&'static str> {
+    RELEASES.iter().filter(|release| is_older(release)).map(|release| release.lost).collect()
+}
+
 const DRIVER: &str =
     "470.42 (CUDA 11.4) at least, 570.26 (CUDA 12.8) for all; the published requirements name 580";
 
@@ -79,8 +96,7 @@ fn driver(system: &System) -> Option<Finding> {
         Some(_) => ", proprietary kernel modules",
         None => "",
     };
-    let lost = DRIVERS.iter().filter(|(release, ..)| version(&found).is_some_and(|found| found < *release));
-    let lost: Vec<&str> = lost.map(|(.., what)| *what).collect();
+    let lost = lost(|release| version(&found).is_some_and(|found| found < release.driver));
     let finding = Finding::ok("gpu", "driver", format!("{found}{modules}")).needs(DRIVER);
     Some(older(finding, &lost))
 }
@@ -158,8 +174,7 @@ fn table(address: &str, model: &str) -> Finding {
 fn libcuda(found: &str) -> Finding {
     let mut parts = found.split('.').map(|part| part.parse::<u32>().ok());
     let version = parts.next().flatten().zip(parts.next().flatten());
-    let lost = DRIVERS.iter().filter(|(_, cuda, _)| version.is_some_and(|found| found < *cuda));
-    let lost: Vec<&str> = lost.map(|(.., what)| *what).collect();
+    let lost = lost(|release| version.is_some_and(|found| found < release.cuda));
     older(Finding::ok("gpu", "CUDA", found).needs("11.4 at least, 12.8 for all"), &lost)
 }
 
