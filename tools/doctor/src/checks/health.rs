@@ -131,12 +131,12 @@ fn endurance(wear: &Wear) -> Finding {
     let root = "what was written to it, and of a drive that no table has what its own wear lets expect";
     let needed = "more than is left of its life in what you will write (`nvtier plan` counts it)";
     let Some((rated, by)) = wear.rated else {
-        let mut why = format!("not known: no table has `{}` of {}", wear.model, human(wear.bytes));
-        if !wear.unknown.is_empty() {
-            why += &format!("; {}", wear.unknown);
+        if wear.written_bytes.is_some() {
+            return Finding::unknown("drive", item, format!("not known: {}", wear.unknown)).needs(needed);
         }
-        let finding = Finding::unknown("drive", item, why).needs(needed);
-        return if wear.written_bytes.is_none() { finding.root_adds(root) } else { finding };
+        let why =
+            format!("not known: no table has `{}` of {}; {}", wear.model, human(wear.bytes), wear.unknown);
+        return Finding::unknown("drive", item, why).needs(needed).root_adds(root);
     };
     let by = match by {
         Rated::Given => "given",
@@ -244,6 +244,11 @@ mod tests {
         assert!(
             stranger.found.contains("`M`") && stranger.found.contains("cannot be asked"),
             "{stranger:#?}"
+        );
+        let young = endurance(&wear(None, Some(1), "too little of its life is used"));
+        assert_eq!(
+            (young.found.as_str(), young.root_adds.as_str()),
+            ("not known: too little of its life is used", "")
         );
     }
 }
