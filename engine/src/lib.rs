@@ -17,6 +17,7 @@ pub mod kv;
 pub mod layout;
 pub mod lease;
 pub mod member;
+pub mod metrics;
 mod namespace;
 mod owner;
 pub mod pool;

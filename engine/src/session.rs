@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::control::{Client, ControlServer};
 use crate::error::{Error, ErrorKind, Result};
+use crate::metrics;
 use crate::pool::{OpenOptions, Pool, PoolInfo, PoolStat};
 use crate::repair::RepairReport;
 use crate::tensors::{self, TensorIndex};
@@ -211,6 +212,20 @@ impl Session {
             Inner::Embedded { pool, .. } => Some(pool),
             Inner::Remote(_) => None,
         }
+    }
+
+    /// Answers scrapes with metrics of the pool, which this process has to own: `Busy` where another one does. What it returns is to be dropped
+    /// before the session is closed: it holds the pool open.
+    pub fn serve_metrics(&self, bound: metrics::Bound) -> Result<metrics::Server> {
+        let Some(pool) = self.pool().cloned() else {
+            let context = format!(
+                "serve metrics on {}: process {} owns the pool, and is the one that can (`nvtier mount --metrics`)",
+                bound.address(),
+                self.owner_pid()
+            );
+            return Err(Error::new(ErrorKind::Busy, context));
+        };
+        bound.serve(Arc::new(move || Some(metrics::build() + &metrics::owner(&pool))))
     }
 
     fn writable(&self, doing: &str) -> Result<()> {

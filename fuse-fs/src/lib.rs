@@ -8,7 +8,6 @@
 mod adapter;
 pub mod error;
 pub mod fs;
-pub mod metrics;
 #[doc(hidden)]
 pub mod fuzzing {
     //! Doors for the fuzz targets (`fuzz/`); not part of the interface.

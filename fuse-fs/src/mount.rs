@@ -93,7 +93,7 @@ impl std::fmt::Debug for Mounted {
 
 /// Mounts a pool. Returns once the kernel has accepted the session, so that the mount point can be used at once.
 ///
-/// As root the mount is made directly; an ordinary user needs `fusermount3`. A mount left behind by a daemon that died is
+/// As root, or with CAP_SYS_ADMIN, the mount is made directly; an ordinary user needs `fusermount3`. A mount left behind by a daemon that died is
 /// detached first. Errors: [`ErrorKind::Mountpoint`] when the directory cannot carry a mount, [`ErrorKind::NotSupported`] without
 /// `/dev/fuse`, [`ErrorKind::PermissionDenied`] without the right to mount.
 pub fn mount(pool: engine::Pool, options: &MountOptions) -> Result<Mounted> {
@@ -438,13 +438,23 @@ fn check_device() -> Result<()> {
             .with_source(error));
         }
     }
-    if !rustix::process::geteuid().is_root() && !has_fusermount() {
+    if !may_mount() && !has_fusermount() {
         return Err(Error::new(
             ErrorKind::PermissionDenied,
-            "mounting as an ordinary user needs fusermount3, which is not in PATH: install the package fuse3, or mount as root",
+            "mounting as an ordinary user needs fusermount3, which is not in PATH: install the package fuse3, or mount as root or with CAP_SYS_ADMIN",
         ));
     }
     Ok(())
+}
+
+/// Root tries; anybody else has the capability (`AmbientCapabilities=` of a unit), or asks fusermount.
+fn may_mount() -> bool {
+    rustix::process::geteuid().is_root() || is_capable()
+}
+
+fn is_capable() -> bool {
+    use rustix::thread::{CapabilitySet, capabilities};
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
 }
 
 fn has_fusermount() -> bool {
@@ -472,8 +482,8 @@ fn occupy_standard_descriptors() -> Result<()> {
 fn wanted_passthrough(options: &MountOptions) -> Passthrough {
     if options.verify_always {
         Passthrough::Off("every byte is to be checked (verify always)".to_owned())
-    } else if !rustix::process::geteuid().is_root() {
-        Passthrough::Off("the daemon does not run as root (passthrough needs CAP_SYS_ADMIN)".to_owned())
+    } else if !is_capable() {
+        Passthrough::Off("the daemon has no CAP_SYS_ADMIN, which root or a unit may give it".to_owned())
     } else {
         Passthrough::On
     }

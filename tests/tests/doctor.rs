@@ -13,6 +13,16 @@ fn finding(ran: &Ran, area: &str, item: &str) -> Value {
     found.unwrap_or_else(|| panic!("no {area}/{item} in {ran:#?}")).clone()
 }
 
+/// Each line says what is needed, and each that is not so what that changes and what to do.
+fn every_line_is_whole(ran: &Ran) {
+    for finding in ran.json()["findings"].as_array().unwrap() {
+        let empty = |name: &str| finding[name].as_str().unwrap().is_empty();
+        let bad = ["degraded", "cannot_run"].contains(&finding["status"].as_str().unwrap());
+        assert!(!empty("found") && !empty("needed"), "{finding:#}");
+        assert!(!bad || !empty("effect") && !empty("remedy"), "{finding:#}");
+    }
+}
+
 fn doctor(path: &Path) -> Command {
     let mut command = Command::new(nvtier_path());
     command.arg("doctor").arg("--json").arg(path);
@@ -30,6 +40,7 @@ fn it_sees_this_machine_and_its_exit_code_is_its_verdict() {
         other => panic!("{other}: {ran:#?}"),
     };
     assert_eq!(ran.code, code);
+    every_line_is_whole(&ran);
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     assert_eq!(finding(&ran, "platform", "kernel")["found"], release.trim());
     let works = finding(&ran, "io", "io_uring")["status"] == "ok";
@@ -95,6 +106,8 @@ os.execv(sys.argv[1], sys.argv[1:])
     // An ordinary user cannot write to root's scratch folder.
     assert_eq!(ran.code, 7, "{ran:#?}");
     assert_eq!(finding(&ran, "file system", "writing")["status"], "cannot_run");
+    every_line_is_whole(&ran);
+    assert_eq!(ran.json()["root"], false);
     let told = |area, item, words: [&str; 2]| {
         let finding = finding(&ran, area, item);
         assert_eq!(finding["status"], "degraded", "{finding:#?}");
@@ -106,4 +119,12 @@ os.execv(sys.argv[1], sys.argv[1:])
     told("fuse", "/dev/fuse", ["another device", "cannot be mounted"]);
     told("fuse", "passthrough", ["ordinary user", "root"]);
     told("memory", "locked memory (memlock)", ["64.0 KiB", "ulimit -l"]);
+    // What root would see or do in addition is said where it is so.
+    for (area, item) in [("fuse", "passthrough"), ("file system", "writing")] {
+        assert_ne!(finding(&ran, area, item)["root_adds"], "", "{area}/{item}");
+    }
+    let drives = ran.json()["findings"].as_array().unwrap().clone();
+    for health in drives.iter().filter(|found| found["item"].as_str().unwrap().ends_with(" health")) {
+        assert!(health["status"] == "unknown" && health["root_adds"] != "", "{health:#}");
+    }
 }

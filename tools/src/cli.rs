@@ -2,7 +2,7 @@
 //!
 //! Parsing only validates; `cmd` does the work.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -30,17 +30,6 @@ Environment and files:
   $XDG_CONFIG_HOME/nvtier/config.toml
                      defaults (NVTIER_CONFIG names another file)
   AWS_*, GOOGLE_*    credentials and endpoints of s3:// and gs:// sources";
-
-/// `PORT` means loopback; any other address is given in full.
-pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
-    if let Ok(port) = text.parse() {
-        return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
-    }
-    text.parse().map_err(|_| {
-        "it is neither a port (9299: loopback only) nor an address and a port (127.0.0.1:9299, [::]:9299)"
-            .to_owned()
-    })
-}
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -478,7 +467,7 @@ pub struct Import {
     #[command(flatten)]
     pub pool: PoolArg,
     /// Serve metrics to Prometheus while it runs: a port (loopback only) or an address and a port
-    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = engine::metrics::parse_address)]
     pub metrics: Option<SocketAddr>,
     /// Import everything under an object-store prefix
     #[arg(short, long)]
@@ -657,7 +646,7 @@ pub struct Verify {
     #[command(flatten)]
     pub pool: PoolArg,
     /// Serve metrics to Prometheus while it runs: a port (loopback only) or an address and a port
-    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = engine::metrics::parse_address)]
     pub metrics: Option<SocketAddr>,
     /// Mend what can be mended
     #[arg(long)]
@@ -824,7 +813,7 @@ pub struct Mount {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
     /// Serve metrics to Prometheus at http://ADDRESS/metrics: a port (loopback only) or an address and a port
-    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = engine::metrics::parse_address)]
     pub metrics: Option<SocketAddr>,
     /// For the parent process: say on standard output when the mount is ready
     #[arg(long, hide = true, requires = "foreground")]

@@ -8,7 +8,6 @@ mod config;
 mod demo;
 mod failure;
 mod interrupt;
-mod metrics;
 mod mountpoint;
 mod names;
 mod notify;

@@ -1,8 +1,9 @@
 //! The pool as the commands see it: a thin layer over the engine's session, with this program's errors and JSON names.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
+use engine::metrics;
 use engine::tensors::TensorIndex;
 use engine::{
     ErrorKind, NodeKind, PoolInfo, PoolStat, RegionReader, RegionWriter, RepairReport, Session,
@@ -11,10 +12,19 @@ use engine::{
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome};
-use crate::{metrics, names, output};
+use crate::{names, output};
 
 /// RAM tier of a command that owns the pool for a moment: it streams, and a cache would only cost time.
 const COMMAND_RAM_BYTES: u64 = 64 << 20;
+
+/// Takes the address of `--metrics`, before anything is opened.
+pub fn bind_metrics(address: Option<SocketAddr>) -> Outcome<Option<metrics::Bound>> {
+    let bound = address.map(metrics::Bound::new).transpose();
+    bound.map_err(|error| match error.kind() {
+        ErrorKind::InvalidArgument => Failure::usage(error.to_string()),
+        _ => Failure::from(error),
+    })
+}
 
 /// An open pool: owned by this process, or reached through its owner (a running mount).
 pub struct Store {
@@ -137,26 +147,12 @@ impl Store {
         &self.session
     }
 
-    /// The pool itself, when this process owns it.
-    pub fn pool(&self) -> Option<&engine::Pool> {
-        self.session.pool()
-    }
-
     /// Serves metrics of the pool that this process owns. What it returns is dropped before the pool is closed.
     pub fn serve_metrics(&self, bound: Option<metrics::Bound>) -> Outcome<Option<metrics::Server>> {
         let Some(bound) = bound else { return Ok(None) };
-        let Some(pool) = self.pool().cloned() else {
-            let message = format!(
-                "serve metrics of {}: process {} owns the pool, not this command",
-                self.path.display(),
-                self.session.owner_pid()
-            );
-            return Err(Failure::new(crate::failure::code::BUSY, "Busy", message)
-                .hint("give --metrics to the owner: `nvtier mount --metrics`"));
-        };
-        output::note(&format!("metrics are at http://{}/metrics", bound.address()));
-        let text = move || Some(fuse_fs::metrics::build() + &fuse_fs::metrics::owner(&pool));
-        bound.serve(Arc::new(text)).map(Some)
+        let server = self.session.serve_metrics(bound)?;
+        output::note(&format!("metrics are at http://{}/metrics", server.address()));
+        Ok(Some(server))
     }
 
     /// What the superblocks say.

@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
+use engine::metrics::{self, Server};
 use engine::tensors::{TensorIndex, TensorInfo};
 use engine::{ErrorKind, FormatOptions, NodeKind, RegionReader, Session, SessionOptions, WriterOptions};
 use pyo3::prelude::*;
@@ -141,10 +143,31 @@ impl Tensor {
     }
 }
 
+/// Where metrics are to be served: a port, or an address and a port.
+#[derive(FromPyObject)]
+enum Address {
+    Port(u16),
+    Text(String),
+}
+
+impl Address {
+    fn parse(self) -> PyResult<SocketAddr> {
+        let text = match self {
+            Address::Port(port) => port.to_string(),
+            Address::Text(text) => text,
+        };
+        metrics::parse_address(&text).map_err(|why| {
+            to_py(engine::Error::new(ErrorKind::InvalidArgument, format!("metrics={text:?}: {why}")))
+        })
+    }
+}
+
 /// An open pool.
 #[pyclass(frozen, module = "nvtier")]
 pub struct Pool {
     path: PathBuf,
+    /// Before the session: it holds the pool open.
+    metrics: Mutex<Option<Mine<Server>>>,
     session: RwLock<Option<Arc<Mine<Session>>>>,
 }
 
@@ -186,15 +209,42 @@ impl Pool {
 #[pymethods]
 impl Pool {
     #[new]
-    #[pyo3(signature = (path, *, read_only=false, ram=None, wait=5.0))]
-    fn new(py: Python<'_>, path: PathBuf, read_only: bool, ram: Option<u64>, wait: f64) -> PyResult<Pool> {
+    #[pyo3(signature = (path, *, read_only=false, ram=None, wait=5.0, metrics=None))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        read_only: bool,
+        ram: Option<u64>,
+        wait: f64,
+        metrics: Option<Address>,
+    ) -> PyResult<Pool> {
         let wait = Duration::try_from_secs_f64(wait)
             .map_err(|e| pyo3::exceptions::PyValueError::new_err(format!("wait={wait}: {e}")))?;
         let defaults = SessionOptions::default();
         let options =
             SessionOptions { read_only, ram_bytes: ram.unwrap_or(defaults.ram_bytes), serve: true, wait };
-        let session = py.detach(|| Session::open(&path, options)).py()?;
-        Ok(Pool { path, session: RwLock::new(Some(Arc::new(Mine::new(session)))) })
+        let address = metrics.map(Address::parse).transpose()?;
+        let (session, metrics) = py
+            .detach(|| {
+                // First of all, as the mount does: an address that cannot be had is told before anything is opened.
+                let bound = address.map(metrics::Bound::new).transpose()?;
+                let session = Session::open(&path, options)?;
+                let server = bound.map(|bound| session.serve_metrics(bound)).transpose()?;
+                engine::Result::Ok((session, server))
+            })
+            .py()?;
+        Ok(Pool {
+            path,
+            metrics: Mutex::new(metrics.map(Mine::new)),
+            session: RwLock::new(Some(Arc::new(Mine::new(session)))),
+        })
+    }
+
+    /// Where metrics are served.
+    #[getter]
+    fn metrics(&self) -> Option<String> {
+        let server = self.metrics.lock().unwrap_or_else(PoisonError::into_inner);
+        server.as_ref().filter(|server| server.is_here()).map(|server| server.address().to_string())
     }
 
     #[getter]
@@ -390,6 +440,8 @@ impl Pool {
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let metrics = self.metrics.lock().unwrap_or_else(PoisonError::into_inner).take();
+        py.detach(|| drop(metrics));
         let session = self.session.write().unwrap_or_else(PoisonError::into_inner).take();
         let Some(session) = session else { return Ok(()) };
         // Another thread in a call keeps it open until it is through.

@@ -85,11 +85,26 @@ def test_a_block_does_what_its_page_says(code, why, reader):
             theirs.update(safetensors.torch.load_file(file))
         assert ours.keys() == theirs.keys()
         assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    if "space.get" in code:
+        assert printed.count("'memory'") + printed.count("'drive'") == 6 and printed.strip().endswith("True"), printed
+    if "shard=" in code:
+        # Half of the heads' rows and columns, all of the rest.
+        whole, part, rows = printed.split(maxsplit=2)
+        assert int(whole) > int(part) == 9 and rows.startswith("torch.Size([1000, "), printed
+    if "stream.Cache" in code:
+        assert "'pool" in printed or "pool" in printed, printed
+    if "save_pretrained" in code:
+        assert (reader / "fine-tuned" / "config.json").is_file() and list((reader / "fine-tuned").glob("*.safetensors"))
+        assert [line.split()[0] for line in printed.splitlines()][-2:] == ["0", "1"], printed
+    if "metrics=" in code:
+        assert "nvtier_pool_regions " in printed and "nvtier_kv_" in printed, printed
     if "PrefixCache" in code:
         # Of the second prompt, the head that it has in common with the first.
         loaded = [int(number) for number in re.findall(r"'loaded_tokens': (\d+)", printed)]
         assert len(loaded) == 2 and loaded[0] == 0 < loaded[1], printed
 
 
-def test_the_quick_start_is_among_them():
-    assert sum(parameter.id.startswith("quickstart.md:") for parameter in blocks()) >= 3
+def test_the_guides_that_have_whole_programs_are_among_them():
+    pages = [parameter.id.split(":")[0] for parameter in blocks()]
+    assert pages.count("quickstart.md") >= 3 and pages.count("streaming.md") == 2, pages
+    assert {"kv.md", "metrics.md", "python.md", "training.md"} <= set(pages), pages

@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import pytest
 
@@ -332,3 +332,51 @@ def test_a_mounted_pool(path, tmp_path):
             assert pool.read("through-the-mount") == b"hello"
     finally:
         subprocess.run([nvtier_program, "umount", mount], timeout=120, check=True)
+
+
+def scrape(address):
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        return answer.read().decode()
+
+
+def test_metrics_are_served_while_the_pool_is_open(path):
+    with nvtier.Pool(path, ram=16 * MIB, metrics=0) as pool:
+        host, port = pool.metrics.split(":")
+        assert host == "127.0.0.1" and int(port) > 0
+        pool.write("a", b"x" * MIB)
+        text = scrape(pool.metrics)
+        assert "nvtier_pool_regions 1" in text.splitlines() and "nvtier_kv_blocks{" not in text, text
+        with nvtier.kv.Store(pool, "chat", ram=4 * MIB) as store, store.namespace(b"print", 4096):
+            assert 'nvtier_kv_blocks{store="chat"} 0' in scrape(pool.metrics).splitlines()
+        assert "nvtier_build_info{version=" in text and "nvtier_fuse_" not in text
+        # Nobody else has the port, and who does not own the pool cannot tell of it.
+        with pytest.raises(nvtier.PoolBusy, match="the port is taken"):
+            nvtier.Pool(path.with_name("another"), metrics=pool.metrics)
+        child = "import sys, nvtier; nvtier.Pool(sys.argv[1], metrics=0)"
+        done = subprocess.run([sys.executable, "-c", child, path], capture_output=True, text=True, timeout=60, check=False)
+        assert "PoolBusy" in done.stderr and f"process {os.getpid()} owns the pool" in done.stderr, done.stderr
+        address = pool.metrics
+    assert pool.metrics is None
+    with pytest.raises(OSError):
+        scrape(address)
+    with nvtier.Pool(path, ram=16 * MIB) as pool:
+        assert pool.metrics is None and pool.read("a", 0, 1) == b"x"
+
+
+@pytest.mark.parametrize("wrong", ["here", "localhost:9299", "1.2.3.4", "70000", ""])
+def test_what_is_no_address_is_told(path, wrong):
+    with pytest.raises(nvtier.InvalidArgument, match="9299: loopback only"):
+        nvtier.Pool(path, metrics=wrong)
+
+
+def test_a_forked_child_leaves_its_parents_metrics_alone(path):
+    with nvtier.Pool(path, ram=16 * MIB, metrics=0) as pool:
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(0 if pool.metrics is None and pool.close() is None else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert "nvtier_pool_regions 0" in scrape(pool.metrics).splitlines()

@@ -1,12 +1,12 @@
 //! `.nvtier/stats.json`, `.nvtier/metrics` (Prometheus text format 0.0.4) and `.nvtier/version`.
 
+use engine::metrics::{self, Kind, family};
 use serde_json::{Map, Value, json};
 
 use super::counters::{Operation, Timed, get};
 use super::views::VNode;
 use super::{Fs, Passthrough};
 use crate::error::{Errno, FsResult};
-use crate::metrics::{self, Kind, family};
 
 impl<B: Send + Sync + 'static> Fs<B> {
     pub(crate) fn text_of(&self, node: VNode) -> FsResult<String> {

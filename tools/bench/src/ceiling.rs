@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
+use doctor::ceilings::Ceilings;
+
 use crate::io::Files;
 use crate::layout;
 use crate::parse::CeilingSource;
@@ -59,6 +61,12 @@ pub struct Evidence {
     pub ceiling: Option<DriveCeiling>,
     /// Bytes per second of copies to the device (or from it) alone, measured now.
     pub copies: Option<f64>,
+    /// What reads of a mount or a pool were measured to reach by `nvtier doctor --measure`, bytes per second.
+    pub above: Option<(Bound, f64)>,
+    /// What copies in memory were measured to reach by it, bytes per second.
+    pub memory: Option<f64>,
+    /// Bytes per second of each direction.
+    pub rates: [f64; 2],
     /// No drive at all (`ioengine=null`).
     pub null: bool,
 }
@@ -72,6 +80,10 @@ pub enum Bound {
     Drive,
     /// Copies to or from the device.
     Device,
+    /// The mount of a pool, which was measured to give no more.
+    Mount,
+    /// The engine of a pool, likewise.
+    Pool,
     /// Too few operations in flight.
     QueueDepth,
     /// CPU time of submission, completion and the kernel.
@@ -93,6 +105,8 @@ impl Bound {
             Bound::Option => "option",
             Bound::Drive => "drive",
             Bound::Device => "device copies",
+            Bound::Mount => "mount",
+            Bound::Pool => "pool",
             Bound::QueueDepth => "queue depth",
             Bound::Cpu => "cpu",
             Bound::Data => "copy and checksum",
@@ -116,7 +130,8 @@ impl Evidence {
         for worker in workers {
             let outcome = &worker.outcome;
             let wall = outcome.runtime_ns.max(1) as f64;
-            for direction in &outcome.directions {
+            for (rate, direction) in evidence.rates.iter_mut().zip(&outcome.directions) {
+                *rate += direction.bandwidth();
                 evidence.bandwidth += direction.bandwidth();
                 evidence.iops += direction.iops();
                 latency_sum += direction.lat.sum();
@@ -140,6 +155,33 @@ impl Evidence {
         evidence.machine_busy = phase.machine_busy;
         evidence.disk = busiest(workers, phase, bytes);
         evidence
+    }
+
+    /// Takes what `nvtier doctor --measure` saved for what this run could not find out itself.
+    pub fn complete(&mut self, engine: EngineKind, saved: &Ceilings) {
+        let reads_only = self.rates[Direction::Write as usize] == 0.0;
+        self.above = match engine {
+            EngineKind::Mount => saved.mount_read.map(|rate| (Bound::Mount, rate)),
+            EngineKind::Pool => saved.pool_read.map(|rate| (Bound::Pool, rate)),
+            _ => None,
+        }
+        .filter(|_| reads_only);
+        self.memory = saved.memory_copy.filter(|_| reads_only);
+        if self.ceiling.is_some() || matches!(engine, EngineKind::Null) {
+            return;
+        }
+        // The share of each second that each direction alone would need.
+        let needed =
+            self.rates.iter().zip([saved.drive_read, saved.drive_write]).map(|(rate, best)| match best {
+                _ if *rate == 0.0 => Some(0.0),
+                best => best.map(|best| rate / best),
+            });
+        let Some(needed) = needed.sum::<Option<f64>>().filter(|needed| *needed > 0.0) else { return };
+        self.ceiling = Some(DriveCeiling {
+            bandwidth: self.bandwidth / needed,
+            how: "saved by nvtier doctor --measure, blocks of 1 MiB".into(),
+            depth: None,
+        });
     }
 
     /// Which ceiling bound, and the line that says why.
@@ -191,6 +233,18 @@ impl Evidence {
             );
             return (Bound::Device, text);
         }
+        if let Some((bound, best)) = self.above
+            && self.bandwidth >= REACHED * best
+            && !self.memory_answered()
+        {
+            let text = format!(
+                "{}: {rate} is {:.0} % of the {}/s that it was measured to give (saved by nvtier doctor --measure); {flight}, {busy}",
+                bound.name(),
+                100.0 * self.bandwidth / best.max(1.0),
+                units::binary(best)
+            );
+            return (bound, text);
+        }
         if self.data_share >= 0.5 {
             let text = format!(
                 "memory copy and checksum: {:.0} % of the busiest worker's time fills and checks buffers; {rate}",
@@ -211,7 +265,15 @@ impl Evidence {
             return (Bound::Cpu, format!("CPU: {busy}{machine}; {rate}, {flight}{memory}"));
         }
         if self.memory_answered() {
-            return (Bound::Memory, format!("memory: the page cache or a RAM tier answered; {rate}, {busy}"));
+            let copies = self.memory.map_or(String::new(), |best| {
+                let share = 100.0 * self.bandwidth / best.max(1.0);
+                format!(
+                    ", {share:.0} % of the {}/s of copies in memory (saved by nvtier doctor --measure)",
+                    units::binary(best)
+                )
+            });
+            let text = format!("memory: the page cache or a RAM tier answered; {rate}{copies}, {busy}");
+            return (Bound::Memory, text);
         }
         if let Some((share, ceiling)) = of_ceiling
             && let Some(depth) = ceiling.depth.map(f64::from)
@@ -290,8 +352,8 @@ fn busiest(workers: &[&WorkerReport], phase: &PhaseUsage, bytes: [u64; 2]) -> Op
 
 /// Finds the drive's ceiling for what a group did: given, or measured by a short sweep over queue depths on `path`.
 ///
-/// `None` where it cannot be known: mixed directions, no O_DIRECT, a mount (its drive is not reachable through it),
-/// writes whose content must stay (verify).
+/// `None` where that cannot be: mixed directions, no O_DIRECT, a mount (its drive is not reachable through it),
+/// writes whose content must stay (verify). [`Evidence::complete`] may know one.
 pub fn find(
     source: CeilingSource,
     settings: &Settings,
@@ -467,5 +529,53 @@ mod tests {
         let found = find(CeilingSource::Given(1000), &Settings::default(), None, span).unwrap();
         assert_eq!((found.bandwidth, found.how.as_str()), (1000.0, "given"));
         assert_eq!(find(CeilingSource::Off, &Settings::default(), None, span), None);
+    }
+
+    fn saved() -> Ceilings {
+        Ceilings {
+            drive_read: Some(4000.0 * 1048576.0),
+            drive_write: Some(2000.0 * 1048576.0),
+            mount_read: Some(3300.0 * 1048576.0),
+            pool_read: Some(6000.0 * 1048576.0),
+            memory_copy: Some(9600.0 * 1048576.0),
+            ..Ceilings::default()
+        }
+    }
+
+    /// What a run without a sweep says: bytes of these rates, in MiB a second.
+    fn completed(engine: EngineKind, rates: [f64; 2], change: impl FnOnce(&mut Evidence)) -> (Bound, String) {
+        let mut evidence = Evidence { ceiling: None, ..evidence() };
+        evidence.rates = rates.map(|rate| rate * 1048576.0);
+        evidence.bandwidth = evidence.rates.iter().sum();
+        change(&mut evidence);
+        evidence.complete(engine, &saved());
+        evidence.verdict()
+    }
+
+    #[test]
+    fn what_a_run_cannot_measure_is_what_was_saved() {
+        // Half of what reads could reach, and half of what writes could: together all that the drive has.
+        let (kind, text) = completed(EngineKind::IoUring, [2000.0, 1000.0], |_| ());
+        assert_eq!(kind, Bound::Drive, "{text}");
+        assert!(text.contains("100 % of its 3000MiB/s (saved by nvtier doctor --measure"), "{text}");
+        assert_eq!(completed(EngineKind::Mount, [3900.0, 0.0], |_| ()).0, Bound::Drive);
+        let (kind, text) = completed(EngineKind::Mount, [3200.0, 0.0], |_| ());
+        assert_eq!(kind, Bound::Mount, "{text}");
+        assert!(text.starts_with("mount: ") && text.contains("97 % of the 3300MiB/s"), "{text}");
+        assert_eq!(completed(EngineKind::Pool, [0.0, 1900.0], |_| ()).0, Bound::Drive);
+        assert_eq!(completed(EngineKind::Pread, [3200.0, 0.0], |_| ()).0, Bound::QueueDepth);
+        // Its own sweep is better than what was saved, and a drive that moved nothing is not what bound.
+        let (_, text) = completed(EngineKind::IoUring, [2000.0, 0.0], |e| e.ceiling = evidence().ceiling);
+        assert!(text.contains("measured at depth 64") && !text.contains("saved"), "{text}");
+        let cached = |e: &mut Evidence| e.disk = Some(("sda".into(), 0.0, 0.0));
+        let (kind, text) = completed(EngineKind::Mount, [4800.0, 0.0], cached);
+        assert!(kind == Bound::Memory && text.contains("50 % of the 9600MiB/s"), "{text}");
+    }
+
+    #[test]
+    fn a_direction_of_which_nothing_was_saved_has_no_ceiling() {
+        let mut evidence = Evidence { ceiling: None, rates: [1.0, 1.0], bandwidth: 2.0, ..evidence() };
+        evidence.complete(EngineKind::IoUring, &Ceilings { drive_read: Some(1.0), ..Ceilings::default() });
+        assert_eq!(evidence.ceiling, None);
     }
 }

@@ -167,6 +167,12 @@ fn verdicts(source: CeilingSource, run: &RunReport) -> Vec<Verdict> {
         let ceiling = ceiling::find(source, settings, target.as_deref(), workers[0].span);
         let mut evidence = Evidence::of(&workers, phase, ceiling);
         evidence.copies = ceiling::find_copies(source, settings);
+        if matches!(source, CeilingSource::Measure)
+            && let Some(saved) =
+                workers[0].place().and_then(|path| doctor::ceilings::Store::of_user().get(path))
+        {
+            evidence.complete(settings.engine, &saved);
+        }
         let (bound, text) = evidence.verdict();
         verdicts.push(Verdict {
             group,
@@ -181,6 +187,14 @@ fn verdicts(source: CeilingSource, run: &RunReport) -> Vec<Verdict> {
 }
 
 impl WorkerReport {
+    /// What it read or wrote lies there.
+    fn place(&self) -> Option<&Path> {
+        match &self.settings.pool {
+            Some(pool) if self.settings.engine == settings::EngineKind::Pool => Some(pool),
+            _ => self.paths.first().map(PathBuf::as_path),
+        }
+    }
+
     /// A file on the drive that the bytes came from, for the sweep that finds the drive's ceiling.
     fn calibration_path(&self) -> Option<PathBuf> {
         match &self.pool_file {

@@ -4,9 +4,14 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use gpudirect::paths::System;
 use gpudirect::remembered::Remembered;
 use serde::{Deserialize, Serialize};
+
+use crate::System;
+use crate::checks::filesystem::mount_of;
+
+/// Type of the mounts of pools, as the kernel lists it.
+const MOUNT: &str = "fuse.nvtier";
 
 /// A GPU's part.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -67,7 +72,7 @@ impl Store {
         Store { kept: Remembered::at(file) }
     }
 
-    /// Of the drive below a path, on this machine. Figures that cannot be rates count as not measured.
+    /// Of the drive below a path, on this machine; of a path in a mount, that of its pool. Figures that cannot be rates count as not measured.
     pub fn get(&self, path: &Path) -> Option<Ceilings> {
         let mut found: Ceilings = self.kept.get(&key(path)?)?;
         let sane = |rate: f64| rate.is_finite() && rate > 0.0;
@@ -103,10 +108,14 @@ pub fn file() -> Option<PathBuf> {
 
 /// Machine and device number: of the block device itself, or of the file system that holds the path.
 fn key(path: &Path) -> Option<String> {
-    let metadata = std::fs::metadata(crate::system::existing(path)).ok()?;
+    let path = crate::system::existing(path);
+    // What lies in the mount of a pool lies where the pool does.
+    let mount = mount_of(&System::here(), &path).filter(|mount| mount.kind == MOUNT);
+    let path = mount.map_or(path, |mount| crate::disks::unescape(&mount.source).into());
+    let metadata = std::fs::metadata(path).ok()?;
     let device = if metadata.rdev() != 0 { metadata.rdev() } else { metadata.dev() };
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    Some(format!("{}|{major}:{minor}", System::here().identity()))
+    Some(format!("{}|{major}:{minor}", gpudirect::paths::System::here().identity()))
 }
 
 #[cfg(test)]

@@ -197,7 +197,7 @@ fn name_of(system: &System, node: &str) -> Option<String> {
 }
 
 /// /proc and fstab write blanks, tabs, newlines and backslashes as `\ooo`.
-fn unescape(field: &str) -> String {
+pub(crate) fn unescape(field: &str) -> String {
     let mut out = String::new();
     let mut rest = field;
     while let Some(at) = rest.find('\\') {

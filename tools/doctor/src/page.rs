@@ -110,7 +110,7 @@ pub fn page() -> String {
          *nvtier ran on it* is about that very card; what nvtier did run on is the second table. `nvtier plan MODEL --gpu NAME` counts for a model. Rates of these cards are in [sizing](sizing.md).\n\n{}\n\
          GPUs that nvtier ran on:\n\n{}\n## Processors\n\n\
          Of the same publication, as is what it asks for: {CORES} cores, {LANES} PCIe lanes (16 for a GPU and 4 for each of two drives).\n\n{}\n## Drives\n\n\
-         By their makers' data sheets; `nvtier top` reckons with what is rated. Any NVMe drive will do; `--tbw` tells what one that is not here is rated for. How large a model a drive of a size holds is in [sizing](sizing.md). None of these was run on.\n\n{}",
+         By their makers' data sheets; `nvtier doctor` and `nvtier top` reckon with what is rated. Any NVMe drive will do; `--tbw` tells what one that is not here is rated for. How large a model a drive of a size holds is in [sizing](sizing.md). None of these was run on.\n\n{}",
         giga(INFER),
         giga(FINE_TUNE),
         gpu_table(),

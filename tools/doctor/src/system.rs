@@ -31,6 +31,12 @@ impl System {
         !self.live || rustix::process::geteuid().is_root()
     }
 
+    /// Whether this process may mount, and pass reads through to the kernel. Of a machine that is only read about: whether its root may, who may.
+    pub(crate) fn may_mount(&self) -> bool {
+        use rustix::thread::{CapabilitySet, capabilities};
+        !self.live || capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
+    }
+
     /// Where a path of the machine lies here.
     pub(crate) fn at(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
@@ -65,6 +71,20 @@ impl System {
             .collect();
         names.sort();
         names
+    }
+
+    /// A file of the cgroup that this process is in, and of each above it: what limits one limits all below it.
+    pub(crate) fn cgroup(&self, file: &str) -> Vec<String> {
+        let own = self.read("/proc/self/cgroup").unwrap_or_default();
+        // "0::/user.slice/x"; in a container with a cgroup namespace it is "/".
+        let own = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").to_owned();
+        let folders = Path::new(&own).ancestors();
+        folders
+            .filter_map(|folder| {
+                let folder = folder.to_string_lossy();
+                self.read(&format!("/sys/fs/cgroup/{}/{file}", folder.trim_matches('/')))
+            })
+            .collect()
     }
 
     /// The last part of what a symbolic link leads to.

@@ -84,6 +84,11 @@ pub fn gpu(found: &str) -> Option<GpuRow> {
     best(found, gpus(), |row| row.name)
 }
 
+/// Whether nvtier ran on a GPU of this very name.
+pub(crate) fn ran_on(found: &str) -> bool {
+    rows(RUN).any(|row| words(row[0]) == words(found))
+}
+
 pub(crate) fn cpu(found: &str) -> Option<CpuRow> {
     best(found, cpus(), |row| row.model)
 }

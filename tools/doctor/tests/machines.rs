@@ -25,7 +25,8 @@ impl Machine {
             .file("/sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n")
             .file("/dev/fuse", "")
             .file("/proc/sys/fs/fuse/max_pages_limit", "256\n")
-            .file(&format!("{controller}/model"), "A good drive 4TB     \n")
+            .file(&format!("{controller}/model"), "Samsung SSD 990 PRO 4TB     \n")
+            .file("/sys/block/nvme0n1/device/model", "Samsung SSD 990 PRO 4TB     \n")
             .file(&format!("{controller}/firmware_rev"), "1.0     \n")
             .file(&format!("{controller}/transport"), "pcie\n")
             .file("/sys/block/nvme0n1/size", "7814037168\n")
@@ -44,6 +45,23 @@ impl Machine {
         let dev = machine.0.path().join("sys/dev/block");
         fs::create_dir_all(&dev).unwrap();
         std::os::unix::fs::symlink("../../devices/x/nvme0n1/nvme0n1p2", dev.join("259:2")).unwrap();
+        machine
+    }
+
+    /// Of a file that lists a machine's: `== PATH` begins one, `-> TARGET` makes it a link.
+    fn listed(text: &str) -> Machine {
+        let machine = Machine(tempfile::tempdir().unwrap());
+        for part in text.split("\n== ").skip(1) {
+            let (path, content) = part.split_once('\n').unwrap_or((part, ""));
+            match content.strip_prefix("-> ") {
+                Some(target) => {
+                    let path = machine.0.path().join(path.trim_start_matches('/'));
+                    fs::create_dir_all(path.parent().unwrap()).unwrap();
+                    std::os::unix::fs::symlink(target.trim(), path).unwrap();
+                }
+                None => drop(machine.file(path, content)),
+            }
+        }
         machine
     }
 
@@ -72,7 +90,9 @@ impl Machine {
     }
 
     fn report(&self) -> Report {
-        examine(&System::below(self.0.path()), Path::new("/"))
+        let report = examine(&System::below(self.0.path()), Path::new("/"));
+        every_line_is_whole(&report);
+        report
     }
 
     #[track_caller]
@@ -80,6 +100,20 @@ impl Machine {
         let report = self.report();
         let found = report.findings.iter().find(|finding| finding.area == area && finding.item == item);
         found.unwrap_or_else(|| panic!("no {area}/{item} in {report:#?}")).clone()
+    }
+}
+
+/// Found, needed, effect, remedy.
+#[track_caller]
+fn every_line_is_whole(report: &Report) {
+    for finding in &report.findings {
+        let bad = finding.status >= Status::Degraded;
+        assert!(!finding.needed.is_empty(), "nothing says what is needed: {finding:#?}");
+        assert!(!bad || !finding.effect.is_empty() && !finding.remedy.is_empty(), "{finding:#?}");
+        assert!(
+            finding.effect.is_empty() || !finding.remedy.is_empty(),
+            "an effect without a remedy: {finding:#?}"
+        );
     }
 }
 
@@ -94,10 +128,12 @@ fn a_good_machine_is_good() {
         "28 threads",
         "64 (Xeon Gold 6330)",
         "125.0 GiB",
-        "A good drive 4TB, firmware 1.0, pcie",
+        "Samsung SSD 990 PRO 4TB, firmware 1.0, pcie",
         "3.6 TiB",
         "PCIe 4 x4 now",
-        "Ada Lovelace, 24 GB GDDR6X, in the table",
+        "Ada Lovelace, 24 GB GDDR6X, validated by aiDAPTIV's vendor, nvtier did not run on it",
+        "580.65.06, open kernel modules",
+        "2400 TB to be written in its life (by its maker)",
     ] {
         assert!(said.iter().any(|found| found.contains(part)), "nothing says {part:?}: {said:#?}");
     }
@@ -106,7 +142,7 @@ fn a_good_machine_is_good() {
 #[test]
 fn each_fault_is_found_by_itself_with_its_effect_and_remedy() {
     type Fault = fn(&Machine) -> &Machine;
-    let faults: [(&str, &str, Fault, &[&str]); 18] = [
+    let faults: [(&str, &str, Fault, &[&str]); 23] = [
         (
             "platform",
             "kernel",
@@ -190,6 +226,42 @@ fn each_fault_is_found_by_itself_with_its_effect_and_remedy() {
         ("gpu", "0000:41:00.0", |m| m.without("/proc/driver/nvidia/gpus"), &["driver"]),
         (
             "gpu",
+            "driver",
+            |m| {
+                m.file("/proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\nGCC version:  gcc version 12.3.0\n")
+            },
+            &["535.183.01, proprietary", "batched copies", "570.26"],
+        ),
+        (
+            "gpu",
+            "driver",
+            |m| m.without("/proc/driver/nvidia/version").file("/sys/module/nvidia/version", "460.32.03\n"),
+            &["460.32.03", "all of VRAM", "a newer driver"],
+        ),
+        (
+            "platform",
+            "cgroup CPU limit",
+            |m| m.file("/sys/fs/cgroup/cpu.max", "200000 100000\n"),
+            &["2.0 CPUs", "--cpus"],
+        ),
+        (
+            "platform",
+            "cgroup task limit",
+            |m| {
+                m.file("/proc/self/cgroup", "0::/a/b\n")
+                    .file("/sys/fs/cgroup/a/pids.max", "100\n")
+                    .file("/sys/fs/cgroup/a/b/pids.max", "max\n")
+            },
+            &["100 threads", "TasksMax"],
+        ),
+        (
+            "memory",
+            "RAM",
+            |m| m.file("/proc/self/cgroup", "0::/a/b\n").file("/sys/fs/cgroup/a/memory.max", "4294967296\n"),
+            &["4.0 GiB", "cgroup"],
+        ),
+        (
+            "gpu",
             "0000:41:00.0 link",
             |m| {
                 m.link_speed(
@@ -218,6 +290,76 @@ fn each_fault_is_found_by_itself_with_its_effect_and_remedy() {
         }
         assert_eq!(machine.report().verdict, Status::Degraded);
     }
+}
+
+/// A real machine, as its files are.
+#[test]
+fn a_virtual_machine_with_an_h200_is_seen_as_it_is() {
+    let machine = Machine::listed(include_str!("data/h200.txt"));
+    let report = machine.report();
+    let worse: Vec<_> = report.findings.iter().filter(|finding| finding.status >= Status::Degraded).collect();
+    assert!(
+        worse.len() == 1 && worse[0].item == "NVMe" && worse[0].found.contains("no NVMe drive"),
+        "{worse:#?}"
+    );
+    assert_eq!(report.verdict, Status::Degraded);
+    for (area, item, status, found) in [
+        ("platform", "operating system", Status::Ok, "Ubuntu 24.04.3 LTS"),
+        ("platform", "kernel", Status::Ok, "6.18.44"),
+        ("platform", "processor", Status::Ok, "Intel(R) Xeon(R) Processor, 16 threads"),
+        ("platform", "PCIe lanes", Status::Info, "not in the table"),
+        ("platform", "container", Status::Info, "/.dockerenv"),
+        ("memory", "RAM", Status::Ok, "125.9 GiB"),
+        ("memory", "huge pages", Status::Ok, "transparent: madvise"),
+        ("memory", "locked memory (memlock)", Status::Ok, "unlimited"),
+        ("io", "io_uring", Status::Ok, "not turned off"),
+        ("fuse", "passthrough", Status::Ok, "possible"),
+        ("fuse", "FUSE over io_uring", Status::Info, "off"),
+        ("file system", "/", Status::Ok, "ext4 on /dev/vda"),
+        ("drive", "vda queue", Status::Info, "commands of up to 4096 KiB, no limit"),
+        ("iommu", "mode", Status::Ok, "none in use"),
+        ("gpu", "driver", Status::Ok, "580.159.04, open kernel modules"),
+        (
+            "gpu",
+            "0000:00:06.0",
+            Status::Info,
+            "NVIDIA H200: not in the table of validated GPUs, nvtier ran on it",
+        ),
+        ("gpu", "0000:00:06.0 link", Status::Ok, "PCIe 5 x16 now"),
+        ("gpudirect", "cuda:0: bounce", Status::Ok, "always works"),
+        ("gpudirect", "cuda:0: cuFile on nvidia-fs", Status::Info, "nvidia-fs is not loaded"),
+        ("gpudirect", "  NVIDIA's open kernel driver", Status::Ok, "open"),
+        ("gpudirect", "  the driver's option RMForceStaticBar1=1", Status::Info, "not among"),
+        ("gpudirect", "  the IOMMU is off or passes through", Status::Ok, "no IOMMU"),
+    ] {
+        let finding = machine.finding(area, item);
+        assert!(
+            finding.status == status && finding.found.contains(found),
+            "{found:?}, {status:?}: {finding:#?}"
+        );
+    }
+}
+
+/// What is smaller than some tasks ask for is told, and is no fault.
+#[test]
+fn a_card_says_what_it_is_enough_for_and_a_drive_of_no_table_that_its_rating_is_not_known() {
+    let machine = Machine::good();
+    let card = "/proc/driver/nvidia/gpus/0000:41:00.0/information";
+    machine.file(card, "Model: \t NVIDIA GeForce RTX 5080\n");
+    let small = machine.finding("gpu", "0000:41:00.0");
+    assert!(small.status == Status::Info && small.effect.contains("fine-tune"), "{small:#?}");
+    machine.file(card, "Model: \t NVIDIA H200\n");
+    let ran = machine.finding("gpu", "0000:41:00.0");
+    assert!(
+        ran.status == Status::Info
+            && ran.found.contains("not in the table")
+            && ran.found.contains("nvtier ran on it"),
+        "{ran:#?}"
+    );
+    machine.file("/sys/block/nvme0n1/device/model", "A drive of nobody");
+    let rating = machine.finding("drive", "nvme0n1 rated endurance");
+    assert!(rating.status == Status::Unknown && rating.found.contains("`A drive of nobody`"), "{rating:#?}");
+    assert_eq!(machine.report().verdict, Status::Ok);
 }
 
 #[test]
@@ -259,6 +401,7 @@ fn direct_ways_to_the_gpu_are_told_condition_by_condition_and_are_no_fault() {
 fn nonsense_is_survived() {
     let empty = tempfile::tempdir().unwrap();
     let report = examine(&System::below(empty.path()), Path::new("/no/such/path"));
+    every_line_is_whole(&report);
     assert!(report.findings.iter().any(|finding| finding.status == Status::Unknown), "{report:#?}");
     let machine = Machine::good();
     let mut files = vec![machine.0.path().to_path_buf()];

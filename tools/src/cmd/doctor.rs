@@ -50,10 +50,17 @@ fn text(report: &Report, fix_hints: bool) -> String {
             area = finding.area;
             lines.push(format!("{}{area}", if lines.is_empty() { "" } else { "\n" }));
         }
-        lines.push(format!("  {:<8} {}: {}", word(finding.status), finding.item, finding.found));
+        let fine = finding.status <= Status::Unknown && finding.effect.is_empty();
+        let needed = match finding.needed.as_str() {
+            needed if fine && !needed.is_empty() && needed != finding.item.trim() => {
+                format!(" (needed: {needed})")
+            }
+            _ => String::new(),
+        };
+        lines.push(format!("  {:<8} {}: {}{needed}", word(finding.status), finding.item, finding.found));
         let more =
             |name: &str, text: &str| (!text.is_empty()).then(|| format!("           {name:<7} {text}"));
-        if finding.status > Status::Unknown || !finding.effect.is_empty() {
+        if !fine {
             lines.extend(more("needed", &finding.needed));
             lines.extend(more("effect", &finding.effect));
             lines.extend(more("remedy", &finding.remedy));

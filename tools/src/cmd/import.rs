@@ -8,7 +8,7 @@ use crate::failure::Outcome;
 use crate::source::{ObjectOptions, Source};
 use crate::store::Store;
 use crate::transfer::{self, ImportOptions};
-use crate::{metrics, names, output, size};
+use crate::{names, output, size};
 
 /// Range requests at a time, where neither the command line nor the configuration says.
 const CONNECTIONS: u32 = 8;
@@ -28,7 +28,7 @@ pub fn run(global: &Global, config: &Config, args: &Import) -> Outcome {
     if options.check {
         transfer::check(&source, &listing).map_err(tried)?;
     }
-    let metrics = args.metrics.map(metrics::Bound::new).transpose()?;
+    let metrics = crate::store::bind_metrics(args.metrics)?;
     let store = Store::open(&pool, false)?;
     let scraped = store.serve_metrics(metrics)?;
     let done = transfer::import(global, &store, &source, &listing, &name, &options).map_err(tried)?;

@@ -5,12 +5,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use doctor::ceilings::{Ceilings as Measured, Store as Saved};
 use engine::{Session, SessionOptions};
 use gpudirect::autotune::{Given, Origin, Tune, Tuner};
 use gpudirect::paths::{self, PathState, Survey};
 use gpudirect::{
-    CachePolicy, CachedMode, Control, Error, ErrorKind, Lane, LaneOptions, Loaded, PathChoice, PathOptions,
-    Paths, Plan, PlanOptions, Report, SaveOptions, SaveReport, SaveTensor, Source, Verify,
+    CachePolicy, CachedMode, Control, DeviceInfo, Error, ErrorKind, Lane, LaneOptions, Loaded, PathChoice,
+    PathOptions, Paths, Plan, PlanOptions, Report, SaveOptions, SaveReport, SaveTensor, Source, Verify,
 };
 use serde_json::json;
 
@@ -77,7 +78,8 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
         }
     };
     let total = plan.tensors().iter().map(|tensor| tensor.len).sum();
-    let drive = args.pool.as_ref().or(args.paths.first()).and_then(|path| ceiling::of_path(path));
+    let place = args.pool.as_deref().or(args.paths.first().map(PathBuf::as_path));
+    let drive = place.and_then(ceiling::of_path);
     let mut progress = Progress::new(global, format!("load to {}", args.device), total, drive);
     let loaded = {
         let mut watch = |done: u64, _: u64| {
@@ -92,13 +94,18 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
     progress.finish();
     let checked = if args.check { Some(check(&lane, &plan, &loaded, pool.as_ref())?) } else { None };
     let saved = args.save.as_deref().map(|path| save(global, &mut lane, &loaded, path)).transpose()?;
-    let copy_ceiling =
+    let copies_now =
         if args.ceilings { Some(lane.copy_ceiling(CEILING_TIME).map_err(failure)?) } else { None };
     let measured = match args.ceilings && args.pool.is_none() {
         true => drive_now(&listed, &mut loaded.report.notes)?,
         false => None,
     };
-    let ceilings = Ceilings { copy: copy_ceiling, drive: measured.or(drive), drive_now: measured.is_some() };
+    let known = place.and_then(|path| Saved::of_user().get(path));
+    let ceilings = Ceilings {
+        copies: Known::of(copies_now, known.as_ref().and_then(|known| copies(known, &loaded.report.device))),
+        drive: Known::of(measured, drive),
+        pool: Known::of(None, known.filter(|_| pool.is_some()).and_then(|known| known.pool_read)),
+    };
     if global.json {
         let rate = rate_of(&loaded.report);
         return output::json(&json!({
@@ -106,9 +113,11 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
             "checked_bytes": checked,
             "save": saved,
             "ceilings": {
-                "copy_bytes_per_second": ceilings.copy,
-                "drive_bytes_per_second": ceilings.drive,
-                "drive_measured": ceilings.drive.map(|_| if ceilings.drive_now { "now" } else { "earlier" }),
+                "copy_bytes_per_second": ceilings.copies.map(|known| known.rate),
+                "copy_measured": ceilings.copies.map(Known::when),
+                "drive_bytes_per_second": ceilings.drive.map(|known| known.rate),
+                "drive_measured": ceilings.drive.map(Known::when),
+                "pool_bytes_per_second": ceilings.pool.map(|known| known.rate),
                 "binding": ceilings.binding().map(|(name, bytes)| {
                     json!({ "ceiling": name, "bytes_per_second": bytes, "share": rate / bytes.max(1.0) })
                 }),
@@ -118,19 +127,48 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
     output::line(&describe(&loaded.report, checked, saved.as_ref(), &ceilings))
 }
 
+/// A rate that was measured, bytes a second.
+#[derive(Clone, Copy)]
+struct Known {
+    rate: f64,
+    now: bool,
+}
+
+impl Known {
+    /// What was measured now, else what was measured last (`doctor --measure`, the demo).
+    fn of(now: Option<f64>, earlier: Option<f64>) -> Option<Known> {
+        let earlier = || earlier.map(|rate| Known { rate, now: false });
+        now.map(|rate| Known { rate, now: true }).or_else(earlier)
+    }
+
+    fn when(self) -> &'static str {
+        if self.now { "now" } else { "earlier" }
+    }
+}
+
+/// What `doctor --measure` saved of copies to such a device.
+fn copies(known: &Measured, device: &DeviceInfo) -> Option<f64> {
+    match &known.device {
+        Some(gpu) if gpu.name == device.name => Some(gpu.htod),
+        // What is loaded into memory goes to pages that were not used before.
+        _ if device.id == "cpu" => known.memory_fresh,
+        _ => None,
+    }
+}
+
 struct Ceilings {
-    /// Pinned memory to the device, measured now.
-    copy: Option<f64>,
-    /// The drive's, measured now, or else as it was measured last by `doctor --measure` or the demo.
-    drive: Option<f64>,
-    drive_now: bool,
+    /// Pinned memory to the device.
+    copies: Option<Known>,
+    drive: Option<Known>,
+    /// Reads of a pool, checksums compared.
+    pool: Option<Known>,
 }
 
 impl Ceilings {
     /// The lowest of those that are known: a load cannot be faster.
     fn binding(&self) -> Option<(&'static str, f64)> {
-        let known = [("drive", self.drive), ("copies", self.copy)];
-        let known = known.into_iter().filter_map(|(name, rate)| Some((name, rate?)));
+        let known = [("drive", self.drive), ("pool", self.pool), ("copies", self.copies)];
+        let known = known.into_iter().filter_map(|(name, known)| Some((name, known?.rate)));
         known.min_by(|(_, a), (_, b)| a.total_cmp(b))
     }
 }
@@ -465,15 +503,17 @@ fn describe(
             report.path_seconds
         ));
     }
-    if let Some(copy) = ceilings.copy {
-        lines.push(format!("ceiling     copies to the device, measured now: {}", share(copy)));
+    for (what, known) in [
+        ("copies to the device", ceilings.copies),
+        ("the drive", ceilings.drive),
+        ("pools, checked", ceilings.pool),
+    ] {
+        if let Some(known) = known {
+            lines.push(format!("ceiling     {what}, measured {}: {}", known.when(), share(known.rate)));
+        }
     }
-    if let Some(drive) = ceilings.drive {
-        let when = if ceilings.drive_now { "now" } else { "earlier" };
-        lines.push(format!("ceiling     the drive, measured {when}: {}", share(drive)));
-    }
-    if let Some((name, bytes)) = ceilings.binding().filter(|_| ceilings.copy.is_some()) {
-        let name = if name == "drive" { "the drive" } else { name };
+    if let Some((name, bytes)) = ceilings.binding().filter(|_| ceilings.copies.is_some()) {
+        let name = if name == "copies" { name.to_owned() } else { format!("the {name}") };
         lines.push(format!(
             "binding     {name}, of whose rate {:.0}% was reached",
             100.0 * rate / bytes.max(1.0)

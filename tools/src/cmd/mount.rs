@@ -236,7 +236,7 @@ fn serve(settings: &Settings, ready: impl FnOnce(Option<SocketAddr>) -> Outcome)
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])
         .map_err(|error| Failure::io("install signal handlers", &error))?;
     // First of all: a port that cannot be had is told before anything is opened.
-    let metrics = settings.metrics.map(crate::metrics::Bound::new).transpose()?;
+    let metrics = crate::store::bind_metrics(settings.metrics)?;
     let pool = open_pool(settings)?;
     if let Some(rate) = settings.scrub {
         pool.start_scrub(&engine::ScrubOptions::new(rate))?;
@@ -259,7 +259,7 @@ fn serve(settings: &Settings, ready: impl FnOnce(Option<SocketAddr>) -> Outcome)
                 .hint("there is no /dev/fuse: load the fuse module, or give the container that device")
         }
     })?;
-    let metrics_at = metrics.as_ref().map(crate::metrics::Bound::address);
+    let metrics_at = metrics.as_ref().map(engine::metrics::Bound::address);
     let scraped = metrics.map(|bound| bound.serve(Arc::new(mounted.metrics()))).transpose()?;
     let record = MountRecord::of_this_process(&settings.pool, &settings.mountpoint, settings.log.clone());
     let record_path = record.save().inspect_err(|failure| tracing::warn!("{failure}")).ok();

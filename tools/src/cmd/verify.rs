@@ -12,7 +12,7 @@ use crate::output::{self, Align, Table};
 use crate::progress::Progress;
 use crate::source::{Item, ObjectOptions, Source};
 use crate::store::Store;
-use crate::{ceiling, interrupt, metrics, names, size, time};
+use crate::{ceiling, interrupt, names, size, time};
 
 /// Lists at most this many bad chunks; `--json` has all that the engine keeps.
 const SHOWN: usize = 50;
@@ -23,7 +23,7 @@ const SOURCE_OPTIONS: ObjectOptions = ObjectOptions { connections: 1, part_size:
 pub fn run(global: &Global, config: &Config, args: &Verify) -> Outcome {
     let name = names::normalize(args.name.as_deref().unwrap_or(""))?;
     let originals = args.from.as_deref().map(Originals::open).transpose()?;
-    let metrics = args.metrics.map(metrics::Bound::new).transpose()?;
+    let metrics = crate::store::bind_metrics(args.metrics)?;
     let store = Store::open(&config.pool(args.pool.pool.as_ref())?, !args.repair)?;
     let scraped = store.serve_metrics(metrics)?;
     let entry = store.entry(&name)?;

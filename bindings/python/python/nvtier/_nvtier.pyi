@@ -81,11 +81,22 @@ class Pool:
     """An open pool: this process owns it, or the process that does is asked. May be shared by threads.
 
     ``ram``: bytes of the RAM tier when this process becomes the owner. ``wait``: seconds to wait for an owner that lets nobody in.
+    ``metrics``: serve Prometheus text until the pool is closed, at a port of loopback (9299; 0: the kernel chooses) or at an address and a port
+    ("127.0.0.1:9299"), as ``nvtier mount --metrics`` does. ``PoolBusy``: the port is taken, or another process owns the pool.
     """
 
     def __init__(
-        self, path: _Path, *, read_only: bool = False, ram: Optional[int] = None, wait: float = 5.0
+        self,
+        path: _Path,
+        *,
+        read_only: bool = False,
+        ram: Optional[int] = None,
+        wait: float = 5.0,
+        metrics: Union[int, str, None] = None,
     ) -> None: ...
+    @property
+    def metrics(self) -> Optional[str]:
+        """Where metrics are served: "127.0.0.1:9299"; None: nowhere."""
     @property
     def path(self) -> Any:
         """The ``pathlib.Path`` it was opened by."""

@@ -1,5 +1,7 @@
 //! What a drive says about itself, beside what nvme-cli makes of it.
 
+use std::process::Command;
+
 use nvme::passthrough::Drive;
 use serde_json::Value;
 
@@ -46,6 +48,44 @@ pub fn command(serial: &str, lba: u32) -> Checked {
     // A controller needs no flag: it is nothing else.
     let words = output("nvtier", &["info", &node(&format!("{serial}-ctrl"))?.to_string_lossy()])?;
     ensure(words.contains("QEMU NVMe Ctrl"), || words.clone())
+}
+
+/// `nvtier doctor`: what it says of the drive is what nvme-cli says.
+pub fn doctor(serial: &str, lba: u32) -> Checked {
+    let path = node(&format!("{serial}-ctrl"))?;
+    let controller = std::fs::canonicalize(&path)?;
+    let name = controller.file_name().ok_or("no name")?.to_string_lossy().into_owned();
+    let path = path.to_string_lossy().into_owned();
+    let (smart, ns) = (nvme_json(&["smart-log", &path])?, nvme_json(&["id-ns", &path, "-n", "1"])?);
+    // Its exit code is its verdict.
+    let ran = Command::new("nvtier").args(["doctor", "--json", "/"]).output()?;
+    let report: Value = serde_json::from_slice(&ran.stdout)?;
+    let findings = report["findings"].as_array().ok_or("no findings")?;
+    let found = |item: &str| -> Checked<String> {
+        let finding = findings.iter().find(|finding| finding["item"] == item);
+        let finding = finding.ok_or_else(|| format!("no {item} in {report:#}"))?;
+        Ok(finding["found"].as_str().unwrap_or_default().to_owned())
+    };
+    let says = |item: &str, part: &str| -> Checked {
+        let said = found(item)?;
+        ensure(said.contains(part), || format!("no {part:?} in {item}: {said}"))
+    };
+    says(&name, "QEMU NVMe Ctrl")?;
+    says(&format!("{name} largest command (MDTS)"), "KiB")?;
+    let used = number(&smart, "percent_used")?;
+    says(&format!("{name} health"), &format!("{used}% of its rated endurance used"))?;
+    let block = format!("{name}n1");
+    says(&block, &format!("logical blocks of {lba} bytes"))?;
+    says(&block, &format!("format {} in use", number(&ns, "flbas")? & 15))?;
+    let all = ns["lbafs"].as_array().ok_or("nvme-cli gives no formats")?.iter().enumerate();
+    for (index, format) in all {
+        let metadata = match number(format, "ms")? {
+            0 => String::new(),
+            bytes => format!(" with {bytes} of metadata"),
+        };
+        says(&block, &format!("{index}: {} bytes{metadata}, ", 1u64 << number(format, "ds")?))?;
+    }
+    says(&format!("{block} rated endurance"), "QEMU NVMe Ctrl")
 }
 
 /// Through each of the three nodes of the drive.

@@ -27,6 +27,8 @@ pub fn run(filter: Option<&str>) -> Checked<bool> {
     }
     for (drive, lba) in [("a", 512), ("b", 4096)] {
         report.check(&format!("nvtier_info_tells_what_the_drive_is_{lba}"), || identity::command(drive, lba));
+        report
+            .check(&format!("nvtier_doctor_tells_what_the_drive_is_{lba}"), || identity::doctor(drive, lba));
     }
     report.check("bench_moves_and_verifies_blocks_by_passthrough", bench);
     faults::run(&mut report);

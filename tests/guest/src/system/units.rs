@@ -14,6 +14,9 @@ const UNITS: &str = "/etc/systemd/system";
 /// The unit for pools that were made by hand, as the repository has it.
 const BY_HAND: &str = include_str!("../../../../dist/systemd/nvtier@.service");
 
+/// A drop-in that takes its powers away but for one.
+const UNPRIVILEGED: &str = include_str!("../../../../dist/systemd/unprivileged.conf");
+
 /// Its settings for one pool.
 const MODELS: &str = "/etc/nvtier/models.env";
 
@@ -281,7 +284,9 @@ fn links(folder: &Path, unit: &str) -> Checked<Vec<PathBuf>> {
 /// A pool on a drive that is named as udev names it, for good.
 fn by_hand() -> Checked {
     let target = node("h0")?;
-    let by_id = std::fs::read_dir("/dev/disk/by-id")?;
+    // What a boot found first may not be named yet.
+    told(&["udevadm", "settle"])?;
+    let by_id = did("list /dev/disk/by-id", std::fs::read_dir("/dev/disk/by-id"))?;
     let mut links = by_id.flatten().map(|entry| entry.path());
     let pool = links
         .find(|link| std::fs::canonicalize(link).is_ok_and(|found| found == Path::new(&target)))
@@ -296,17 +301,21 @@ fn by_hand() -> Checked {
     settings("OPTIONS=--allow-other --ram 64MiB --metrics 0\n")?;
     told(&["systemctl", "daemon-reload"])?;
     told(&["systemctl", "enable", "--now", "nvtier@models"])?;
-    let line = std::fs::read_to_string(format!("/proc/{}/cmdline", pid("nvtier@models")?))?;
+    let line = std::fs::read_to_string(format!("/proc/{}/cmdline", pid("nvtier@models")?));
+    let line = did("read the daemon's command line", line)?;
     ensure(line.contains("\0--ram\x0064MiB\0--metrics\x000\0--\0"), || format!("{line:?}"))?;
     let file = Path::new("/mnt/by hand/file");
-    std::fs::write(file, pattern(9, 3_000_000))?;
-    std::fs::File::open(file)?.sync_all()?;
+    did("write a file", std::fs::write(file, pattern(9, 3_000_000)))?;
+    did("make it durable", std::fs::File::open(file).and_then(|file| file.sync_all()))?;
     killed("nvtier@models")?;
     same_bytes(file, &pattern(9, 3_000_000), "after a kill")?;
     // And without options.
     settings("")?;
     told(&["systemctl", "restart", "nvtier@models"])?;
     same_bytes(file, &pattern(9, 3_000_000), "after a restart")?;
+    // What root's own mount needs nothing for.
+    settings("OPTIONS=--allow-other\n")?;
+    unprivileged(&target, file)?;
     // A pool that is not there is a failure of the unit, and one that says what is missing.
     std::fs::write("/etc/nvtier/none.env", "POOL=/nonexistent\nMOUNTPOINT=/mnt\n")?;
     let (started, _) = ran(&["systemctl", "start", "nvtier@none"])?;
@@ -315,9 +324,43 @@ fn by_hand() -> Checked {
     told(&["systemctl", "stop", "nvtier@none"]).map(drop)
 }
 
+/// What was tried, where it failed.
+fn did<T>(what: &str, result: std::io::Result<T>) -> Checked<T> {
+    Ok(result.map_err(|error| format!("{what}: {error}"))?)
+}
+
+/// The same unit as a user whose the drive is, and back.
+fn unprivileged(drive: &str, file: &Path) -> Checked {
+    let user = UNPRIVILEGED.replace("User=nvtier", "User=nobody");
+    ensure(user != UNPRIVILEGED, || "the drop-in names another user".into())?;
+    let folder = Path::new(UNITS).join("nvtier@models.service.d");
+    did("make the folder of drop-ins", std::fs::create_dir(&folder))?;
+    did("write the drop-in", std::fs::write(folder.join("user.conf"), user))?;
+    let owned = |uid| did("change the drive's owner", std::os::unix::fs::chown(drive, Some(uid), None));
+    owned(65534)?;
+    told(&["systemctl", "daemon-reload"])?;
+    told(&["systemctl", "stop", "nvtier@models"])?;
+    did("change the mount point's owner", std::os::unix::fs::chown("/mnt/by hand", Some(65534), None))?;
+    told(&["systemctl", "start", "nvtier@models"])?;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid("nvtier@models")?));
+    let status = did("read the daemon's status", status)?;
+    for line in ["Uid:\t65534\t", "CapEff:\t0000000000200000\n", "CapBnd:\t0000000000200000\n"] {
+        ensure(status.contains(line), || format!("no {line:?} in {status}"))?;
+    }
+    same_bytes(file, &pattern(9, 3_000_000), "as a user of its own")?;
+    killed("nvtier@models")?;
+    same_bytes(file, &pattern(9, 3_000_000), "as a user of its own, after a kill")?;
+    did("remove the drop-in", std::fs::remove_dir_all(&folder))?;
+    owned(0)?;
+    told(&["systemctl", "daemon-reload"])?;
+    told(&["systemctl", "restart", "nvtier@models"])?;
+    same_bytes(file, &pattern(9, 3_000_000), "as root again")
+}
+
 fn by_hand_after_a_boot() -> Checked {
     let file = Path::new("/mnt/by hand/file");
-    ensure(mounted_at(Path::new("/mnt/by hand")) || file.exists(), || {
+    // A drive that udev names late is there for the second attempt.
+    ensure(wait_for(|| file.exists().then_some(())).is_some(), || {
         ran(&["journalctl", "-b", "-o", "cat", "-u", "nvtier@models"])
             .map(|(_, said)| said)
             .unwrap_or_default()

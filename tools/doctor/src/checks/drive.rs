@@ -1,15 +1,10 @@
-//! NVMe drives: who they are, how they are connected, how they are.
+//! NVMe drives: who they are, how they are connected, and what the kernel sends to them. What they say of themselves is in `health`.
 
 use std::path::Path;
 
-use nvme::passthrough::{Drive, SmartLog};
-
 use super::filesystem::{disk_of, mount_of};
-use crate::system::human;
+use super::health;
 use crate::{Finding, System};
-
-/// Share of the rated endurance that is used, in percent, from which on we warn.
-const WORN: u8 = 80;
 
 pub(super) fn check(system: &System, path: &Path, out: &mut Vec<Finding>) {
     let controllers: Vec<String> = system
@@ -38,32 +33,13 @@ fn one(system: &System, name: &str, out: &mut Vec<Finding>) {
         |attribute: &str| system.read(&format!("/sys/class/nvme/{name}/{attribute}")).unwrap_or_default();
     let (model, firmware, transport) =
         (attribute("model"), attribute("firmware_rev"), attribute("transport"));
-    out.push(Finding::ok("drive", name, format!("{model}, firmware {firmware}, {transport}")));
+    out.push(
+        Finding::ok("drive", name, format!("{model}, firmware {firmware}, {transport}"))
+            .needs("any NVMe drive: none is refused"),
+    );
     out.extend(link(system, name, &format!("/sys/class/nvme/{name}/device"), "drive", 4));
-    for namespace in system.list("/sys/block").into_iter().filter(|block| is_namespace_of(block, name)) {
-        let size = system.number(&format!("/sys/block/{namespace}/size")).unwrap_or(0) * 512;
-        let lba = system.number(&format!("/sys/block/{namespace}/queue/logical_block_size")).unwrap_or(0);
-        out.push(Finding::info(
-            "drive",
-            namespace,
-            format!("{}, logical blocks of {lba} bytes", human(size)),
-        ));
-    }
-    if system.is_live() {
-        let node = format!("/dev/{name}");
-        match Drive::open(Path::new(&node)).and_then(|drive| Ok((drive.smart()?, drive.controller()?))) {
-            Ok((smart, controller)) => {
-                if let Some(bytes) = controller.max_transfer_bytes() {
-                    out.push(Finding::info("drive", format!("{name} largest command (MDTS)"), human(bytes)));
-                }
-                out.push(health(name, &smart));
-            }
-            Err(error) => out.push(
-                Finding::unknown("drive", format!("{name} health"), format!("cannot be asked: {error}"))
-                    .root_adds("SMART health, wear, MDTS and LBA formats"),
-            ),
-        }
-    }
+    let blocks = system.list("/sys/block").into_iter().filter(|block| is_namespace_of(block, name));
+    health::check(system, name, &blocks.collect::<Vec<_>>(), out);
 }
 
 /// `nvme0n1` is one of `nvme0`'s, also as `nvme0c0n1`; `nvme0n1p1` is a partition.
@@ -121,33 +97,8 @@ fn generation(speed: &str) -> u32 {
     }
 }
 
-fn health(name: &str, smart: &SmartLog) -> Finding {
-    let written = u64::try_from(smart.written_bytes()).unwrap_or(u64::MAX);
-    let found = format!(
-        "{}% of its rated endurance used, {} written, spare {}%, {} °C, {} media errors",
-        smart.percentage_used,
-        human(written),
-        smart.available_spare_percent,
-        smart.temperature_c(),
-        smart.media_errors
-    );
-    let finding =
-        Finding::ok("drive", format!("{name} health"), found).needs("no warning, and wear below 80%");
-    let warnings = smart.warnings();
-    if !warnings.is_empty() {
-        return finding.degraded(
-            format!("the drive warns: {}", warnings.join(", ")),
-            "copy what matters, and replace it",
-        );
-    }
-    if smart.percentage_used >= WORN {
-        return finding.degraded(
-            "it is near the end of its rated endurance",
-            "plan its replacement; keep training state elsewhere",
-        );
-    }
-    finding
-}
+/// What the queue should take.
+const COMMAND: &str = "512 KiB or more";
 
 /// What the kernel sends to the disk below the pool.
 fn queue(system: &System, disk: &str, path: &Path) -> Finding {
@@ -157,19 +108,21 @@ fn queue(system: &System, disk: &str, path: &Path) -> Finding {
             "drive",
             format!("{disk} queue"),
             format!("/sys/block/{disk}/queue says nothing"),
-        );
+        )
+        .needs(COMMAND);
     };
     let spins = read("rotational") == Some(1);
     let kind = if disk.starts_with("nvme") {
         "NVMe"
     } else if spins {
-        "said to spin"
+        "no NVMe drive (said to spin)"
     } else {
         "no NVMe drive"
     };
-    let found =
-        format!("{kind}; commands of up to {now} KiB, {limit} KiB possible (below {})", path.display());
-    let finding = Finding::ok("drive", format!("{disk} queue"), found).needs("512 KiB or more");
+    // A driver that sets no limit.
+    let most = if limit >= 1 << 20 { "no limit".to_owned() } else { format!("{limit} KiB possible") };
+    let found = format!("{kind}; commands of up to {now} KiB, {most} (below {})", path.display());
+    let finding = Finding::ok("drive", format!("{disk} queue"), found).needs(COMMAND);
     match now {
         0..128 => finding.degraded(
             "each read is cut into small commands",

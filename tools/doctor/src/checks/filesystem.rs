@@ -11,7 +11,7 @@ use crate::{Finding, System};
 
 /// A line of /proc/self/mountinfo.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct MountPoint {
+pub(crate) struct MountPoint {
     /// `major:minor`.
     pub device: String,
     pub point: String,
@@ -21,7 +21,7 @@ pub(super) struct MountPoint {
 }
 
 /// The mount that `path` is below.
-pub(super) fn mount_of(system: &System, path: &Path) -> Option<MountPoint> {
+pub(crate) fn mount_of(system: &System, path: &Path) -> Option<MountPoint> {
     let text = system.read("/proc/self/mountinfo")?;
     let path = existing(path);
     let path = path.canonicalize().unwrap_or(path);
@@ -58,11 +58,8 @@ pub(super) fn disk_of(system: &System, mount: &MountPoint) -> Option<(String, bo
 
 pub(super) fn check(system: &System, path: &Path, out: &mut Vec<Finding>) {
     let Some(mount) = mount_of(system, path) else {
-        out.push(Finding::unknown(
-            "file system",
-            path.display().to_string(),
-            "/proc/self/mountinfo says nothing",
-        ));
+        let why = "/proc/self/mountinfo says nothing";
+        out.push(Finding::unknown("file system", path.display().to_string(), why).needs(KIND));
         return;
     };
     out.push(kind(path, &mount));
@@ -77,10 +74,11 @@ pub(super) fn check(system: &System, path: &Path, out: &mut Vec<Finding>) {
     }
 }
 
+const KIND: &str = "ext4 or XFS on a drive of this machine";
+
 fn kind(path: &Path, mount: &MountPoint) -> Finding {
     let found = format!("{} on {} at {} ({})", mount.kind, mount.source, mount.point, mount.options);
-    let finding = Finding::ok("file system", path.display().to_string(), found)
-        .needs("ext4 or XFS on a drive of this machine");
+    let finding = Finding::ok("file system", path.display().to_string(), found).needs(KIND);
     if mount.options.split(',').any(|option| option == "ro") {
         return finding.cannot_run(
             "no pool can be made or written here",

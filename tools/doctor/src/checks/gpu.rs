@@ -8,6 +8,36 @@ use crate::{Finding, System, tables};
 /// What the table of requirements asks for: 16 GB to fine-tune with a tier of NVMe, 20 GB to infer with an 8B model.
 pub(crate) const FINE_TUNE: u64 = 15_500_000_000;
 pub(crate) const INFER: u64 = 19_500_000_000;
+const GPU: &str = "Ampere or newer; 16 GB to fine-tune, 20 GB to infer with 8B models";
+
+/// A release of the driver that brought something.
+struct Release {
+    driver: (u32, u32),
+    cuda: (u32, u32),
+    /// What an older one loses.
+    lost: &'static str,
+}
+
+const RELEASES: [Release; 2] = [
+    Release {
+        driver: (470, 42),
+        cuda: (11, 4),
+        lost: "all of VRAM: functions that nvtier calls are missing",
+    },
+    Release {
+        driver: (570, 26),
+        cuda: (12, 8),
+        lost: "batched copies (cuMemcpyBatchAsync: small tensors are copied one by one), and cuFile by PCI peer-to-peer",
+    },
+];
+
+/// What those bring that are newer.
+fn lost(is_older: impl Fn(&Release) -> bool) -> Vec<&'static str> {
+    RELEASES.iter().filter(|release| is_older(release)).map(|release| release.lost).collect()
+}
+
+const DRIVER: &str =
+    "470.42 (CUDA 11.4) at least, 570.26 (CUDA 12.8) for all; the published requirements name 580";
 
 const NVIDIA: &str = "0x10de";
 const AMD: &str = "0x1002";
@@ -22,6 +52,7 @@ pub(super) fn check(system: &System, _path: &Path, out: &mut Vec<Finding>) {
             on_bus.push((address, system.read(&format!("{device}/vendor")).unwrap_or_default()));
         }
     }
+    out.extend(driver(system));
     for (address, vendor) in &on_bus {
         match vendor.as_str() {
             NVIDIA => nvidia(system, address, out),
@@ -38,6 +69,54 @@ pub(super) fn check(system: &System, _path: &Path, out: &mut Vec<Finding>) {
     } else if found == 0 {
         out.push(none("no NVIDIA GPU is on the bus"));
     }
+}
+
+/// The kernel's NVIDIA driver; none where it is not loaded, which the GPU's line says.
+fn driver(system: &System) -> Option<Finding> {
+    let text = system.read("/proc/driver/nvidia/version");
+    // "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build ..."
+    let release =
+        |text: &str| text.split_whitespace().find(|word| version(word).is_some()).map(str::to_owned);
+    let found =
+        text.as_deref().and_then(release).or_else(|| release(&system.read("/sys/module/nvidia/version")?));
+    let Some(found) = found else {
+        let text = text?;
+        let said = text.lines().next().unwrap_or_default().to_owned();
+        return Some(
+            Finding::unknown(
+                "gpu",
+                "driver",
+                format!("/proc/driver/nvidia/version names no release: {said}"),
+            )
+            .needs(DRIVER),
+        );
+    };
+    let modules = match text {
+        Some(text) if text.contains("Open Kernel Module") => ", open kernel modules",
+        Some(_) => ", proprietary kernel modules",
+        None => "",
+    };
+    let lost = lost(|release| version(&found).is_some_and(|found| found < release.driver));
+    let finding = Finding::ok("gpu", "driver", format!("{found}{modules}")).needs(DRIVER);
+    Some(older(finding, &lost))
+}
+
+fn older(finding: Finding, lost: &[&str]) -> Finding {
+    match lost.is_empty() {
+        true => finding,
+        false => finding.degraded(
+            format!("lost: {}", lost.join("; ")),
+            "a newer driver (580, open kernel modules); in a container it is the host's",
+        ),
+    }
+}
+
+/// `580.65.06`: a release of the driver, its first two numbers.
+fn version(word: &str) -> Option<(u32, u32)> {
+    let mut parts = word.split('.').map(|part| part.parse::<u32>().ok());
+    let (first, second) = (parts.next()??, parts.next()??);
+    // Not a version of a compiler: these are below 100.
+    (first >= 100 && parts.all(|part| part.is_some())).then_some((first, second))
 }
 
 fn none(found: impl Into<String>) -> Finding {
@@ -64,19 +143,39 @@ fn nvidia(system: &System, address: &str, out: &mut Vec<Finding>) {
 }
 
 fn table(address: &str, model: &str) -> Finding {
+    let ran = if tables::ran_on(model) { "ran" } else { "did not run" };
     match tables::gpu(model) {
         Some(row) => {
             let memory = row.memory_bytes / 1_000_000_000;
-            Finding::ok(
-                "gpu",
-                address,
-                format!("{model}: {}, {memory} GB {}, in the table", row.architecture, row.memory_type),
-            )
-            .needs("Ampere or newer")
+            let found = format!(
+                "{model}: {}, {memory} GB {}, validated by aiDAPTIV's vendor, nvtier {ran} on it",
+                row.architecture, row.memory_type
+            );
+            let finding = Finding::ok("gpu", address, found).needs(GPU);
+            match row.memory_bytes {
+                ..FINE_TUNE => finding.degraded("small models only", "smaller models, or quantized ones"),
+                FINE_TUNE..INFER => Finding {
+                    status: crate::Status::Info,
+                    effect: "enough to fine-tune; inference of 8B models in 16 bits needs more".into(),
+                    remedy: "quantized models, or models that stream (nvtier.stream)".into(),
+                    ..finding
+                },
+                _ => finding,
+            }
         }
-        None => Finding::info("gpu", address, format!("{model}: not in the table of known GPUs"))
-            .needs("Ampere or newer"),
+        None => {
+            let found = format!("{model}: not in the table of validated GPUs, nvtier {ran} on it");
+            Finding::info("gpu", address, found).needs(GPU)
+        }
     }
+}
+
+/// The driver's library, which a container may have in another release than the kernel.
+fn libcuda(found: &str) -> Finding {
+    let mut parts = found.split('.').map(|part| part.parse::<u32>().ok());
+    let version = parts.next().flatten().zip(parts.next().flatten());
+    let lost = lost(|release| version.is_some_and(|found| found < release.cuda));
+    older(Finding::ok("gpu", "CUDA", found).needs("11.4 at least, 12.8 for all"), &lost)
 }
 
 /// What CUDA says.
@@ -89,8 +188,10 @@ fn cuda(on_bus: usize, out: &mut Vec<Finding>) {
                 let free = crate::system::human(info.free_bytes);
                 let found =
                     format!("{} at {}: {memory}, {free} free, CUDA {}", info.name, info.pci, info.driver);
-                let finding = Finding::ok("gpu", info.id, found)
-                    .needs("16 GB to fine-tune, 20 GB to infer with 8B models");
+                if ordinal == 0 {
+                    out.push(libcuda(&info.driver));
+                }
+                let finding = Finding::ok("gpu", info.id, found).needs(GPU);
                 out.push(match info.memory_bytes {
                     ..FINE_TUNE => finding.degraded("small models only", "smaller models, or quantized ones"),
                     FINE_TUNE..INFER => Finding { status: crate::Status::Info, ..finding },
@@ -114,5 +215,29 @@ fn cuda(on_bus: usize, out: &mut Vec<Finding>) {
             }
             Err(_) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Status;
+
+    #[test]
+    fn releases_are_told_from_other_numbers() {
+        assert_eq!(version("580.65.06"), Some((580, 65)));
+        assert_eq!(version("570.26"), Some((570, 26)));
+        for other in ["12.2.0", "580", "580.x", "x86_64", "", "580."] {
+            assert_eq!(version(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn an_old_library_says_what_is_lost() {
+        assert_eq!(libcuda("13.0").status, Status::Ok);
+        assert_eq!(libcuda("12.8").status, Status::Ok);
+        let old = libcuda("12.2");
+        assert!(old.status == Status::Degraded && old.effect.contains("cuMemcpyBatchAsync"), "{old:#?}");
+        assert!(!old.effect.contains("all of VRAM") && libcuda("11.2").effect.contains("all of VRAM"));
     }
 }

@@ -11,11 +11,14 @@ use crate::system::existing;
 use crate::{Finding, Status, System};
 
 const AREA: &str = "gpudirect";
+const NEEDED: &str = "none: bounce always works, the others spare the processor and its memory";
 
 pub(super) fn check(system: &System, path: &Path, out: &mut Vec<Finding>) {
     let mut devices = devices(system).peekable();
     if devices.peek().is_none() {
-        out.push(Finding::info(AREA, "direct ways to the GPU", "no GPU: none of them is looked at"));
+        out.push(
+            Finding::info(AREA, "direct ways to the GPU", "no GPU: none of them is looked at").needs(NEEDED),
+        );
     }
     for device in devices {
         let survey = match system.is_live() {
@@ -51,16 +54,18 @@ fn devices(system: &System) -> Box<dyn Iterator<Item = DeviceInfo>> {
 fn tell(survey: &Survey, out: &mut Vec<Finding>) {
     for way in &survey.paths {
         let item = format!("{}: {}", survey.device.id, way.path);
-        out.push(match way.usable {
+        let finding = match way.usable {
             Some(true) if way.path == paths::BOUNCE => Finding::ok(AREA, item, "always works"),
             Some(true) => Finding::ok(AREA, item, "passed its self-test"),
             None => Finding::info(AREA, item, format!("may work: {}", way.why)),
             // Not a fault of the machine: the bounce path is the main road.
             Some(false) => Finding {
                 effect: "bytes go through pinned host memory (bounce)".into(),
+                remedy: "none is needed; where it is worth it, what the lines below do not have".into(),
                 ..Finding::info(AREA, item, format!("not here: {}", way.why))
             },
-        });
+        };
+        out.push(finding.needs(NEEDED));
         conditions(way, out);
     }
 }

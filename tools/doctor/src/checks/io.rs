@@ -11,7 +11,7 @@ pub(super) fn check(system: &System, _path: &Path, out: &mut Vec<Finding>) {
         _ => None,
     };
     if !system.is_live() {
-        let finding = Finding::ok("io", "io_uring", setting.unwrap_or("not turned off"));
+        let finding = Finding::ok("io", "io_uring", setting.unwrap_or("not turned off")).needs("works");
         out.push(if setting.is_some() { refused(finding, setting) } else { finding });
         return;
     }
@@ -43,9 +43,10 @@ fn registered(out: &mut Vec<Finding>) {
         "io",
         "registered buffers",
         if queue.has_fixed_buffers() { "work" } else { "are not used" },
-    );
+    )
+    .needs("work");
     out.push(match queue.note() {
-        Some(note) if !queue.has_fixed_buffers() => finding.needs("work").degraded(
+        Some(note) if !queue.has_fixed_buffers() => finding.degraded(
             format!("pages are pinned anew for each transfer: {note}"),
             "see io_uring and locked memory",
         ),

@@ -7,6 +7,7 @@ use crate::{Finding, System};
 
 /// 64 GB, as the sizing table asks for models up to 34B; less than that may be reported for what the firmware keeps.
 const RECOMMENDED: u64 = 60_000_000_000;
+const RAM: &str = "64 GB for models up to 34B, 128 GB up to 70B";
 /// Two rings of 256 MiB and the queues.
 const MEMLOCK: u64 = 512 << 20;
 
@@ -23,17 +24,18 @@ fn kib(system: &System, name: &str) -> Option<u64> {
 
 fn total(system: &System) -> Finding {
     let Some(total) = kib(system, "MemTotal") else {
-        return Finding::unknown("memory", "RAM", "/proc/meminfo says nothing");
+        return Finding::unknown("memory", "RAM", "/proc/meminfo says nothing").needs(RAM);
     };
-    let limit = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
-        .into_iter()
-        .find_map(|file| system.number(file))
-        .filter(|limit| *limit < total);
+    let limits = system.cgroup("memory.max").into_iter().filter_map(|limit| limit.parse().ok());
+    let older = system.number("/sys/fs/cgroup/memory/memory.limit_in_bytes");
+    let limit = limits.chain(older).min().filter(|limit| *limit < total);
     let found = match limit {
-        Some(limit) => format!("{} of {} may be used in this cgroup", human(limit), human(total)),
+        Some(limit) => {
+            format!("{} of {} may be used in this cgroup", human(limit), human(total))
+        }
         None => human(total),
     };
-    let finding = Finding::ok("memory", "RAM", found).needs("64 GB for models up to 34B, 128 GB up to 70B");
+    let finding = Finding::ok("memory", "RAM", found).needs(RAM);
     if limit.unwrap_or(total) >= RECOMMENDED {
         return finding;
     }
@@ -75,7 +77,8 @@ fn memlock(system: &System) -> Finding {
     let finding = Finding::ok("memory", "locked memory (memlock)", shown).needs("512 MiB or unlimited");
     match soft.parse::<u64>() {
         Err(_) if soft == "unlimited" => finding,
-        Err(_) => Finding::unknown("memory", "locked memory (memlock)", "/proc/self/limits says nothing"),
+        Err(_) => Finding::unknown("memory", "locked memory (memlock)", "/proc/self/limits says nothing")
+            .needs("512 MiB or unlimited"),
         Ok(limit) if limit >= MEMLOCK => finding,
         Ok(_) if system.is_live() && system.is_root() => finding.needs("nothing: root is not held to it"),
         Ok(_) => finding

@@ -1,10 +1,11 @@
 //! The checks, one file an area.
 
 mod drive;
-mod filesystem;
+pub(crate) mod filesystem;
 mod fuse;
 pub(crate) mod gpu;
 mod gpudirect;
+mod health;
 mod io;
 mod iommu;
 mod memory;

@@ -14,9 +14,14 @@ const KERNELS: [((u32, u32), &str); 6] = [
     ((6, 14), "FUSE over io_uring, which later versions of nvtier may use"),
 ];
 const RECOMMENDED: (u32, u32) = (6, 14);
+const OS: &str = "any Linux; the published requirements name Ubuntu 24.04.3";
+const KERNEL: &str = "6.14 or newer (5.11 at least)";
+const FEW_CORES: &str =
+    "checksums, copies and the framework share few cores: loads from memory and served mounts bind on them";
 /// What the table of requirements asks for.
 pub(crate) const CORES: usize = 8;
 pub(crate) const LANES: u32 = 24;
+const LANES_NEEDED: &str = "24: 16 for a GPU and 4 for each of two drives";
 
 pub(super) fn check(system: &System, _path: &Path, out: &mut Vec<Finding>) {
     out.push(os(system));
@@ -32,17 +37,18 @@ fn os(system: &System) -> Finding {
         Some(line.trim_matches('"').to_owned())
     });
     match name {
-        Some(name) => Finding::ok("platform", "operating system", name),
-        None => Finding::unknown("platform", "operating system", "there is no /etc/os-release"),
+        Some(name) => Finding::ok("platform", "operating system", name).needs(OS),
+        None => Finding::unknown("platform", "operating system", "there is no /etc/os-release").needs(OS),
     }
 }
 
 fn kernel(system: &System) -> Finding {
     let Some((major, minor)) = system.kernel() else {
-        return Finding::unknown("platform", "kernel", "/proc/sys/kernel/osrelease says nothing");
+        return Finding::unknown("platform", "kernel", "/proc/sys/kernel/osrelease says nothing")
+            .needs(KERNEL);
     };
     let release = system.read("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let finding = Finding::ok("platform", "kernel", release).needs("6.14 or newer (5.11 at least)");
+    let finding = Finding::ok("platform", "kernel", release).needs(KERNEL);
     let lost: Vec<&str> =
         KERNELS.iter().filter(|(version, _)| (major, minor) < *version).map(|(_, what)| *what).collect();
     if (major, minor) >= RECOMMENDED {
@@ -72,10 +78,7 @@ fn cores(system: &System) -> Finding {
     if allowed >= CORES {
         return finding;
     }
-    finding.degraded(
-        "checksums, copies and the framework share few cores: loads from memory and served mounts bind on them",
-        "more cores; in a container or virtual machine, a higher limit",
-    )
+    finding.degraded(FEW_CORES, "more cores; in a container or virtual machine, a higher limit")
 }
 
 fn lanes(system: &System) -> Finding {
@@ -86,19 +89,19 @@ fn lanes(system: &System) -> Finding {
             "PCIe lanes",
             format!("{} ({})", row.pcie_lanes, row.model),
         )
-        .needs("24: 16 for a GPU and 4 for each of two drives")
+        .needs(LANES_NEEDED)
         .degraded(
             "a GPU at x16 leaves lanes for one drive at most; others share the chipset's link",
             "put the drive of the pool on the processor's own lanes (the board's manual says which slot)",
         ),
-        Some(row) => {
-            Finding::ok("platform", "PCIe lanes", format!("{} ({})", row.pcie_lanes, row.model)).needs("24")
-        }
+        Some(row) => Finding::ok("platform", "PCIe lanes", format!("{} ({})", row.pcie_lanes, row.model))
+            .needs(LANES_NEEDED),
         None => Finding::info(
             "platform",
             "PCIe lanes",
             "this processor is not in the table; what each device has is below",
-        ),
+        )
+        .needs(LANES_NEEDED),
     }
 }
 
@@ -109,11 +112,31 @@ fn container(system: &System, out: &mut Vec<Finding>) {
             "--device /dev/fuse --cap-add SYS_ADMIN for mounts, --ulimit memlock=-1, and a seccomp profile that allows io_uring",
         ));
     }
-    for (file, item) in
-        [("/sys/fs/cgroup/memory.max", "memory limit"), ("/sys/fs/cgroup/cpu.max", "CPU limit")]
-    {
-        let Some(limit) = system.read(file).filter(|limit| !limit.starts_with("max")) else { continue };
-        let shown = limit.parse().map_or(limit, crate::system::human);
-        out.push(Finding::info("platform", format!("cgroup {item}"), shown));
+    // Of memory the line of RAM tells.
+    let shares = system.cgroup("cpu.max").into_iter().filter_map(|limit| {
+        // "200000 100000": microseconds in each period; "max 100000".
+        let (quota, period) = limit.split_once(' ')?;
+        Some(quota.parse::<f64>().ok()? / period.parse::<f64>().ok().filter(|period| *period > 0.0)?)
+    });
+    if let Some(share) = shares.min_by(f64::total_cmp) {
+        let finding = Finding::info("platform", "cgroup CPU limit", format!("the time of {share:.1} CPUs"));
+        out.push(limited(finding.needs("none, or the time of 8"), share < CORES as f64, FEW_CORES));
+    }
+    let tasks = system.cgroup("pids.max").into_iter().filter_map(|limit| limit.parse::<u64>().ok()).min();
+    if let Some(tasks) = tasks {
+        let finding =
+            Finding::info("platform", "cgroup task limit", format!("{tasks} threads and processes"));
+        let effect = "threads that cannot be started are an error in the middle of a load";
+        out.push(limited(finding.needs("1024 or more"), tasks < 1024, effect));
+    }
+}
+
+fn limited(finding: Finding, low: bool, effect: &str) -> Finding {
+    match low {
+        true => finding.degraded(
+            effect,
+            "a higher limit: docker run --cpus, --pids-limit; CPUQuota= and TasksMax= of a unit; resources.limits of a pod",
+        ),
+        false => finding,
     }
 }

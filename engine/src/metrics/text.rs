@@ -4,9 +4,9 @@
 
 use std::fmt::Write;
 
-use engine::kv::admin::{self, Watched};
-use engine::kv::{StoreStat, TenantInfo};
-use engine::{Pool, PoolStat};
+use crate::kv::admin::{self, Watched};
+use crate::kv::{StoreStat, TenantInfo};
+use crate::{Pool, PoolStat};
 
 /// What a family's samples are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ impl Kind {
 }
 
 /// Adds a family. A sample is what stands behind the family's name (suffix, labels), and its value.
-pub(crate) fn family(
+pub fn family(
     out: &mut String,
     name: &str,
     kind: Kind,

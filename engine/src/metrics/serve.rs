@@ -1,16 +1,16 @@
-//! `--metrics ADDRESS`: Prometheus text over HTTP, for as long as a pool is owned.
+//! Prometheus text over HTTP, for as long as a pool is owned.
 //!
 //! A few lines of HTTP are all that a scrape needs: one request a connection, answered from text that is made for it. What
 //! asks too much, too slowly or too often is cut off, so that nobody can hold up the owner of a pool.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::failure::{Failure, Outcome, code};
+use crate::error::{Error, ErrorKind, Result};
 
 /// A request line and headers are shorter.
 const REQUEST_MOST: usize = 8 << 10;
@@ -22,34 +22,50 @@ const CONNECTIONS: usize = 8;
 /// Makes the text; `None` once there is nothing to tell of.
 pub type Source = dyn Fn() -> Option<String> + Send + Sync;
 
+/// `9299` is a port of loopback; any other address is given in full. The error says what is wrong, for a person.
+pub fn parse_address(text: &str) -> std::result::Result<SocketAddr, String> {
+    if let Ok(port) = text.parse() {
+        return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+    }
+    text.parse().map_err(|_| {
+        "it is neither a port (9299: loopback only) nor an address and a port (127.0.0.1:9299, [::]:9299)"
+            .to_owned()
+    })
+}
+
 /// A bound address that does not answer yet.
+#[derive(Debug)]
 pub struct Bound {
     listener: TcpListener,
     address: SocketAddr,
 }
 
 impl Bound {
-    /// Takes the address, so that one that cannot be had is known before anything else happens.
-    pub fn new(address: SocketAddr) -> Outcome<Self> {
+    /// Takes the address, so that one that cannot be had is known before anything else happens. `Busy`: the port is taken; `InvalidArgument`: this
+    /// machine has no such address.
+    pub fn new(address: SocketAddr) -> Result<Bound> {
         let tried = || format!("serve metrics on {address}");
         let listener = TcpListener::bind(address).map_err(|error| match error.kind() {
             std::io::ErrorKind::AddrInUse => {
-                Failure::new(code::BUSY, "Busy", format!("{}: the port is taken", tried()))
-                    .hint("another mount or program listens there: give --metrics another port")
+                let context = format!("{}: the port is taken by another mount or program, name another port", tried());
+                Error::with_source(ErrorKind::Busy, context, error)
             }
             std::io::ErrorKind::AddrNotAvailable => {
-                Failure::usage(format!("{}: this machine has no such address", tried()))
-                    .hint("127.0.0.1 is this machine alone, 0.0.0.0 is all of its addresses")
+                let context = format!(
+                    "{}: this machine has no such address (127.0.0.1 is this machine alone, 0.0.0.0 is all of its addresses)",
+                    tried()
+                );
+                Error::with_source(ErrorKind::InvalidArgument, context, error)
             }
-            _ => Failure::io(tried(), &error),
+            _ => Error::io(tried(), error),
         })?;
-        let address = listener.local_addr().map_err(|error| Failure::io(tried(), &error))?;
+        let address = listener.local_addr().map_err(|error| Error::io(tried(), error))?;
         if !address.ip().is_loopback() {
             tracing::warn!(
                 "metrics on {address} are readable by everyone who reaches it: there is no password"
             );
         }
-        Ok(Self { listener, address })
+        Ok(Bound { listener, address })
     }
 
     /// Where it is; a port of 0 has become a real one.
@@ -58,22 +74,30 @@ impl Bound {
     }
 
     /// Answers until it is dropped.
-    pub fn serve(self, source: Arc<Source>) -> Outcome<Server> {
+    pub fn serve(self, source: Arc<Source>) -> Result<Server> {
         let stop = Arc::new(AtomicBool::new(false));
         let (address, stopped) = (self.address, Arc::clone(&stop));
         let thread = std::thread::Builder::new()
             .name("metrics".into())
             .spawn(move || accept(&self.listener, &source, &stopped))
-            .map_err(|error| Failure::io("start the thread that serves metrics", &error))?;
+            .map_err(|error| Error::io("start the thread that serves metrics", error))?;
         Ok(Server { address, stop, thread: Some(thread) })
     }
 }
 
 /// Answers scrapes; dropping it ends that.
+#[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Where it is.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
 }
 
 impl Drop for Server {
@@ -188,7 +212,7 @@ fn respond_with(
 
 #[cfg(test)]
 mod tests {
-    use crate::cli::parse_address;
+    use super::*;
 
     #[test]
     fn addresses() {
