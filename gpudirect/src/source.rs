@@ -9,6 +9,7 @@
 use std::any::Any;
 use std::fmt;
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -269,6 +270,12 @@ impl Source {
     /// What keeps it from being read in the fastest way.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
+    }
+
+    /// Bytes of a range of it that the RAM tier of its pool has now. None of a file, nor of a pool that another process owns.
+    pub fn resident_bytes(&self, range: Range<u64>) -> u64 {
+        let resident = self.lease.iter().flat_map(|lease| lease.resident(range.clone()));
+        resident.map(|part| part.bytes.len() as u64).sum()
     }
 
     /// The lease of a region of a pool that this process owns.

@@ -543,6 +543,9 @@ pub struct Load {
     /// How files are read that are in memory already (page cache, tmpfs)
     #[arg(long, value_enum, default_value_t = CachedHow::Auto, value_name = "HOW")]
     pub cached: CachedHow,
+    /// Bring what is loaded into a RAM tier of SIZE first, and load from there: the next load of a program that keeps its pool open
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero, requires = "pool")]
+    pub warm: Option<u64>,
     /// Do not compare a pool's checksums, to see what they cost
     #[arg(long, requires = "pool")]
     pub no_verify: bool,
@@ -699,6 +702,8 @@ pub enum KvCommand {
     Pin(KvBlocks),
     /// Keep them no longer
     Unpin(KvBlocks),
+    /// Show what tenants use and may use, or limit one
+    Quota(KvQuota),
     /// Write blocks into one file, in the order of their keys on the command line
     Export(KvExport),
     /// Store the blocks of such a file
@@ -736,6 +741,27 @@ pub struct KvBlocks {
     /// All blocks of the store
     #[arg(long, conflicts_with = "keys")]
     pub all: bool,
+}
+
+/// `nvtier kv quota`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A tenant's own oldest blocks make room for his new ones, at once where the limit is below what he has. Pinned blocks stay. The limit is kept in the
+store, for whoever opens it.
+
+  nvtier kv quota                      all tenants
+  nvtier kv quota alice 10GiB
+  nvtier kv quota alice --clear
+  nvtier kv quota '' 1GiB              blocks of who gave no name")]
+pub struct KvQuota {
+    /// The tenant; '' is who gave no name
+    pub tenant: Option<String>,
+    /// Bytes that the tenant's blocks may have, in all namespaces of the store together
+    #[arg(value_parser = size::parse_nonzero)]
+    pub size: Option<u64>,
+    /// Take the limit away
+    #[arg(long, conflicts_with = "size", requires = "tenant")]
+    pub clear: bool,
 }
 
 /// `nvtier kv export`
@@ -1043,6 +1069,9 @@ mod tests {
             "train --env_config E --exp_config X --plain --resume --seed 1 --clip-grad-norm 1.0 --commit-every 5 --check --json",
             "top --once --json --interval 50 --tbw 600TB --pool P",
             "kv top --once --json --interval 50 --store s --pool P",
+            "kv quota --json --pool P",
+            "kv quota alice 10GiB --store s",
+            "kv quota alice --clear",
             "version",
             "bench --rw=read --bs=1m job.fio",
             "completions bash",

@@ -118,6 +118,63 @@ fn all_of_it_works_while_another_process_owns_the_pool() {
 }
 
 #[test]
+fn a_quota_is_shown_set_kept_and_taken_away() {
+    const SLOT: u64 = 12_288;
+    let folder = scratch();
+    let path = folder.path().join("pool");
+    Pool::format(&path, &FormatOptions::default()).unwrap();
+    fill(&path, "alice", 0..5);
+    fill(&path, "", 0..3);
+    let quota = |args: &[&str]| kv(&path, &[&["quota", "--json"], args].concat()).json();
+    let (used, limit) = (
+        |told: &serde_json::Value| told[0]["used_bytes"].as_u64().unwrap() / SLOT,
+        |told: &serde_json::Value| told[0]["quota_bytes"].as_u64().unwrap(),
+    );
+    assert_eq!(quota(&[]).as_array().unwrap().len(), 2);
+    assert_eq!((used(&quota(&["alice"])), limit(&quota(&["alice"]))), (5, 0));
+    // His oldest blocks go, but for the one that is pinned, and nobody else's.
+    let told = quota(&["alice", "24KiB"]);
+    assert_eq!((used(&told), limit(&told)), (2, 24 << 10));
+    let left = kv(&path, &["ls", "--tenant", "alice", "--json"]).json();
+    let left: Vec<_> = left.as_array().unwrap().iter().map(|listed| &listed["block"]["key"]).collect();
+    assert_eq!(left, [&key(1).to_string(), &key(4).to_string()]);
+    assert_eq!(used(&quota(&[""])), 3);
+    // It is in the store: whoever opens it keeps to it.
+    for n in 10..14 {
+        fill(&path, "alice", n..n + 1);
+        assert_eq!(used(&quota(&["alice"])), 2);
+    }
+    let text = kv(&path, &["quota"]).ok().stdout;
+    assert!(text.contains("(no name)") && text.contains("none") && text.contains("24.0 KiB"), "{text}");
+    // So does an owner that has the store open.
+    let owner = Session::open(&path, SessionOptions { serve: true, ..SessionOptions::default() }).unwrap();
+    let blocks = owner.blocks(&Settings::default(), b"print", 10_000, "alice", None).unwrap();
+    let put = |numbers: std::ops::Range<u8>| {
+        let one = |n| {
+            let put = Put { key: key(n), buffer: nvme::Buffer::heap(12_288).unwrap(), start: 0 };
+            blocks.put(vec![put], Instant::now() + Duration::from_secs(30)).remove(0).result
+        };
+        numbers.map(one).filter(|result| matches!(result, Stored::New)).count()
+    };
+    assert_eq!((put(20..24), used(&quota(&["alice"]))), (4, 2));
+    assert_eq!(limit(&quota(&["alice", "60KiB"])), 60 << 10);
+    assert_eq!((put(30..40), used(&quota(&["alice"]))), (10, 5));
+    assert_eq!(limit(&quota(&["alice", "--clear"])), 0);
+    assert_eq!((put(40..50), used(&quota(&["alice"]))), (10, 15));
+    // One may be limited before his first block.
+    assert_eq!(limit(&quota(&["eve", "1MiB"])), 1 << 20);
+    drop(blocks);
+    owner.close().unwrap();
+    assert_eq!((limit(&quota(&["eve"])), limit(&quota(&["alice"]))), (1 << 20, 0));
+    kv(&path, &["quota", "mallory"]).refused(3, &["no tenant mallory", "nvtier kv quota NAME SIZE"]);
+    kv(&path, &["quota", "alice", "0"]).refused(2, &["0"]);
+    kv(&path, &["quota", "alice", "much"]).refused(2, &["much"]);
+    kv(&path, &["quota", "--clear"]).refused(2, &["TENANT"]);
+    kv(&path, &["quota", "alice", "1GiB", "--clear"]).refused(2, &["--clear"]);
+    kv(&path, &["quota", &"x".repeat(2000), "1GiB"]).refused(1, &["tenant's name"]);
+}
+
+#[test]
 fn damage_is_found_while_another_process_owns_the_pool() {
     let folder = scratch();
     let path = folder.path().join("pool");

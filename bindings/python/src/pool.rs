@@ -17,6 +17,7 @@ use crate::error::{IntoPy, to_py};
 use crate::load::pool_closed;
 use crate::process::Mine;
 use crate::region::Region;
+use crate::tiers::Tiers;
 
 /// Bytes that are moved between looks at pending signals: Ctrl-C works within a fraction of a second.
 const STEP: usize = 8 << 20;
@@ -169,9 +170,15 @@ pub struct Pool {
     /// Before the session: it holds the pool open.
     metrics: Mutex<Option<Mine<Server>>>,
     session: RwLock<Option<Arc<Mine<Session>>>>,
+    tiers: Arc<Tiers>,
 }
 
 impl Pool {
+    /// Its RAM tier, for loads.
+    pub fn tiers(&self) -> Arc<Tiers> {
+        self.tiers.clone()
+    }
+
     /// The open session. The lock is held for a moment, with the interpreter: at a fork nobody holds it.
     pub fn session(&self) -> PyResult<Arc<Mine<Session>>> {
         let session = self.session.read().unwrap_or_else(PoisonError::into_inner).clone();
@@ -237,6 +244,7 @@ impl Pool {
             path,
             metrics: Mutex::new(metrics.map(Mine::new)),
             session: RwLock::new(Some(Arc::new(Mine::new(session)))),
+            tiers: Arc::default(),
         })
     }
 
@@ -401,6 +409,24 @@ impl Pool {
         tensors_of(py, name, index)
     }
 
+    /// Brings a region into the RAM tier, as far as there is room. Returns the bytes that are there then: none where the pool has no tier here.
+    fn warm(&self, py: Python<'_>, name: &str) -> PyResult<u64> {
+        let session = self.session()?;
+        if session.pool().and_then(engine::Pool::ram_arena).is_none() {
+            return Ok(0);
+        }
+        let reader = py.detach(|| session.reader(name)).py()?;
+        let mut buffer = vec![0; STEP.min(reader.len() as usize)];
+        for at in (0..reader.len()).step_by(STEP) {
+            py.check_signals()?;
+            let part = &mut buffer[..STEP.min((reader.len() - at) as usize)];
+            py.detach(|| reader.read_exact_at(at, part)).py()?;
+        }
+        py.detach(|| gpudirect::Source::region(&session, name.trim_matches('/'), gpudirect::Verify::Always))
+            .py()
+            .map(|source| source.resident_bytes(0..u64::MAX))
+    }
+
     /// A handle on the present content of a region.
     fn region(slf: &Bound<'_, Self>, name: &str) -> PyResult<Region> {
         Region::open(slf.py(), slf, name)
@@ -444,6 +470,9 @@ impl Pool {
         py.detach(|| drop(metrics));
         let session = self.session.write().unwrap_or_else(PoisonError::into_inner).take();
         let Some(session) = session else { return Ok(()) };
+        if session.is_here() {
+            py.detach(|| self.tiers.clear());
+        }
         // Another thread in a call keeps it open until it is through.
         match Arc::try_unwrap(session) {
             Ok(session) => match session.into_inner() {

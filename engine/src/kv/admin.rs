@@ -48,6 +48,13 @@ pub enum Order {
     },
     /// Take blocks out, pinned ones too. Takes keys.
     Remove(Select),
+    /// Limit the bytes that a tenant's blocks may have, see [`Store::set_quota`].
+    Quota {
+        /// Whose.
+        tenant: String,
+        /// 0: no limit.
+        bytes: u64,
+    },
     /// Write blocks of one namespace and tenant to a file, see [`Store::export`]. Takes keys.
     Export(Select),
     /// Store the blocks of a file, see [`Store::import`]; the store is made where there is none.
@@ -111,6 +118,8 @@ pub enum Report {
     Listed(Vec<Listed>),
     /// Of [`Order::Pin`] and [`Order::Remove`]: blocks that it was done to.
     Count(u64),
+    /// Of [`Order::Quota`]: the tenant as he is now.
+    Tenant(TenantInfo),
     /// Of [`Order::Verify`], [`Order::Export`] and [`Order::Import`].
     Moved(Moved),
     /// Of [`Order::Drop`].
@@ -184,6 +193,12 @@ pub(crate) fn carry_out(
         }
         Order::Remove(select) => {
             Report::Count(on_each(&store, select, keys, &mut |view, keys| view.remove(keys))?)
+        }
+        Order::Quota { tenant, bytes } => {
+            store.set_quota(tenant, *bytes)?;
+            store.flush()?;
+            let found = store.tenants().into_iter().find(|info| info.name == *tenant);
+            Report::Tenant(found.ok_or_else(|| Error::new(ErrorKind::NotFound, "the tenant is gone"))?)
         }
         Order::Export(select) => {
             let (print, view) = one(&store, select)?;

@@ -175,16 +175,21 @@ fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
+fn check_tenant(name: &str) -> Result<()> {
+    if name.len() <= TENANT_MAX {
+        return Ok(());
+    }
+    let context = format!("a tenant's name of {} bytes: at most {TENANT_MAX} are taken", name.len());
+    Err(Error::new(ErrorKind::TooLarge, context))
+}
+
 /// Refuses what cannot be a namespace; here and before a client asks the owner for it.
 pub(crate) fn check_view(fingerprint: &[u8], block_bytes: u32, tenant: &str) -> Result<()> {
-    if fingerprint.len() > FINGERPRINT_MAX || tenant.len() > TENANT_MAX {
+    check_tenant(tenant)?;
+    if fingerprint.len() > FINGERPRINT_MAX {
         return Err(Error::new(
             ErrorKind::TooLarge,
-            format!(
-                "a fingerprint of {} bytes and a tenant's name of {}: at most {FINGERPRINT_MAX} and {TENANT_MAX} are taken",
-                fingerprint.len(),
-                tenant.len()
-            ),
+            format!("a fingerprint of {} bytes: at most {FINGERPRINT_MAX} are taken", fingerprint.len()),
         ));
     }
     if block_bytes == 0 || block_bytes > BLOCK_MAX {
@@ -269,6 +274,7 @@ impl Store {
 
     fn open_inner(pool: &Pool, mut options: StoreOptions) -> Result<Store> {
         pool.inner.shared.check_writable()?;
+        options.quotas.iter().try_for_each(|(tenant, _)| check_tenant(tenant))?;
         let claim = Claim::take(pool, &options.name)?;
         let dir = make_directory(pool, ROOT, DIRECTORY)?;
         let dir = make_directory(pool, dir, &options.name)?;
@@ -285,6 +291,7 @@ impl Store {
         let (mut log, found) = Log::open(pool, dir, options.log_pages)?;
         let mut state = State::default();
         state.table.now = options.clock.now();
+        state.new_quota = options.tenant_quota;
         state.stat.bad_index_pages = found.bad_pages;
         // Where an index was lost, its slabs are there still.
         for name in children(pool, dir)? {
@@ -333,6 +340,9 @@ impl Store {
             options,
             _claim: claim,
         });
+        for (tenant, quota_bytes) in &shared.options.quotas {
+            shared.set_quota(tenant, *quota_bytes)?;
+        }
         shared.shrink()?;
         {
             let mut log = lock(&shared.log);
@@ -388,12 +398,10 @@ impl Store {
         Ok(View::new(self.shared().clone(), namespace, tenant_id, block_bytes, fingerprint, tenant))
     }
 
-    /// Limits the bytes of slots that a tenant's blocks may have (0: no limit); beyond, his oldest go. Durable after the next flush.
+    /// Limits the bytes of slots that a tenant's blocks may have (0: no limit); beyond, his oldest go, at once and as he puts more. Pinned ones stay,
+    /// and he stores nothing while they leave no room. Durable after the next flush.
     pub fn set_quota(&self, tenant: &str, quota_bytes: u64) -> Result<()> {
-        let mut state = self.shared().state();
-        let id = state.tenant(tenant.as_bytes())?;
-        state.set_quota(id, quota_bytes);
-        Ok(())
+        self.shared().set_quota(tenant, quota_bytes)
     }
 
     /// Puts and gets for one thread. `arena`: where its buffers come from, to be registered with the kernel once.
@@ -466,6 +474,14 @@ fn children(pool: &Pool, dir: NodeId) -> Result<Vec<String>> {
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    fn set_quota(&self, tenant: &str, quota_bytes: u64) -> Result<()> {
+        check_tenant(tenant)?;
+        let mut state = self.state();
+        let id = state.tenant(tenant.as_bytes())?;
+        state.set_quota(id, quota_bytes);
+        Ok(())
     }
 
     fn fail(&self, error: Error) -> Error {

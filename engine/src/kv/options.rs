@@ -61,6 +61,10 @@ pub struct StoreOptions {
     pub ttl: Option<Duration>,
     /// Bytes of blocks that may be written in a day (UTC); beyond, puts are refused until the next. Default: no limit.
     pub write_bytes_per_day: Option<u64>,
+    /// Quotas of tenants by name, set as it is opened, see [`Store::set_quota`](super::Store::set_quota); of others they stay as they are. Default: none.
+    pub quotas: Vec<(String, u64)>,
+    /// The quota of a tenant with a name who is new to the store; 0: no limit. Default: 0.
+    pub tenant_quota: u64,
     /// Bytes of a slab. Default: a 64th of the budget, from 8 MiB to 1 GiB.
     pub slab_bytes: Option<u64>,
     /// Pages of 4 KiB that the log has at least for changes after a checkpoint. Default: 1024.
@@ -85,6 +89,8 @@ impl Default for StoreOptions {
             admission: Admission::default(),
             ttl: None,
             write_bytes_per_day: None,
+            quotas: Vec::new(),
+            tenant_quota: 0,
             slab_bytes: None,
             log_pages: 1024,
             checkpoint_step: 16 << 10,
@@ -108,6 +114,12 @@ pub struct Settings {
     pub write_bytes_per_day: Option<u64>,
     /// See [`Admission::SecondOffer`]: offers kept in mind. `None`: all blocks are written.
     pub second_offer: Option<usize>,
+    /// See [`StoreOptions::quotas`].
+    #[serde(default)]
+    pub quotas: Vec<(String, u64)>,
+    /// See [`StoreOptions::tenant_quota`].
+    #[serde(default)]
+    pub tenant_quota: u64,
     /// See [`StoreOptions::deadline`]; milliseconds, at least 1.
     pub deadline_ms: u64,
     /// See [`StoreOptions::lasting`]. Such a store is made durable by [`Store::flush`](super::Store::flush) alone.
@@ -123,6 +135,8 @@ impl Default for Settings {
             ttl_secs: None,
             write_bytes_per_day: None,
             second_offer: None,
+            quotas: Vec::new(),
+            tenant_quota: 0,
             deadline_ms: options.deadline.as_millis() as u64,
             lasting: false,
         }
@@ -142,6 +156,8 @@ impl From<&Settings> for StoreOptions {
                 Some(remember) => Admission::SecondOffer { remember: remember.min(1 << 20) },
                 None => Admission::Always,
             },
+            quotas: settings.quotas.clone(),
+            tenant_quota: settings.tenant_quota,
             deadline,
             window: if settings.lasting { Duration::ZERO } else { StoreOptions::default().window },
             lasting: settings.lasting,

@@ -99,6 +99,8 @@ pub(crate) struct State {
     pub classes: BTreeMap<u64, Class>,
     pub namespaces: Vec<Namespace>,
     pub tenants: Vec<Tenant>,
+    /// The quota of a tenant who is made.
+    pub new_quota: u64,
     pub next_slab: u32,
     pub next_generation: u64,
     pub stat: StoreStat,
@@ -323,17 +325,23 @@ impl State {
             return Ok(index as u16);
         }
         let id = u16::try_from(self.tenants.len()).map_err(|_| no_number("tenants"))?;
-        self.tenants.push(Tenant { name: name.to_vec(), ..Tenant::default() });
-        self.pending.records.push(Record::Tenant { id, quota: 0, name: name.to_vec() });
+        let quota = self.new_quota;
+        self.tenants.push(Tenant { name: name.to_vec(), quota, ..Tenant::default() });
+        self.pending.records.push(Record::Tenant { id, quota, name: name.to_vec() });
         Ok(id)
     }
 
+    /// His oldest blocks go at once where they are more.
     pub(crate) fn set_quota(&mut self, id: u16, quota: u64) {
-        let Some(tenant) = self.tenants.get_mut(usize::from(id)) else { return };
+        let Some(tenant) = self.tenants.get_mut(usize::from(id)).filter(|tenant| tenant.quota != quota)
+        else {
+            return;
+        };
         tenant.quota = quota;
         let name = tenant.name.clone();
         self.pending.records.push(Record::Tenant { id, quota, name });
         self.order_tenant(id);
+        self.fit_quota(id, 0);
     }
 
     // --- blocks --------------------------------------------------------------------------------------------------------------

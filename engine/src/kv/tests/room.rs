@@ -231,6 +231,63 @@ fn a_tenant_keeps_to_his_quota_and_hurts_nobody_else() {
 }
 
 #[test]
+fn a_quota_that_shrinks_lets_the_oldest_blocks_go_at_once_and_pinned_ones_stay() {
+    let rig = Rig::new(1, 8 << 20);
+    let store = rig.store();
+    let alice = store.view(PRINT, BLOCK, "alice").unwrap();
+    let mut lane = store.lane(None).unwrap();
+    assert!(all_new(&put(&mut lane, &alice, 0..10)));
+    alice.pin(&[key(0), key(1)], true);
+    let used = |store: &Store| store.tenants()[1].used_bytes / u64::from(BLOCK);
+    store.set_quota("alice", 4 * u64::from(BLOCK)).unwrap();
+    assert_eq!(used(&store), 4);
+    assert_eq!(alice.contains(&[0, 1, 7, 8, 9].map(key)), [true, true, false, true, true]);
+    // Pinned blocks alone are more than he may have: he stores nothing.
+    store.set_quota("alice", u64::from(BLOCK)).unwrap();
+    assert_eq!(used(&store), 2);
+    let refused = put(&mut lane, &alice, 20..22);
+    assert!(refused.iter().all(|done| matches!(done, Stored::Refused(Refusal::Quota))), "{refused:?}");
+    store.set_quota("alice", 0).unwrap();
+    assert!(all_new(&put(&mut lane, &alice, 20..30)));
+    drop((lane, alice));
+    store.close().unwrap();
+    assert_eq!(rig.store().tenants()[1].quota_bytes, 0);
+}
+
+#[test]
+fn quotas_of_the_options_are_those_of_old_and_new_tenants() {
+    let rig = Rig::new(1, 8 << 20);
+    let store = rig.store();
+    let mut lane = store.lane(None).unwrap();
+    for tenant in ["alice", "bob"] {
+        assert!(all_new(&put(&mut lane, &store.view(PRINT, BLOCK, tenant).unwrap(), 0..10)));
+    }
+    drop(lane);
+    store.close().unwrap();
+    let quotas = vec![("alice".to_owned(), 3 * u64::from(BLOCK)), ("eve".to_owned(), 0)];
+    let options = StoreOptions { quotas, tenant_quota: 5 * u64::from(BLOCK), ..rig.options() };
+    let store = Store::open(&rig.pool(), options).unwrap();
+    let mut lane = store.lane(None).unwrap();
+    for tenant in ["", "carol", "eve"] {
+        put(&mut lane, &store.view(PRINT, BLOCK, tenant).unwrap(), (0..10).chain(10..20));
+    }
+    let told = |store: &Store| -> Vec<(String, u64, u64)> {
+        let blocks = |bytes: u64| bytes / u64::from(BLOCK);
+        let tenants = store.tenants().into_iter();
+        tenants.map(|info| (info.name, blocks(info.quota_bytes), blocks(info.used_bytes))).collect()
+    };
+    let wanted = [("", 0, 20), ("alice", 3, 3), ("bob", 0, 10), ("eve", 0, 20), ("carol", 5, 5)];
+    let wanted = wanted.map(|(name, quota, used)| (name.to_owned(), quota, used));
+    assert_eq!(told(&store), wanted);
+    drop(lane);
+    store.close().unwrap();
+    // They are in the store.
+    assert_eq!(told(&rig.store()), wanted);
+    let long = StoreOptions { quotas: vec![("x".repeat(TENANT_MAX + 1), 1)], ..rig.options() };
+    assert_eq!(Store::open(&rig.pool(), long).unwrap_err().kind(), ErrorKind::TooLarge);
+}
+
+#[test]
 fn a_smaller_budget_takes_slabs_away() {
     let rig = Rig::new(1, 8 << 20);
     let store = Store::open(&rig.pool(), budgeted(&rig, 128)).unwrap();

@@ -10,7 +10,7 @@ use engine::kv::admin::{Listed, Order, Report, Select};
 use engine::kv::{Key, Moved, NamespaceInfo, StoreStat, TenantInfo};
 use serde_json::json;
 
-use crate::cli::{Global, Kv, KvBlocks, KvCommand, KvSelect};
+use crate::cli::{Global, Kv, KvBlocks, KvCommand, KvQuota, KvSelect};
 use crate::config::Config;
 use crate::failure::{Failure, Outcome, code};
 use crate::output::{self, Align, Table};
@@ -47,7 +47,7 @@ fn carry_out(global: &Global, pool: &Pool, args: &Kv) -> Outcome {
     };
     match &args.command {
         KvCommand::Stat => match ask(Order::Stat, &[], None)? {
-            Report::Stat { stat, namespaces, tenants } => tell_stat(global, &stat, &namespaces, tenants),
+            Report::Stat { stat, namespaces, tenants } => tell_stat(global, &stat, &namespaces, &tenants),
             other => Err(odd(&other)),
         },
         KvCommand::Ls(select) => match ask(Order::List(selected(select)), &[], None)? {
@@ -70,6 +70,27 @@ fn carry_out(global: &Global, pool: &Pool, args: &Kv) -> Outcome {
             let (keys, select) = (named("unpin", blocks)?, selected(&blocks.select));
             tell_count(global, "unpinned", ask(Order::Pin { select, pinned: false }, &keys, None)?)
         }
+        KvCommand::Quota(KvQuota { tenant: Some(tenant), size, clear }) if *clear || size.is_some() => {
+            let order = Order::Quota { tenant: tenant.clone(), bytes: size.unwrap_or(0) };
+            match ask(order, &[], None)? {
+                Report::Tenant(tenant) => tell_tenants(global, &[tenant]),
+                other => Err(odd(&other)),
+            }
+        }
+        KvCommand::Quota(KvQuota { tenant, .. }) => match ask(Order::Stat, &[], None)? {
+            Report::Stat { mut tenants, .. } => {
+                tenants.retain(|info| tenant.as_ref().is_none_or(|wanted| *wanted == info.name));
+                match (tenants.is_empty(), tenant) {
+                    (true, Some(name)) => Err(Failure::not_found(format!(
+                        "the store has no tenant {}",
+                        output::printable(name)
+                    ))
+                    .hint("`nvtier kv quota` lists them; one may be limited before his first block: nvtier kv quota NAME SIZE")),
+                    _ => tell_tenants(global, &tenants),
+                }
+            }
+            other => Err(odd(&other)),
+        },
         KvCommand::Export(export) => {
             let keys = keys(&export.keys)?;
             let order = Order::Export(selected(&export.select));
@@ -138,7 +159,7 @@ fn tell_stat(
     global: &Global,
     stat: &StoreStat,
     namespaces: &[NamespaceInfo],
-    tenants: Vec<TenantInfo>,
+    tenants: &[TenantInfo],
 ) -> Outcome {
     if global.json {
         return output::json(&json!({ "stat": stat, "namespaces": namespaces, "tenants": tenants }));
@@ -168,20 +189,33 @@ fn tell_stat(
         table.row(vec![namespace.id.to_string(), block, namespace.blocks.to_string(), print]);
     }
     text.push_str(&format!("\n\n{}", table.render()));
-    let named: Vec<_> = tenants.into_iter().filter(|tenant| !tenant.name.is_empty()).collect();
-    if !named.is_empty() {
-        let mut table =
-            Table::new(&[("tenant", Align::Left), ("used", Align::Right), ("quota", Align::Right)]);
-        for tenant in named {
-            let quota = match tenant.quota_bytes {
-                0 => "none".to_owned(),
-                bytes => size::human(bytes),
-            };
-            table.row(vec![output::printable(&tenant.name), size::human(tenant.used_bytes), quota]);
-        }
-        text.push_str(&format!("\n\n{}", table.render()));
+    if tenants.len() > 1 {
+        text.push_str(&format!("\n\n{}", tenant_table(&tenants)));
     }
     output::line(&text)
+}
+
+fn tell_tenants(global: &Global, tenants: &[TenantInfo]) -> Outcome {
+    match global.json {
+        true => output::json(&tenants),
+        false => output::line(&tenant_table(tenants)),
+    }
+}
+
+fn tenant_table(tenants: &[TenantInfo]) -> String {
+    let mut table = Table::new(&[("tenant", Align::Left), ("used", Align::Right), ("quota", Align::Right)]);
+    for tenant in tenants {
+        let name = match tenant.name.as_str() {
+            "" => "(no name)".to_owned(),
+            name => output::printable(name),
+        };
+        let quota = match tenant.quota_bytes {
+            0 => "none".to_owned(),
+            bytes => size::human(bytes),
+        };
+        table.row(vec![name, size::human(tenant.used_bytes), quota]);
+    }
+    table.render()
 }
 
 fn tell_blocks(global: &Global, blocks: &[Listed]) -> Outcome {
