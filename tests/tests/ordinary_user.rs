@@ -68,7 +68,11 @@ exec "$1" --exact --nocapture a_daemon_with_one_capability_mounts_for_others_as_
     command.args(["--mount", "--propagation", "private", "sh", "-c", script]).arg(folder.path().join("fuse"));
     command.arg(std::env::current_exe().unwrap()).env("NVTIER_OPEN_FUSE", "1");
     match nvtier_tests::try_run(&mut command) {
-        Ok(ran) if ran.code != 77 => assert!(ran.code == 0, "{ran:#?}"),
+        Ok(ran) if ran.code != 77 => {
+            assert!(ran.code == 0, "{ran:#?}");
+            // What it left out, if so.
+            print!("{}", ran.stdout);
+        }
         Ok(ran) => {
             skip(&std::format!("/dev/fuse is root's alone, and cannot be opened to others: {}", ran.stderr))
         }
