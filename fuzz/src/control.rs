@@ -165,7 +165,7 @@ fn select(source: &mut Source<'_>) -> Select {
 /// Requests to KV stores.
 fn kv_request(source: &mut Source<'_>) -> Request {
     match source.u8() % 20 {
-        0..=2 => {
+        which @ 0..=2 => {
             // Little memory and time: an input is to be through in milliseconds.
             let settings = Settings {
                 name: store(source),
@@ -176,6 +176,8 @@ fn kv_request(source: &mut Source<'_>) -> Request {
                 second_offer: (source.u8() & 1 == 0).then(|| source.number() as usize),
                 deadline_ms: source.number().max(5000),
                 lasting: false,
+                quotas: if which == 2 { vec![(path(source), source.number())] } else { Vec::new() },
+                tenant_quota: if which == 1 { source.number() } else { 0 },
             };
             let block_bytes = match source.u8() % 4 {
                 0 => [0, u32::MAX, (256 << 20) + 1, 1 << 20][usize::from(source.u8() % 4)],
@@ -193,7 +195,7 @@ fn kv_request(source: &mut Source<'_>) -> Request {
         12 => Request::KvFlush,
         13 => Request::KvStat,
         _ => {
-            let order = match source.u8() % 10 {
+            let order = match source.u8() % 11 {
                 0 => Order::Names,
                 1 => Order::Stat,
                 2 => Order::List(select(source)),
@@ -202,6 +204,7 @@ fn kv_request(source: &mut Source<'_>) -> Request {
                 5 => Order::Remove(select(source)),
                 6 => Order::Export(select(source)),
                 7 => Order::Import { tenant: path(source) },
+                8 => Order::Quota { tenant: path(source), bytes: source.number() },
                 9 => Order::Watch,
                 _ => Order::Drop,
             };

@@ -36,7 +36,7 @@ pub use control::{Cancel, Control};
 pub use driver::{Batch, DeviceInfo, DeviceMemory, Direction, Driver, Part, Stream};
 pub use error::{Error, ErrorKind, Result};
 pub use lane::{CachedMode, Lane, LaneOptions, PinnedTier};
-pub use load::{Loaded, LoadedTensor, load, load_by};
+pub use load::{Loaded, LoadedTensor, load, load_by, load_into};
 pub use paths::{PathChoice, PathOptions, Paths};
 pub use plan::{Plan, PlanOptions, Shard};
 pub use report::{Report, SaveReport};

@@ -7,10 +7,10 @@ use engine::tensors::Dtype;
 
 use crate::control::Control;
 use crate::cufile::{self, Files};
-use crate::driver::DeviceMemory;
+use crate::driver::{DeviceInfo, DeviceMemory};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lane::Lane;
-use crate::paths::{BOUNCE, PathChoice, PathOptions, Paths};
+use crate::lane::{Lane, Run};
+use crate::paths::{BOUNCE, Decision, PathChoice, PathOptions, Paths};
 use crate::plan::Plan;
 use crate::report::{NotTaken, Report, bound_by};
 
@@ -61,15 +61,90 @@ pub fn load_by(
     options: &PathOptions,
     control: &mut Control<'_>,
 ) -> Result<Loaded> {
-    let choosing = Instant::now();
-    let device = lane.driver().info()?;
-    let mut decision = paths.decide(lane, plan.sources(), options, control)?;
-    let path_seconds = choosing.elapsed().as_secs_f64();
-    let (started, cpu_before) = (Instant::now(), cpu_seconds());
+    let begun = Begun::new(lane, plan, paths, options, control)?;
     let memory = Arc::new(DeviceMemory::new(lane.driver(), plan.device_bytes()).map_err(|error| {
         error.context(format!("load {} tensors of {} sources", plan.tensors().len(), plan.sources().len()))
     })?);
-    let runs = plan.runs(memory.address());
+    let report = carry_out(lane, plan, paths, options, control, begun, plan.runs(memory.address()))?;
+    let tensors: Vec<LoadedTensor> = plan
+        .tensors()
+        .iter()
+        .map(|tensor| LoadedTensor {
+            name: tensor.name.clone(),
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            address: memory.address() + tensor.offset,
+            len: tensor.len,
+            memory: memory.clone(),
+        })
+        .collect();
+    Ok(Loaded { tensors, report })
+}
+
+/// As [`load_by`], into memory that is there already: `places` has an address on the device for each tensor of the plan, in its order, with
+/// room for its bytes, that nobody else uses until this returns. After an error there may be anything in it.
+///
+/// Where some of it is no memory of the device, nothing is written.
+pub fn load_into(
+    lane: &mut Lane,
+    plan: &Plan,
+    places: &[u64],
+    paths: &Paths,
+    options: &PathOptions,
+    control: &mut Control<'_>,
+) -> Result<Report> {
+    if places.len() != plan.tensors().len() {
+        let context = format!("load {} tensors to {} places", plan.tensors().len(), places.len());
+        return Err(Error::new(ErrorKind::Invalid, context));
+    }
+    for (tensor, place) in plan.tensors().iter().zip(places).filter(|(tensor, _)| tensor.len > 0) {
+        let tried =
+            |error: Error| error.context(format!("load tensor {:?} to where it is wanted", tensor.name));
+        lane.driver().check_range(*place, tensor.len).map_err(tried)?;
+    }
+    let begun = Begun::new(lane, plan, paths, options, control)?;
+    let runs = plan.runs_to(|number, _| places[number]);
+    let report = carry_out(lane, plan, paths, options, control, begun, runs)?;
+    // Nothing was taken for it.
+    Ok(Report { device_bytes: 0, device_extra_bytes: 0, ..report })
+}
+
+/// A load whose way is chosen.
+struct Begun {
+    device: DeviceInfo,
+    decision: Decision,
+    path_seconds: f64,
+    started: Instant,
+    cpu_before: f64,
+}
+
+impl Begun {
+    fn new(
+        lane: &mut Lane,
+        plan: &Plan,
+        paths: &Paths,
+        options: &PathOptions,
+        control: &mut Control<'_>,
+    ) -> Result<Begun> {
+        let choosing = Instant::now();
+        let device = lane.driver().info()?;
+        let decision = paths.decide(lane, plan.sources(), options, control)?;
+        let path_seconds = choosing.elapsed().as_secs_f64();
+        Ok(Begun { device, decision, path_seconds, started: Instant::now(), cpu_before: cpu_seconds() })
+    }
+}
+
+/// Moves what `runs` say, and reports.
+fn carry_out(
+    lane: &mut Lane,
+    plan: &Plan,
+    paths: &Paths,
+    options: &PathOptions,
+    control: &mut Control<'_>,
+    begun: Begun,
+    runs: Vec<Run>,
+) -> Result<Report> {
+    let Begun { device, mut decision, path_seconds, started, cpu_before } = begun;
     let describe = |number| plan.describe(number);
     let mut path = BOUNCE;
     let (mut staging_bytes, mut by_cufile) = (0, None);
@@ -120,26 +195,14 @@ pub fn load_by(
     for source in plan.sources() {
         source.check_unchanged()?;
     }
-    let tensors: Vec<LoadedTensor> = plan
-        .tensors()
-        .iter()
-        .map(|tensor| LoadedTensor {
-            name: tensor.name.clone(),
-            dtype: tensor.dtype,
-            shape: tensor.shape.clone(),
-            address: memory.address() + tensor.offset,
-            len: tensor.len,
-            memory: memory.clone(),
-        })
-        .collect();
     let seconds = started.elapsed().as_secs_f64();
     let notes = plan.sources().iter().filter_map(|source| source.note()).chain(transfer.note.as_deref());
-    let report = Report {
+    Ok(Report {
         not_taken: decision.not_taken,
         device,
         path,
         sources: plan.sources().len(),
-        tensors: tensors.len(),
+        tensors: plan.tensors().len(),
         path_seconds,
         bytes: transfer.bytes,
         read_bytes: transfer.read_bytes,
@@ -168,8 +231,7 @@ pub fn load_by(
         backend: transfer.backend.clone(),
         fixed_buffers: transfer.fixed_buffers,
         notes: notes.map(str::to_owned).collect(),
-    };
-    Ok(Loaded { tensors, report })
+    })
 }
 
 /// Whether an error is the caller's wish or the source's doing, which another way would not change.

@@ -217,11 +217,17 @@ impl Plan {
 
     /// What the lane has to move into an allocation at `address`.
     pub fn runs(&self, address: u64) -> Vec<Run> {
+        self.runs_to(|_, tensor| address + tensor.offset)
+    }
+
+    /// What the lane has to move to places that are told for each tensor, by its number.
+    pub(crate) fn runs_to(&self, place: impl Fn(usize, &PlannedTensor) -> u64) -> Vec<Run> {
         let mut runs = Vec::with_capacity(self.tensors.len());
         for (number, tensor) in self.tensors.iter().enumerate() {
             let Rows { start, len, stride, count } = tensor.rows;
+            let first = place(number, tensor);
             for row in (0..count).filter(|_| len > 0) {
-                let device = address + tensor.offset + row * len;
+                let device = first + row * len;
                 runs.push(Run {
                     source: tensor.source,
                     offset: start + row * stride,
@@ -232,6 +238,12 @@ impl Plan {
             }
         }
         runs
+    }
+
+    /// Bytes of the sources that the RAM tier of their pool has now: whether it is worth being made known to the device
+    /// ([`Lane::use_tier`](crate::Lane::use_tier)).
+    pub fn resident_bytes(&self) -> u64 {
+        self.sources.iter().map(|source| source.resident_bytes()).sum()
     }
 
     /// A tensor for messages.

@@ -271,6 +271,12 @@ impl Source {
         self.note.as_deref()
     }
 
+    /// Bytes of it that the RAM tier of its pool has now. None of a file, nor of a pool that another process owns.
+    pub fn resident_bytes(&self) -> u64 {
+        let resident = self.lease.iter().flat_map(|lease| lease.resident(0..lease.size()));
+        resident.map(|part| part.bytes.len() as u64).sum()
+    }
+
     /// The lease of a region of a pool that this process owns.
     pub(crate) fn lease(&self) -> Option<&engine::Lease> {
         self.lease.as_deref()

@@ -554,6 +554,9 @@ pub struct Load {
     /// How files are read that are in memory already (page cache, tmpfs)
     #[arg(long, value_enum, default_value_t = CachedHow::Auto, value_name = "HOW")]
     pub cached: CachedHow,
+    /// Bring what is loaded into a RAM tier of SIZE first, and load from there: the next load of a program that keeps its pool open
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_nonzero, requires = "pool")]
+    pub warm: Option<u64>,
     /// Do not compare a pool's checksums, to see what they cost
     #[arg(long, requires = "pool")]
     pub no_verify: bool,

@@ -11,7 +11,7 @@ use engine::Session;
 use engine::tensors::TensorInfo;
 use gpudirect::plan::Part;
 use gpudirect::{
-    Control, ErrorKind, LoadedTensor, PathChoice, PathOptions, Paths, Plan, PlanOptions, Report,
+    Control, ErrorKind, LoadedTensor, PathChoice, PathOptions, Paths, Plan, PlanOptions, Priority, Report,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -23,6 +23,7 @@ use crate::memory::Hold;
 use crate::pool::{Pool, Tensor, to_dict};
 use crate::process::{Mine, may_use};
 use crate::tensor::DeviceTensor;
+use crate::tiers::Tiers;
 use crate::watch::watched;
 
 /// Bytes that the first tensor in order brings along.
@@ -41,7 +42,8 @@ struct Inner {
     by_name: HashMap<String, usize>,
     state: Mutex<State>,
     // After the plan: its sources need it.
-    _session: Option<Arc<Mine<Session>>>,
+    session: Option<Arc<Mine<Session>>>,
+    tiers: Option<Arc<Tiers>>,
 }
 
 #[derive(Default)]
@@ -76,11 +78,17 @@ impl Inner {
     ) -> gpudirect::Result<gpudirect::Loaded> {
         let plan = self.plan.part(parts)?;
         let mut lane = lanes::borrow(device, plan.device_bytes())?;
+        let lent = match (&self.session, &self.tiers) {
+            (Some(session), Some(tiers)) => tiers.lend(session, &plan, &mut lane, device),
+            _ => None,
+        };
         // For a little the choice of a way costs more than the way.
         let choice = if plan.device_bytes() > lanes::SMALL { PathChoice::Auto } else { PathChoice::Bounce };
         let options = PathOptions { choice, ..PathOptions::default() };
         let result = gpudirect::load_by(&mut lane, &plan, &Paths::here(), &options, control);
-        lane.settle(result)
+        let mut loaded = lane.settle(result)?;
+        loaded.report.notes.extend(lent);
+        Ok(loaded)
     }
 
     /// A tensor, and its share of its load.
@@ -170,7 +178,8 @@ impl TensorFile {
             .py()?;
         let by_name = plan.tensors().iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         let state = Mutex::new(State::default());
-        Ok(TensorFile(Mine::new(Inner { plan, by_name, state, _session: session })))
+        let tiers = pool.map(|pool| pool.get().tiers());
+        Ok(TensorFile(Mine::new(Inner { plan, by_name, state, session, tiers })))
     }
 
     /// Names in the order of their data.
@@ -213,7 +222,8 @@ impl TensorFile {
         let inner = self.inner()?;
         may_use(device)?;
         let part = Part { index: inner.index(name)?, cut: cut.map(|(dim, start, end)| (dim, start..end)) };
-        let (tensor, hold) = watched(py, None, None, |control| inner.get(part, device, control))?;
+        let (tensor, hold) =
+            watched(py, None, None, Priority::Foreground, |control| inner.get(part, device, control))?;
         Ok(DeviceTensor::new(tensor, device, hold))
     }
 
@@ -228,7 +238,8 @@ impl TensorFile {
         may_use(device)?;
         let parts: Vec<Part> =
             (0..inner.plan.tensors().len()).map(|index| Part { index, cut: None }).collect();
-        let loaded = watched(py, None, None, |control| inner.load(&parts, device, control))?;
+        let loaded =
+            watched(py, None, None, Priority::Foreground, |control| inner.load(&parts, device, control))?;
         let report: &Report = &loaded.report;
         let report = to_dict(py, report)?;
         Ok((DeviceTensor::all(loaded.tensors, device), report))

@@ -17,6 +17,7 @@ use gpudirect::paged::{BlockShape, Inner, Move, Order, Paged, Plane, Staging, Wa
 use gpudirect::{Batch, DeviceMemory, Direction, Driver, Part, PinnedTier, Stream};
 use nvme::{Arena, ArenaOptions, Buffer};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::error::{IntoPy, closed, deadline_of, invalid, to_py};
@@ -55,7 +56,7 @@ pub struct KvStore {
 #[pymethods]
 impl KvStore {
     #[new]
-    #[pyo3(signature = (pool, *, name, budget, ram, keep, ttl, write_bytes_per_day, second_offer, deadline))]
+    #[pyo3(signature = (pool, *, name, budget, ram, keep, ttl, write_bytes_per_day, second_offer, quotas, tenant_quota, deadline))]
     #[allow(clippy::too_many_arguments)] // keyword arguments of a private class
     fn new(
         py: Python<'_>,
@@ -67,6 +68,8 @@ impl KvStore {
         ttl: Option<u64>,
         write_bytes_per_day: Option<u64>,
         second_offer: Option<usize>,
+        quotas: Vec<(String, u64)>,
+        tenant_quota: u64,
         deadline: f64,
     ) -> PyResult<KvStore> {
         let deadline = deadline_of(deadline)?;
@@ -76,6 +79,8 @@ impl KvStore {
             ttl_secs: ttl,
             write_bytes_per_day,
             second_offer,
+            quotas,
+            tenant_quota,
             deadline_ms: (deadline.as_millis() as u64).max(1),
             lasting: false,
         };
@@ -748,23 +753,35 @@ impl KvBlocks {
     }
 }
 
-/// Hashes of prefixes: of each block, one of all tokens up to its end. `seed`: what they follow from besides.
+/// Hashes of prefixes: of each block, one of all tokens up to its end. `seed`: what they follow from besides. `extras`: of each block, what stands in
+/// the place of some of its tokens; empty for none.
 #[pyfunction]
+#[pyo3(signature = (seed, tokens, block_tokens, extras=None))]
 fn kv_chain<'py>(
     py: Python<'py>,
     seed: &[u8],
     tokens: Vec<i64>,
     block_tokens: usize,
+    extras: Option<Vec<PyBackedBytes>>,
 ) -> PyResult<Vec<Bound<'py, PyBytes>>> {
     if block_tokens == 0 {
         return Err(invalid("blocks of 0 tokens".into()));
     }
+    let extras = extras.unwrap_or_default();
+    let count = tokens.len() / block_tokens;
+    if !extras.is_empty() && extras.len() != count {
+        return Err(invalid(format!("{} extras for {count} blocks", extras.len())));
+    }
     let mut above = *blake3::hash(seed).as_bytes();
-    let blocks = tokens.chunks_exact(block_tokens).map(|block| {
+    let blocks = tokens.chunks_exact(block_tokens).enumerate().map(|(index, block)| {
         let mut hasher = blake3::Hasher::new_keyed(&above);
         block.iter().for_each(|token| {
             hasher.update(&token.to_le_bytes());
         });
+        // Behind tokens, whose bytes are as many in every block: nothing else can read so.
+        if let Some(extra) = extras.get(index) {
+            hasher.update(extra);
+        }
         above = *hasher.finalize().as_bytes();
         PyBytes::new(py, &above)
     });

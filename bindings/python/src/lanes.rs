@@ -124,6 +124,10 @@ impl DerefMut for Borrowed {
 impl Drop for Borrowed {
     fn drop(&mut self) {
         let mut back = self.0.take();
+        if let Some(idle) = &mut back {
+            // A pool's memory is its own again.
+            idle.lane.leave_tiers();
+        }
         // One that is not taken back is dropped here, without the lock.
         idle(|lanes| {
             let known =

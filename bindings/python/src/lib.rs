@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 mod error;
 mod file;
+mod interface;
 mod jobs;
 mod kv;
 mod lanes;
@@ -18,6 +19,7 @@ mod region;
 mod state;
 mod tensor;
 mod tier;
+mod tiers;
 mod watch;
 
 /// Pools on NVMe, tensor files and control of them.
@@ -26,6 +28,7 @@ fn _nvtier(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     pool::register(module)?;
     load::register(module)?;
+    interface::register(module)?;
     kv::register(module)?;
     tier::register(module)?;
     jobs::register(module)?;

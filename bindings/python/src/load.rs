@@ -1,19 +1,21 @@
 //! `nvtier.load` and `nvtier.save`, below their Python faces in `nvtier/_load.py`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use engine::Session;
 use engine::tensors::Dtype;
 use gpudirect::autotune::{Given, Tune, Tuner};
+use gpudirect::plan::Part;
 use gpudirect::{
-    CachePolicy, CachedMode, LaneOptions, PathChoice, PathOptions, Paths, Plan, PlanOptions, SaveOptions,
-    SaveTensor, Shard, Source, Verify,
+    CachePolicy, CachedMode, LaneOptions, Loaded, PathChoice, PathOptions, Paths, Plan, PlanOptions,
+    Priority, SaveOptions, SaveTensor, Shard, Source, Verify,
 };
 use pyo3::prelude::*;
 
-use crate::error::{IntoPy, closed, invalid, unsupported};
+use crate::error::{IntoPy, closed, invalid, no_tensor, unsupported};
+use crate::interface::is_type;
 use crate::lanes;
 use crate::memory::{self, Foreign};
 use crate::pool::{Pool, to_dict};
@@ -76,7 +78,7 @@ pub fn session(pool: Option<&Bound<'_, Pool>>) -> PyResult<Option<Arc<Mine<Sessi
 type ShardArgs = (u32, u32, Vec<(String, usize)>);
 
 #[pyfunction]
-#[pyo3(signature = (paths, *, device, filters, shard, pool, verify, cache, path, cached, progress, deadline))]
+#[pyo3(signature = (paths, *, device, filters, shard, pool, verify, cache, path, cached, progress, deadline, priority, out))]
 #[allow(clippy::too_many_arguments)] // keyword arguments of one private function
 fn load<'py>(
     py: Python<'py>,
@@ -91,8 +93,11 @@ fn load<'py>(
     cached: &str,
     progress: Option<Py<PyAny>>,
     deadline: Option<f64>,
+    priority: &str,
+    out: Option<Vec<SaveArgs>>,
 ) -> PyResult<(Vec<DeviceTensor>, Bound<'py, PyAny>)> {
     let until = self::deadline(deadline)?;
+    let priority = self::priority(priority)?;
     may_use(device)?;
     let policy = policy(cache)?;
     let (way, cached) =
@@ -100,9 +105,27 @@ fn load<'py>(
     let session = session(pool.as_ref())?;
     let shard = shard.map(|(rank, world, rules)| Shard { rank, world, rules });
     let options = PlanOptions { filters, shard };
-    let loaded = watched(py, progress.as_ref(), until, |control| {
+    let tiers = pool.as_ref().map(|pool| pool.get().tiers());
+    let loaded = watched(py, progress.as_ref(), until, priority, |control| {
         let plan = plan(&paths, session.as_deref().map(|session| &**session), verify, policy, &options)?;
+        let (plan, places) = match &out {
+            None => (plan, None),
+            Some(out) => match chosen(&plan, out)? {
+                Ok((plan, places)) => (plan, Some(places)),
+                Err(missing) => return Ok(Err(missing)),
+            },
+        };
+        if let (Some(places), Some(out), memory::CPU) = (&places, &out, dl_device(device).0) {
+            let ranges = out.iter().map(|(.., address, len)| (*address, *len)).collect();
+            let mut lane = lanes::own(Arc::new(Foreign::writable(ranges)), plan.device_bytes())?;
+            let report = gpudirect::load_into(&mut lane, &plan, places, &Paths::here(), &way, control)?;
+            return Ok(Ok(Loaded { tensors: Vec::new(), report }));
+        }
         let mut lane = lanes::borrow(device, plan.device_bytes())?;
+        let lent = match (&session, &tiers) {
+            (Some(session), Some(tiers)) => tiers.lend(session, &plan, &mut lane, device),
+            _ => None,
+        };
         let settings = LaneOptions { cached, ..lane.options().clone() };
         lane.adjust(settings)?;
         let mut note = None;
@@ -110,16 +133,64 @@ fn load<'py>(
             // What `nvtier load` found out on this machine; a library does not stop to measure.
             note = Tuner::here().settle(&mut lane, plan.sources(), Given::default(), Tune::Never, control)?;
         }
-        let result = gpudirect::load_by(&mut lane, &plan, &Paths::here(), &way, control);
+        let result = match &places {
+            None => gpudirect::load_by(&mut lane, &plan, &Paths::here(), &way, control),
+            Some(places) => gpudirect::load_into(&mut lane, &plan, places, &Paths::here(), &way, control)
+                .map(|report| Loaded { tensors: Vec::new(), report }),
+        };
         let mut loaded = lane.settle(result)?;
-        loaded.report.notes.extend(note);
-        Ok(loaded)
+        loaded.report.notes.extend(note.into_iter().chain(lent));
+        Ok(Ok(loaded))
     })?;
+    let loaded = loaded.map_err(no_tensor)?;
     Ok((DeviceTensor::all(loaded.tensors, device), to_dict(py, &loaded.report)?))
 }
 
 /// Name, type, shape, address, bytes.
 type SaveArgs = (String, String, Vec<u64>, u64, u64);
+
+/// The tensors of a plan that go to memory that is there, and where each goes; or why one is not in the files.
+fn chosen(plan: &Plan, out: &[SaveArgs]) -> gpudirect::Result<Result<(Plan, Vec<u64>), String>> {
+    let refuse = |context: String| gpudirect::Error::new(gpudirect::ErrorKind::Invalid, context);
+    let by_name: HashMap<&str, usize> =
+        plan.tensors().iter().enumerate().map(|(index, tensor)| (tensor.name.as_str(), index)).collect();
+    let mut parts = Vec::with_capacity(out.len());
+    for (name, dtype, shape, _, len) in out {
+        let Some(index) = by_name.get(name.as_str()) else {
+            let files: Vec<&str> = plan.sources().iter().map(Source::name).collect();
+            return Ok(Err(format!("there is no tensor {name:?} in {}", files.join(", "))));
+        };
+        let tensor = &plan.tensors()[*index];
+        if tensor.shape != *shape || tensor.len != *len || !is_type(tensor.dtype, dtype) {
+            return Err(refuse(format!(
+                "load tensor {name:?}, {} of shape {:?}, into one of {dtype} and shape {shape:?}: they must be alike",
+                tensor.dtype.name(),
+                tensor.shape
+            )));
+        }
+        parts.push(Part { index: *index, cut: None });
+    }
+    let mut ranges: Vec<_> =
+        out.iter().filter(|(.., len)| *len > 0).map(|(name, _, _, at, len)| (*at, *len, name)).collect();
+    ranges.sort_unstable();
+    if let Some(pair) = ranges.windows(2).find(|pair| pair[0].0.saturating_add(pair[0].1) > pair[1].0) {
+        return Err(refuse(format!("load tensors {:?} and {:?} into the same memory", pair[0].2, pair[1].2)));
+    }
+    let plan = plan.part(&parts)?;
+    let places: HashMap<&str, u64> =
+        out.iter().map(|(name, .., address, _)| (name.as_str(), *address)).collect();
+    let places = plan.tensors().iter().map(|tensor| places[tensor.name.as_str()]).collect();
+    Ok(Ok((plan, places)))
+}
+
+/// Which loads of this process go first.
+fn priority(name: &str) -> PyResult<Priority> {
+    match name {
+        "foreground" => Ok(Priority::Foreground),
+        "background" => Ok(Priority::Background),
+        _ => Err(invalid(format!("priority={name:?}: write \"foreground\" or \"background\""))),
+    }
+}
 
 #[pyfunction]
 #[pyo3(signature = (path, tensors, *, metadata, device, progress, deadline))]
@@ -143,7 +214,7 @@ fn save<'py>(
     }
     let total = list.iter().map(|tensor| tensor.len).sum();
     let options = SaveOptions { metadata: metadata.unwrap_or_default() };
-    let report = watched(py, progress.as_ref(), until, |control| {
+    let report = watched(py, progress.as_ref(), until, Priority::Foreground, |control| {
         if dl_device(device).0 == memory::CPU {
             let ranges = list.iter().map(|tensor| (tensor.address, tensor.len)).collect();
             let mut lane = lanes::own(Arc::new(Foreign::new(ranges)), total)?;
@@ -154,57 +225,6 @@ fn save<'py>(
         lane.settle(result)
     })?;
     to_dict(py, &report)
-}
-
-/// What `__dlpack__` of another library's tensor says: address, device, type (safetensors' name), shape, bytes.
-#[pyfunction]
-fn look_at_dlpack(capsule: &Bound<'_, PyAny>) -> PyResult<(u64, String, String, Vec<u64>, u64)> {
-    let seen = memory::import(capsule)?;
-    if !seen.contiguous {
-        return Err(invalid(
-            "the tensor is not contiguous: its elements do not lie one after the other".into(),
-        ));
-    }
-    let device = match seen.device {
-        (memory::CPU, _) | (3, _) => "cpu".to_owned(),
-        (memory::CUDA, id) => format!("cuda:{id}"),
-        (kind, _) => return Err(unsupported(format!("tensors on DLPack's device type {kind}"))),
-    };
-    const NAMES: [&str; 20] = [
-        "BOOL",
-        "U8",
-        "I8",
-        "U16",
-        "I16",
-        "U32",
-        "I32",
-        "U64",
-        "I64",
-        "F16",
-        "BF16",
-        "F32",
-        "F64",
-        "C64",
-        "F8_E4M3",
-        "F8_E5M2",
-        "F8_E8M0",
-        "F8_E4M3FNUZ",
-        "F8_E5M2FNUZ",
-        "F4",
-    ];
-    let dtype = NAMES
-        .iter()
-        .filter_map(|name| Dtype::from_safetensors(name))
-        .find(|dtype| memory::dl_type(*dtype) == Some(seen.dtype))
-        .ok_or_else(|| {
-            unsupported(format!(
-                "safetensors has no type for DLPack's code {} of {} bits",
-                seen.dtype.0, seen.dtype.1
-            ))
-        })?;
-    let len =
-        dtype.tensor_bytes(&seen.shape).ok_or_else(|| invalid(format!("a shape of {:?}", seen.shape)))?;
-    Ok((seen.address, device, dtype.name().to_owned(), seen.shape, len))
 }
 
 /// Gives back the rings that are kept for the next load.
@@ -226,7 +246,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<DeviceTensor>()?;
     module.add_function(wrap_pyfunction!(load, module)?)?;
     module.add_function(wrap_pyfunction!(save, module)?)?;
-    module.add_function(wrap_pyfunction!(look_at_dlpack, module)?)?;
     module.add_function(wrap_pyfunction!(trim, module)?)?;
     module.add_function(wrap_pyfunction!(device_info, module)?)
 }

@@ -105,6 +105,8 @@ pub const CUDA: i32 = 2;
 
 /// The DLPack version that is written: the first one with 8-bit floats.
 const VERSION: (u32, u32) = (1, 1);
+/// `DLPACK_FLAG_BITMASK_READ_ONLY`.
+const READ_ONLY: u64 = 1;
 const PLAIN: &CStr = c"dltensor";
 const WITH_VERSION: &CStr = c"dltensor_versioned";
 
@@ -254,6 +256,8 @@ pub struct Imported {
     pub shape: Vec<u64>,
     /// Whether its elements lie one after the other.
     pub contiguous: bool,
+    /// Whether its owner lets others write to it; before DLPack 1.0 nobody says.
+    pub writable: bool,
 }
 
 /// Looks into a capsule that `__dlpack__` gave. The memory is its owner's: it is there for as long as the capsule is, which
@@ -262,16 +266,16 @@ pub fn import(capsule: &Bound<'_, PyAny>) -> PyResult<Imported> {
     let object = capsule.as_ptr();
     // SAFETY: `object` is a live object; PyCapsule_IsValid takes any, and is 1 only for a capsule of that name, whose pointer is
     // then a DLManagedTensor (or the versioned one) by the DLPack protocol, valid while the capsule lives and is unconsumed.
-    let tensor: &DlTensor = unsafe {
+    let (tensor, flags): (&DlTensor, u64) = unsafe {
         if ffi::PyCapsule_IsValid(object, PLAIN.as_ptr()) == 1 {
-            &(*ffi::PyCapsule_GetPointer(object, PLAIN.as_ptr()).cast::<Managed>()).tensor
+            (&(*ffi::PyCapsule_GetPointer(object, PLAIN.as_ptr()).cast::<Managed>()).tensor, 0)
         } else if ffi::PyCapsule_IsValid(object, WITH_VERSION.as_ptr()) == 1 {
             let head = ffi::PyCapsule_GetPointer(object, WITH_VERSION.as_ptr()).cast::<Versioned>();
             if (*head).major != VERSION.0 {
                 let text = format!("a DLPack tensor of version {}, not {}", (*head).major, VERSION.0);
                 return Err(pyo3::exceptions::PyBufferError::new_err(text));
             }
-            &(*head).tensor
+            (&(*head).tensor, (*head).flags)
         } else {
             let text = "no DLPack capsule, or one that was consumed already";
             return Err(pyo3::exceptions::PyBufferError::new_err(text));
@@ -300,6 +304,7 @@ pub fn import(capsule: &Bound<'_, PyAny>) -> PyResult<Imported> {
         dtype: if tensor.dtype.lanes == 1 { (tensor.dtype.code, tensor.dtype.bits) } else { (255, 0) },
         shape: shape.iter().map(|&n| n.max(0) as u64).collect(),
         contiguous,
+        writable: flags & READ_ONLY == 0,
     })
 }
 
@@ -320,10 +325,10 @@ impl Foreign {
         Foreign { ranges: Arc::new(ranges), writable: false, host: Default::default() }
     }
 
-    /// One range that may be written, too: memory of a tensor that `nvtier.train` keeps until what it is made for is over (`Target::keep`),
-    /// and that nobody else uses meanwhile.
-    pub fn writable(address: u64, len: u64) -> Foreign {
-        Foreign { writable: true, ..Foreign::new(vec![(address, len)]) }
+    /// Ranges that may be written, too: each is memory of a tensor that `nvtier.train` or `nvtier.load` keeps until what this is made for is over
+    /// (`Target::keep`), and that nobody else uses meanwhile.
+    pub fn writable(ranges: Vec<(u64, u64)>) -> Foreign {
+        Foreign { writable: true, ..Foreign::new(ranges) }
     }
 }
 

@@ -15,6 +15,7 @@ use crate::error::{IntoPy, to_py};
 use crate::load::pool_closed;
 use crate::process::Mine;
 use crate::region::Region;
+use crate::tiers::Tiers;
 
 /// Bytes that are moved between looks at pending signals: Ctrl-C works within a fraction of a second.
 const STEP: usize = 8 << 20;
@@ -146,9 +147,15 @@ impl Tensor {
 pub struct Pool {
     path: PathBuf,
     session: RwLock<Option<Arc<Mine<Session>>>>,
+    tiers: Arc<Tiers>,
 }
 
 impl Pool {
+    /// Its RAM tier, for loads.
+    pub fn tiers(&self) -> Arc<Tiers> {
+        self.tiers.clone()
+    }
+
     /// The open session. The lock is held for a moment, with the interpreter: at a fork nobody holds it.
     pub fn session(&self) -> PyResult<Arc<Mine<Session>>> {
         let session = self.session.read().unwrap_or_else(PoisonError::into_inner).clone();
@@ -194,7 +201,7 @@ impl Pool {
         let options =
             SessionOptions { read_only, ram_bytes: ram.unwrap_or(defaults.ram_bytes), serve: true, wait };
         let session = py.detach(|| Session::open(&path, options)).py()?;
-        Ok(Pool { path, session: RwLock::new(Some(Arc::new(Mine::new(session)))) })
+        Ok(Pool { path, session: RwLock::new(Some(Arc::new(Mine::new(session)))), tiers: Arc::default() })
     }
 
     #[getter]
@@ -351,6 +358,24 @@ impl Pool {
         tensors_of(py, name, index)
     }
 
+    /// Brings a region into the RAM tier, as far as there is room. Returns the bytes that are there then: none where the pool has no tier here.
+    fn warm(&self, py: Python<'_>, name: &str) -> PyResult<u64> {
+        let session = self.session()?;
+        if session.pool().and_then(engine::Pool::ram_arena).is_none() {
+            return Ok(0);
+        }
+        let reader = py.detach(|| session.reader(name)).py()?;
+        let mut buffer = vec![0; STEP.min(reader.len() as usize)];
+        for at in (0..reader.len()).step_by(STEP) {
+            py.check_signals()?;
+            let part = &mut buffer[..STEP.min((reader.len() - at) as usize)];
+            py.detach(|| reader.read_exact_at(at, part)).py()?;
+        }
+        py.detach(|| gpudirect::Source::region(&session, name.trim_matches('/'), gpudirect::Verify::Always))
+            .py()
+            .map(|source| source.resident_bytes())
+    }
+
     /// A handle on the present content of a region.
     fn region(slf: &Bound<'_, Self>, name: &str) -> PyResult<Region> {
         Region::open(slf.py(), slf, name)
@@ -392,6 +417,9 @@ impl Pool {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let session = self.session.write().unwrap_or_else(PoisonError::into_inner).take();
         let Some(session) = session else { return Ok(()) };
+        if session.is_here() {
+            py.detach(|| self.tiers.clear());
+        }
         // Another thread in a call keeps it open until it is through.
         match Arc::try_unwrap(session) {
             Ok(session) => match session.into_inner() {

@@ -57,7 +57,7 @@ impl State {
         let driver: Arc<dyn Driver> = match device {
             "cpu" => {
                 let len = residency.store().units().get(unit as usize).copied().unwrap_or_default();
-                Arc::new(Foreign::writable(address, len))
+                Arc::new(Foreign::writable(vec![(address, len)]))
             }
             _ => {
                 let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);

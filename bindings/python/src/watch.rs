@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use gpudirect::Control;
+use gpudirect::{Control, Priority};
 use pyo3::prelude::*;
 
 use crate::error::{IntoPy, invalid};
@@ -25,6 +25,7 @@ pub fn watched<T: Send>(
     py: Python<'_>,
     progress: Option<&Py<PyAny>>,
     deadline: Option<Instant>,
+    priority: Priority,
     run: impl FnOnce(&mut Control<'_>) -> gpudirect::Result<T> + Send,
 ) -> PyResult<T> {
     // Made once, with the interpreter held: a fork by Python then never meets it half made by another thread, which a child would
@@ -53,7 +54,7 @@ pub fn watched<T: Send>(
             raised = looked.err();
             raised.is_none()
         };
-        run(&mut Control { progress: Some(&mut look), deadline, ..Control::default() })
+        run(&mut Control { progress: Some(&mut look), deadline, priority, ..Control::default() })
     });
     if let Some(error) = raised {
         return Err(error);

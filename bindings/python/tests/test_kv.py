@@ -118,11 +118,34 @@ def test_quota_and_budget(path):
         assert sum(space.contains(chain(12))) == 4
 
 
+def test_quotas_are_of_tenants_and_stay_in_the_store(path):
+    quotas = {"alice": 4 * BLOCK, "bob": f"{6 * BLOCK}"}
+    with nvtier.kv.Store(path, **options(quotas=quotas, tenant_quota=2 * BLOCK)) as store:
+        for tenant, most in (("alice", 4), ("bob", 6), ("carol", 2), ("", 12)):
+            space = store.namespace(b"a", BLOCK, tenant)
+            for start in (0, 6):
+                space.put(chain(12)[start : start + 6], rows(12), range(start, start + 6))
+            # The newest stay, and of other tenants all.
+            assert space.contains(chain(12)) == [False] * (12 - most) + [True] * most
+    # Who opens it without a word about quotas meets the same, and who says other ones changes them.
+    with nvtier.kv.Store(path, **options()) as store:
+        space = store.namespace(b"other", BLOCK, "alice")
+        assert space.put(chain(3), rows(3)) == ["new"] * 3
+        assert sum(store.namespace(b"a", BLOCK, "alice").contains(chain(12))) == 1
+    with nvtier.kv.Store(path, **options(quotas={"alice": 0, "bob": BLOCK})) as store:
+        assert store.namespace(b"a", BLOCK, "alice").put(chain(12), rows(12)).count("new") == 11
+        assert sum(store.namespace(b"a", BLOCK, "bob").contains(chain(12))) == 1
+
+
 def test_arguments_that_make_no_sense(path):
     with nvtier.Pool(path) as pool:
-        for bad in ({"deadline": 0}, {"deadline": -1}, {"ram": 5}):
+        for bad in ({"deadline": 0}, {"deadline": -1}, {"ram": 5}, {"quotas": 5}, {"quotas": {1: 2}}, {"tenant_quota": "much"}):
             with pytest.raises(nvtier.InvalidArgument):
                 nvtier.kv.Store(pool, **bad)
+        with pytest.raises(nvtier.InvalidArgument, match=r"quotas\['alice'\]='-1'"):
+            nvtier.kv.Store(pool, quotas={"alice": "-1"})
+        with pytest.raises(nvtier.Error, match="tenant's name"):
+            nvtier.kv.Store(pool, **options(quotas={"x" * 5000: 1})).namespace(b"a", BLOCK)
         with pytest.raises(nvtier.InvalidArgument):
             nvtier.kv.Store(pool, "../x").namespace(b"a", BLOCK)
         store = nvtier.kv.Store(pool, **options())
@@ -290,6 +313,12 @@ def test_keys_are_of_all_that_is_before():
     keys = nvtier.kv.chain(b"s", [1, 2, 3, 4, 5, 6, 7], 2)
     assert len(keys) == 3 and len(set(keys)) == 3
     assert nvtier.kv.chain(b"s", [1, 2, 3, 4], 2) == keys[:2]
+    # What stands in the place of tokens makes its block another one, and all behind it.
+    other = nvtier.kv.chain(b"s", [1, 2, 3, 4, 5, 6, 7], 2, [b"", b"cat", b""])
+    assert other[0] == keys[0] and not set(other[1:]) & set(keys)
+    assert nvtier.kv.chain(b"s", [1, 2, 3, 4, 5, 6, 7], 2, [b"", b"dog", b""])[1:] != other[1:]
+    with pytest.raises(nvtier.InvalidArgument, match="2 extras for 3 blocks"):
+        nvtier.kv.chain(b"s", [1, 2, 3, 4, 5, 6, 7], 2, [b"", b""])
     assert nvtier.kv.chain(b"s", [9, 2, 3, 4], 2)[1] != keys[1] and nvtier.kv.chain(b"t", [1, 2], 2)[0] != keys[0]
     assert nvtier.kv.fingerprint(a=1, b=b"x") == nvtier.kv.fingerprint(b=b"x", a=1) != nvtier.kv.fingerprint(a=1, b="x")
     with pytest.raises(nvtier.InvalidArgument):

@@ -225,6 +225,25 @@ def test_late_is_a_miss_and_a_refusal_is_told(pool):
         picky.close()
 
 
+def test_a_salt_cannot_grow_beyond_its_quota(pool):
+    first = client(pool, quotas={"alice": 4 * SIZE}, tenant_quota=f"{2 * SIZE}")
+    try:
+        for salt, most in (("alice", 4), ("bob", 2), ("", 8)):
+            for n in range(8):
+                assert store(first, [n], salt)[0]
+            assert there(first, range(8), salt) == list(range(8 - most, 8))
+    finally:
+        first.close()
+    # It is in the store.
+    again = client(pool)
+    try:
+        for n in range(20, 28):
+            assert store(again, [n], "alice")[0]
+        assert there(again, [*range(8), *range(20, 28)], "alice") == list(range(24, 28))
+    finally:
+        again.close()
+
+
 def test_what_makes_no_sense_is_refused(pool):
     for options, match in (({"threads": 0}, "threads"), ({"deadline": 0}, "deadline"), ({"fingerprint": 3}, "fingerprint")):
         with pytest.raises(nvtier.InvalidArgument, match=match):

@@ -186,6 +186,22 @@ def test_tokenizers_templates_salts_types_and_attention_never_mix(store):
     assert len(seen) == 9
 
 
+def test_a_tenant_cannot_grow_beyond_its_quota(store):
+    model = tiny()
+    cache = prefix_cache(model, store, tenant="alice")
+    block = cache.namespace().block_bytes
+    cache = prefix_cache(model, store, tenant="alice", quota=-(-block // 4096) * 4096 * 8)
+    other = prefix_cache(model, store, tenant="bob")
+    ids = prompts(4)
+    wanted = [plain(model, one) for one in ids]
+    for one, tokens in zip(ids * 2, wanted * 2):
+        for cached in (cache, other):
+            assert torch.equal(cached.generate(one, max_new_tokens=NEW, do_sample=False), tokens)
+    keys = {key for tokens in wanted for key in nvtier.kv.chain(cache.namespace().fingerprint, tokens[0].tolist(), cache.block_tokens)}
+    used = [sum(cached.namespace().contains(sorted(keys))) for cached in (cache, other)]
+    assert 0 < used[0] <= 8 < used[1]
+
+
 def test_tenants_never_see_each_others_blocks(store):
     model = tiny()
     ids = prompts(1)[0]

@@ -232,6 +232,28 @@ def test_tenants_and_other_weights_never_meet(pool):
         engine.close()
 
 
+def test_a_tenant_cannot_grow_beyond_its_quota(pool):
+    engine = Engine(pool, 8, quotas={"alice": 5 * CHUNK}, tenant_quota=f"{3 * CHUNK}")
+    try:
+        for tenant, first in (("alice", 0), ("bob", 100), (None, 200)):
+            engine.store(range(first, first + 16), tenant)
+        # Out of the CPU tier, which knows no tenants.
+        engine.store(range(300, 316))
+        assert engine.load(range(16), "alice") == list(range(11, 16))
+        assert engine.load(range(100, 116), "bob") == list(range(113, 116))
+        assert engine.load(range(200, 204)) == list(range(200, 204)), "who gave no name has no quota"
+    finally:
+        engine.close()
+    # It is in the store.
+    engine = Engine(pool, 8)
+    try:
+        engine.store(range(400, 416), "alice")
+        engine.store(range(300, 316))
+        assert engine.load(range(400, 416), "alice") == list(range(411, 416))
+    finally:
+        engine.close()
+
+
 def where(pool, numbers):
     """File and place of each chunk."""
     places = {}

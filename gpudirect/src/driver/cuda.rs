@@ -80,6 +80,13 @@ const READ_ONLY: u32 = 8;
 /// contexts of the process know them.
 static PINNED: Mutex<BTreeMap<usize, (usize, Arc<Context>)>> = Mutex::new(BTreeMap::new());
 
+/// The oldest driver that is used, by the CUDA that it is of: 1000 a major version, 10 a minor one.
+const LEAST: c_int = 11040;
+
+fn version_text(version: c_int) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
 /// What the driver says of a result. Called only once [`NEEDED`] is known to be there.
 fn explain(result: CUresult) -> String {
     let mut text: *const c_char = std::ptr::null();
@@ -118,14 +125,30 @@ fn start() -> Result<()> {
     }
     // SAFETY: the library is there, so this does not panic.
     let library = unsafe { sys::culib() };
+    let mut found: c_int = 0;
+    // SAFETY: the type is that of cuda.h for this symbol, which every driver has.
+    if let Ok(version) =
+        unsafe { library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cuDriverGetVersion\0") }
+    {
+        // SAFETY: `found` is valid for writes; the function needs no cuInit.
+        unsafe { version(&mut found) };
+    }
+    let old = |lacks: &str| {
+        let context = format!(
+            "load the CUDA driver: it is of CUDA {}{lacks}; of CUDA {} or newer is needed: install a newer NVIDIA driver (R470 is of \
+             CUDA 11.4)",
+            version_text(found),
+            version_text(LEAST)
+        );
+        Err(Error::new(ErrorKind::OldDriver, context))
+    };
+    if found < LEAST {
+        return old("");
+    }
     for name in NEEDED {
         // SAFETY: the symbol is only looked up here, never called as this type.
         if unsafe { library.get::<unsafe extern "C" fn()>(name.to_bytes_with_nul()) }.is_err() {
-            let context = format!(
-                "load the CUDA driver: its library lacks {}; CUDA 11.4 or newer is needed",
-                name.to_string_lossy()
-            );
-            return Err(Error::new(ErrorKind::OldDriver, context));
+            return old(&format!(" by its own word, and lacks {}", name.to_string_lossy()));
         }
     }
     // SAFETY: no arguments but flags, which must be 0.
@@ -139,6 +162,27 @@ pub fn count() -> Result<u32> {
     // SAFETY: `count` is valid for writes.
     check(unsafe { sys::cuDeviceGetCount(&mut count) }, || "count the CUDA devices".into())?;
     Ok(count.max(0) as u32)
+}
+
+/// The number of the device that memory at an address is of. Waits for what a stream of its context was given so far, `stream` being a
+/// `CUstream` of the same process (1 and 2: the default ones, as cuda.h and `__cuda_array_interface__` number them).
+pub fn device_of(address: u64, stream: Option<u64>) -> Result<u32> {
+    start()?;
+    let ordinal: c_int =
+        pointer_attribute(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address).map_err(
+            |error| {
+                let context = format!("find out which CUDA device has memory at {address:#x}: there is none");
+                Error::new(ErrorKind::Invalid, context).with_source(error)
+            },
+        )?;
+    let ordinal = ordinal.max(0) as u32;
+    if let Some(stream) = stream {
+        CudaDriver::open(ordinal)?.0.enter()?;
+        // SAFETY: the caller's word is that this is a stream of this process; the driver refuses handles that it does not know.
+        let result = unsafe { sys::cuStreamSynchronize(stream as sys::CUstream) };
+        check(result, || format!("wait for a stream of cuda:{ordinal}"))?;
+    }
+    Ok(ordinal)
 }
 
 /// One CUDA device, by its primary context.
@@ -297,7 +341,7 @@ impl Driver for CudaDriver {
             pci: text(&pci).to_lowercase(),
             memory_bytes: total as u64,
             free_bytes: free as u64,
-            driver: format!("{}.{}", version / 1000, version % 1000 / 10),
+            driver: version_text(version),
         })
     }
 

@@ -68,6 +68,11 @@ impl Lane {
         }
         Ok(())
     }
+
+    /// Uses no RAM tier from now on: they may be unpinned.
+    pub fn leave_tiers(&mut self) {
+        self.tiers.clear();
+    }
 }
 
 /// Takes out of `runs` (of one source) what is resident; the pages are held by the loans. Both are in order.

@@ -10,7 +10,7 @@ use gpudirect::autotune::{Given, Origin, Tune, Tuner};
 use gpudirect::paths::{self, PathState, Survey};
 use gpudirect::{
     CachePolicy, CachedMode, Control, Error, ErrorKind, Lane, LaneOptions, Loaded, PathChoice, PathOptions,
-    Paths, Plan, PlanOptions, Report, SaveOptions, SaveReport, SaveTensor, Source, Verify,
+    Paths, PinnedTier, Plan, PlanOptions, Report, SaveOptions, SaveReport, SaveTensor, Source, Verify,
 };
 use serde_json::json;
 
@@ -23,6 +23,8 @@ use crate::{ceiling, interrupt, names, output, size};
 const CEILING_TIME: Duration = Duration::from_millis(500);
 /// Files from this length on tell how fast their drive reads.
 const DRIVE_FILE: u64 = 64 << 20;
+/// Bytes in the RAM tier from which on it is made known to the device: pinning takes time, and a header is there always.
+const TIER_WORTH: u64 = 1 << 20;
 /// Bytes that are compared at a time.
 const CHECK_BLOCK: usize = 8 << 20;
 
@@ -39,7 +41,7 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
     if args.explain {
         return explain(global, args, &driver.info().map_err(failure)?);
     }
-    let pool = args.pool.as_deref().map(open_pool).transpose()?;
+    let pool = args.pool.as_deref().map(|path| open_pool(path, args.warm)).transpose()?;
     let listed = if pool.is_none() { files(&args.paths)? } else { Vec::new() };
     let sources = match &pool {
         Some(session) => regions(session, args)?,
@@ -67,6 +69,19 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
         ..defaults
     };
     let mut lane = Lane::new(driver, lane).map_err(failure)?;
+    let warmed = match (&pool, args.warm) {
+        (Some(session), Some(_)) => Some(warm(session, &plan)?),
+        _ => None,
+    };
+    // Before the first look at the clock: a program that keeps its pool open pins the tier once.
+    let tier = match pool.as_ref().and_then(Session::pool).and_then(|pool| pool.ram_arena()) {
+        Some(arena) if plan.resident_bytes() >= TIER_WORTH => {
+            let tier = PinnedTier::new(lane.driver(), arena).map_err(failure)?;
+            lane.use_tier(tier).map_err(failure)?;
+            true
+        }
+        _ => false,
+    };
     let mut poll = |_: u64, _: u64| !interrupt::requested();
     let mut control = Control { progress: Some(&mut poll), ..Control::default() };
     let tune = if args.tune { Tune::Now } else { Tune::FirstUse };
@@ -89,6 +104,13 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
     };
     let mut loaded = loaded.map_err(failure)?;
     loaded.report.notes.extend(tuned);
+    if let (Some(read), false) = (warmed, tier) {
+        loaded.report.notes.push(format!(
+            "--warm: {} were read, and there is no RAM tier that has them: a pool in one directory, or of another process, has none here \
+             (the page cache is a directory's tier: load it twice)",
+            size::human(read)
+        ));
+    }
     progress.finish();
     let checked = if args.check { Some(check(&lane, &plan, &loaded, pool.as_ref())?) } else { None };
     let saved = args.save.as_deref().map(|path| save(global, &mut lane, &loaded, path)).transpose()?;
@@ -232,10 +254,29 @@ fn policy(mode: CacheMode) -> CachePolicy {
     }
 }
 
-fn open_pool(path: &Path) -> Outcome<Session> {
-    let options = SessionOptions { read_only: true, ram_bytes: 64 << 20, ..SessionOptions::default() };
+fn open_pool(path: &Path, warm: Option<u64>) -> Outcome<Session> {
+    let ram_bytes = warm.unwrap_or(64 << 20);
+    let options = SessionOptions { read_only: true, ram_bytes, ..SessionOptions::default() };
     Session::open(path, options)
         .map_err(|error| Failure::from(error).while_doing(format!("open the pool {}", path.display())))
+}
+
+/// Reads the sources through the engine, whose RAM tier keeps what it has room for. Returns the bytes read.
+fn warm(session: &Session, plan: &Plan) -> Outcome<u64> {
+    let mut buffer = vec![0; CHECK_BLOCK];
+    let mut done = 0;
+    for source in plan.sources() {
+        let reader = session.reader(source.name())?;
+        let mut at = 0;
+        while at < reader.len() {
+            interrupt::check()?;
+            let len = (reader.len() - at).min(CHECK_BLOCK as u64) as usize;
+            reader.read_exact_at(at, &mut buffer[..len])?;
+            at += len as u64;
+        }
+        done += at;
+    }
+    Ok(done)
 }
 
 /// Whether a name is of a tensor file that a directory stands for, by the extension: safetensors first.

@@ -126,6 +126,9 @@ class Pool:
         """Checks every sum at and below ``path``. ``progress`` is called with bytes done, bytes in all, bad chunks."""
     def region(self, name: str) -> Region:
         """A handle on the present content of a region."""
+    def warm(self, name: str) -> int:
+        """Brings a region into the RAM tier (``ram=``), as far as there is room: what is there goes to a device from where it lies at the next load. Returns
+        the bytes that are there then: 0 of a pool in one directory, whose tier is the page cache, and of one that another process owns."""
     def load(self, names: Union[_Path, Iterable[_Path]], **options: Any) -> Loaded:
         """As ``nvtier.load``, of regions by name: ``pool.load("m.safetensors", device="cuda:0")``."""
     def close(self) -> None:
@@ -243,6 +246,8 @@ class KvStore:
         ttl: Optional[int],
         write_bytes_per_day: Optional[int],
         second_offer: Optional[int],
+        quotas: Sequence[Tuple[str, int]],
+        tenant_quota: int,
         deadline: float,
     ) -> None: ...
     @property
@@ -402,7 +407,7 @@ class State:
     def moved(self) -> Dict[str, int]: ...
     def close(self) -> None: ...
 
-def kv_chain(seed: bytes, tokens: Sequence[int], block_tokens: int) -> List[bytes]: ...
+def kv_chain(seed: bytes, tokens: Sequence[int], block_tokens: int, extras: Optional[Sequence[bytes]] = None) -> List[bytes]: ...
 def kv_digest(bytes: bytes) -> bytes: ...
 def kv_digest_memory(device: str, ranges: Sequence[Tuple[int, int]]) -> List[bytes]:
     """Private: the addresses must be memory of tensors that the caller holds."""
@@ -420,7 +425,11 @@ def load(
     cached: str,
     progress: Optional[Callable[[int, int], Any]],
     deadline: Optional[float],
-) -> Tuple[List[DeviceTensor], Dict[str, Any]]: ...
+    priority: str,
+    out: Optional[Sequence[Tuple[str, str, Sequence[int], int, int]]],
+) -> Tuple[List[DeviceTensor], Dict[str, Any]]:
+    """Private: the addresses of `out` must be memory of tensors that the caller holds."""
+
 def save(
     path: _Path,
     tensors: Sequence[Tuple[str, str, Sequence[int], int, int]],
@@ -432,7 +441,8 @@ def save(
 ) -> Dict[str, Any]:
     """Private: the addresses must be memory of tensors that the caller holds."""
 
-def look_at_dlpack(capsule: Any) -> Tuple[int, str, str, List[int], int]: ...
+def look_at_dlpack(capsule: Any) -> Tuple[int, str, str, List[int], int, bool]: ...
+def look_at_interface(interface: Dict[str, Any], cuda: bool) -> Tuple[int, str, str, List[int], int, bool]: ...
 def trim() -> None:
     """Gives back the pinned memory (at most two rings a device, 144 MiB) that is kept for the next load."""
 

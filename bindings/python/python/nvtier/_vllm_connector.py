@@ -52,6 +52,8 @@ _DEFAULTS: Dict[str, Any] = {
     "ttl": None,
     "write_bytes_per_day": None,
     "second_offer": None,
+    "quotas": None,
+    "tenant_quota": None,
 }
 
 
@@ -82,6 +84,8 @@ class _Shared:
             ttl=options["ttl"],
             write_bytes_per_day=options["write_bytes_per_day"],
             second_offer=options["second_offer"],
+            quotas=options["quotas"],
+            tenant_quota=options["tenant_quota"],
             deadline=options["deadline"],
         )
 

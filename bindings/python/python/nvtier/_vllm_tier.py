@@ -82,6 +82,8 @@ class NvtierTier(SecondaryTierManager):
         ttl: Optional[int] = None,
         write_bytes_per_day: Optional[Size] = None,
         second_offer: Optional[int] = None,
+        quotas: Optional[Dict[str, Size]] = None,
+        tenant_quota: Optional[Size] = None,
         locality: Optional[str] = None,
         module_path: Optional[str] = None,
     ) -> None:
@@ -108,6 +110,8 @@ class NvtierTier(SecondaryTierManager):
             ttl=ttl,
             write_bytes_per_day=write_bytes_per_day,
             second_offer=second_offer,
+            quotas=quotas,
+            tenant_quota=tenant_quota,
             deadline=deadline,
         )
         try:

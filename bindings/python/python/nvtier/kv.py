@@ -52,9 +52,10 @@ def fingerprint(**parts: Any) -> bytes:
     return _nvtier.kv_digest(json.dumps(plain(parts), sort_keys=True).encode())
 
 
-def chain(seed: bytes, tokens: Sequence[int], block_tokens: int) -> List[bytes]:
-    """The key of each whole block of a sequence: a hash of ``seed`` and of all tokens up to the block's end."""
-    return _nvtier.kv_chain(seed, tokens, block_tokens)
+def chain(seed: bytes, tokens: Sequence[int], block_tokens: int, extras: Optional[Sequence[bytes]] = None) -> List[bytes]:
+    """The key of each whole block of a sequence: a hash of ``seed`` and of all tokens up to the block's end. ``extras``: of each whole block, what its
+    bytes depend on besides tokens, such as the picture that some of them stand for; ``b""`` for nothing."""
+    return _nvtier.kv_chain(seed, tokens, block_tokens, extras)
 
 
 def digest_tensors(tensors: Mapping[str, Any]) -> bytes:
@@ -240,14 +241,24 @@ class Namespace:
         self.close()
 
 
+def _quotas(quotas: Optional[Mapping[str, Size]]) -> List[Tuple[str, int]]:
+    if quotas is None:
+        return []
+    if not isinstance(quotas, Mapping) or not all(isinstance(tenant, str) for tenant in quotas):
+        raise InvalidArgument(f"quotas={quotas!r}: bytes by the names of tenants, such as {{'alice': '10GiB'}}; 0: no limit")
+    return [(tenant, size_of(f"quotas[{tenant!r}]", quota) or 0) for tenant, quota in quotas.items()]
+
+
 class Store:
     """A KV store of a pool, which is made where there is none. Processes that open the same pool share it: the pool's owner does the work of
     the others.
 
     ``ram``: bytes of memory for blocks, taken once, and pinned where a GPU is used. ``keep``: whether blocks stay there after their use. Settings of
     the store count when nobody has it open yet: ``budget`` (bytes in the pool; default: half of what is free), ``ttl`` (seconds),
-    ``write_bytes_per_day``, ``second_offer`` (write only what was offered before, keeping so many offers in mind). ``deadline``: seconds of every
-    operation, and of a put or get that says nothing else. Bytes may be text: ``"200GB"``, ``"64GiB"``.
+    ``write_bytes_per_day``, ``second_offer`` (write only what was offered before, keeping so many offers in mind), ``quotas`` (bytes that the blocks of
+    tenants may have, by name), ``tenant_quota`` (of a tenant with a name who is new to the store). Quotas are kept in the store, and what is set here is
+    set again whenever it is opened so. ``deadline``: seconds of every operation, and of a put or get that says nothing else. Bytes may be text:
+    ``"200GB"``, ``"64GiB"``.
     """
 
     def __init__(
@@ -261,10 +272,14 @@ class Store:
         ttl: Optional[int] = None,
         write_bytes_per_day: Optional[Size] = None,
         second_offer: Optional[int] = None,
+        quotas: Optional[Mapping[str, Size]] = None,
+        tenant_quota: Optional[Size] = None,
         deadline: float = 5.0,
     ) -> None:
         budget, write_bytes_per_day = size_of("budget", budget), size_of("write_bytes_per_day", write_bytes_per_day)
         ram_bytes = size_of("ram", ram) or 0
+        limits = _quotas(quotas)
+        tenant_bytes = size_of("tenant_quota", tenant_quota) or 0
         self._own = None if isinstance(pool, Pool) else Pool(pool)
         self.pool: Pool = pool if isinstance(pool, Pool) else self._own
         self._spaces: List[Namespace] = []
@@ -279,6 +294,8 @@ class Store:
             ttl=ttl,
             write_bytes_per_day=write_bytes_per_day,
             second_offer=second_offer,
+            quotas=limits,
+            tenant_quota=tenant_bytes,
             deadline=deadline,
         )
 

@@ -7,7 +7,8 @@
 
 ``adapter_params``: ``pool``; ``store`` (name, ``lmcache``), ``budget`` (bytes), ``fingerprint`` (text that changes with the weights: LMCache's keys
 name the model, not its weights), ``threads``, ``deadline`` (seconds of a batch), ``ram`` (bytes on their way), ``ttl``,
-``write_bytes_per_day``, ``second_offer``. A key's cache salt is its tenant.
+``write_bytes_per_day``, ``second_offer``, ``quotas`` (bytes by tenant: ``{"alice": "10GiB"}``), ``tenant_quota`` (of tenants who are new). A key's
+cache salt is its tenant.
 
 A block that is damaged, gone or late is a miss of its own; the others of its batch come.
 """
@@ -43,6 +44,8 @@ class NvtierClient:
         ttl: Optional[int] = None,
         write_bytes_per_day: Optional[Size] = None,
         second_offer: Optional[int] = None,
+        quotas: Optional[Dict[str, Size]] = None,
+        tenant_quota: Optional[Size] = None,
     ) -> None:
         if not isinstance(fingerprint, str):
             raise InvalidArgument(f"fingerprint={fingerprint!r}: text that changes with the weights")
@@ -58,6 +61,8 @@ class NvtierClient:
             ttl=ttl,
             write_bytes_per_day=write_bytes_per_day,
             second_offer=second_offer,
+            quotas=quotas,
+            tenant_quota=tenant_quota,
             deadline=deadline,
         )
         try:

@@ -135,6 +135,7 @@ def load_file(
     cache: str = "auto",
     path: str = "auto",
     cached: str = "auto",
+    priority: str = "foreground",
     pin_memory: bool = False,
 ) -> Dict[str, torch.Tensor]:
     """Loads tensor files. Arguments are those of ``nvtier.load``.
@@ -160,6 +161,7 @@ def load_file(
             cache=cache,
             path=path,
             cached=cached,
+            priority=priority,
         )
         tensors = {name: _to_torch(tensor) for name, tensor in loaded.items()}
     del loaded

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from . import _nvtier, kv
 from ._attention import without_masks
 from ._errors import InvalidArgument, NotSupported
+from ._sizes import Size, size_of
 
 __all__ = ["KvCache", "PrefixCache"]
 
@@ -203,7 +204,8 @@ class PrefixCache:
 
     ``block_tokens``: tokens of a block; only whole blocks are stored. ``plan``: ``"auto"`` computes from the head while blocks load from the
     tail, ``"load"`` and ``"compute"`` do one of both. ``chunk_tokens``: tokens that are computed at once at most. ``salt``: whatever else
-    the prompts depend on. ``deadline``: seconds of a load or save, after which what is left is computed, or not saved.
+    the prompts depend on. ``deadline``: seconds of a load or save, after which what is left is computed, or not saved. ``quota``: bytes that the
+    tenant's blocks may have in all of the store, kept there (``"10GiB"``; 0: no limit); default: it stays as it is.
     """
 
     def __init__(
@@ -219,7 +221,9 @@ class PrefixCache:
         salt: bytes = b"",
         deadline: Optional[float] = None,
         planner: Optional[kv.Planner] = None,
+        quota: Optional[Size] = None,
     ) -> None:
+        limit = size_of("quota", quota)
         if plan not in ("auto", "load", "compute"):
             raise InvalidArgument(f'plan={plan!r}: write "auto", "load" or "compute"')
         if block_tokens < 1 or chunk_tokens < block_tokens:
@@ -243,7 +247,9 @@ class PrefixCache:
         self._weights: Optional[Tuple[Any, bytes]] = None
         self._space: Optional[kv.Namespace] = None
         self._tokenizer_parts = _tokenizer_parts(tokenizer)
-        self.namespace()
+        space = self.namespace()
+        if limit is not None:
+            space.set_quota(limit)
 
     def _probe(self) -> List[Tuple[torch.Tensor, torch.Tensor]]:
         """What keys and values of one token look like."""

@@ -17,7 +17,8 @@ tensor-parallel group reads whole tensors, as vLLM's own loader does. vLLM finds
 
 Keys of both: ``pool``; ``store`` (name, ``vllm``), ``budget`` (bytes), ``fingerprint`` (text that changes with the weights; default: a
 digest of the model's weight files), ``tenant_key`` (of a request's ``kv_transfer_params``, ``tenant``), ``threads``, ``deadline`` (seconds),
-``ram`` (bytes on their way), ``ttl``, ``write_bytes_per_day``, ``second_offer``; of the tier: ``locality`` (vLLM's: ``LOCAL``),
+``ram`` (bytes on their way), ``ttl``, ``write_bytes_per_day``, ``second_offer``, ``quotas`` (bytes by tenant: ``{"alice": "10GiB"}``),
+``tenant_quota`` (of tenants who are new); of the tier: ``locality`` (vLLM's: ``LOCAL``),
 ``backpressure`` (vLLM's).
 """
 
