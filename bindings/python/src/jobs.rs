@@ -142,8 +142,8 @@ impl Client {
         Ok(sizes.known.get(fingerprint).cloned().unwrap_or_default())
     }
 
-    /// A thread that does parts, until the end.
-    fn run(&self) {
+    /// A thread that does parts, until the end. `first`: only those that somebody waits for.
+    fn run(&self, first: bool) {
         loop {
             let part = {
                 let mut state = lock(&self.state);
@@ -152,7 +152,7 @@ impl Client {
                         return;
                     }
                     let next = state.first.pop_front();
-                    if let Some(part) = next.or_else(|| state.later.pop_front()) {
+                    if let Some(part) = next.or_else(|| if first { None } else { state.later.pop_front() }) {
                         state.running += 1;
                         break part;
                     }
@@ -331,9 +331,12 @@ impl KvClient {
             event,
         });
         let mut running = Running { client: client.clone(), threads: Vec::new() };
-        for _ in 0..threads {
+        for number in 0..threads {
+            // Of several one is for those that somebody waits for: a drive that does not take what is stored must not keep them.
             let client = client.clone();
-            let thread = std::thread::Builder::new().name("nvtier-kv-job".into()).spawn(move || client.run());
+            let thread = std::thread::Builder::new()
+                .name("nvtier-kv-job".into())
+                .spawn(move || client.run(number == 0 && threads > 1));
             let thread =
                 thread.map_err(|error| to_py(engine::Error::io("start a thread of a KV client", error)))?;
             running.threads.push(thread);

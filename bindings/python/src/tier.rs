@@ -22,6 +22,10 @@ use crate::process::Mine;
 const PART_BYTES: u64 = 16 << 20;
 /// Blocks that could not be loaded and are kept in mind; the oldest are forgotten first.
 const BAD_MAX: usize = 1 << 16;
+/// How often who waits for all jobs looks for deadlines that are over.
+const LOOK: Duration = Duration::from_millis(50);
+/// Questions are not given up before.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Requests whose answers are kept, should nobody say that they are over.
 const REQUESTS_MAX: usize = 1 << 16;
 
@@ -102,6 +106,14 @@ impl Counts {
     }
 }
 
+/// What is known of a block that a request asked for.
+#[derive(Clone, Copy)]
+enum Answer {
+    /// Not yet, since then.
+    Asked(Instant),
+    Is(bool),
+}
+
 #[derive(Default)]
 struct State {
     loads: VecDeque<Part>,
@@ -109,8 +121,8 @@ struct State {
     running: usize,
     finished: Vec<Finished>,
     questions: Vec<(String, Tenant, Key)>,
-    /// By request: what its blocks' questions were answered with; `None`: asked.
-    answers: HashMap<String, HashMap<Key, Option<bool>>>,
+    /// By request: what is known of its blocks.
+    answers: HashMap<String, HashMap<Key, Answer>>,
     /// Blocks that the store has and that could not be loaded: not there until they are stored again, or nobody would ever compute them.
     bad: HashSet<(Tenant, Key)>,
     bad_order: VecDeque<(Tenant, Key)>,
@@ -120,8 +132,9 @@ struct State {
 }
 
 impl State {
-    /// What a request's question is answered with; one that is new is put down.
-    fn ask(&mut self, request: &str, tenant: &Tenant, key: Key) -> Option<bool> {
+    /// What a request's question is answered with; one that is new is put down. One that nobody could answer for so long is a miss: who has the store
+    /// may hang.
+    fn ask(&mut self, request: &str, tenant: &Tenant, key: Key, patience: Duration) -> Option<bool> {
         if !self.answers.contains_key(request) {
             if self.answers.len() >= REQUESTS_MAX {
                 self.answers.clear();
@@ -129,10 +142,17 @@ impl State {
             self.answers.insert(request.to_owned(), HashMap::new());
         }
         let answers = self.answers.get_mut(request)?;
-        if let Some(answer) = answers.get(&key) {
-            return *answer;
+        match answers.get(&key).copied() {
+            Some(Answer::Is(there)) => return Some(there),
+            Some(Answer::Asked(since)) if since.elapsed() < patience => return None,
+            Some(Answer::Asked(_)) => {
+                answers.insert(key, Answer::Is(false));
+                self.counts.misses += 1;
+                return Some(false);
+            }
+            None => {}
         }
-        answers.insert(key, None);
+        answers.insert(key, Answer::Asked(Instant::now()));
         self.questions.push((request.to_owned(), tenant.clone(), key));
         None
     }
@@ -164,8 +184,9 @@ impl Tier {
         Ok(space)
     }
 
-    /// A thread that moves blocks, until the end.
-    fn move_blocks(&self) {
+    /// A thread that moves blocks, until the end. `loads`: only those that somebody waits for: a drive that does not take what is stored must not keep
+    /// them from their deadlines.
+    fn move_blocks(&self, loads: bool) {
         loop {
             let part = {
                 let mut state = lock(&self.state);
@@ -175,7 +196,7 @@ impl Tier {
                     }
                     // Somebody waits for a load; nobody for a store.
                     let next = state.loads.pop_front();
-                    if let Some(part) = next.or_else(|| state.stores.pop_front()) {
+                    if let Some(part) = next.or_else(|| if loads { None } else { state.stores.pop_front() }) {
                         state.running += 1;
                         break part;
                     }
@@ -246,7 +267,7 @@ impl Tier {
     fn lost(&self, state: &mut State, tenant: &Tenant, key: Key) {
         for answers in state.answers.values_mut() {
             if let Some(answer) = answers.get_mut(&key) {
-                *answer = Some(false);
+                *answer = Answer::Is(false);
             }
         }
         if state.bad.insert((tenant.clone(), key)) {
@@ -288,17 +309,34 @@ impl Tier {
                 });
                 for ((request, key), there) in requests.into_iter().zip(keys).zip(there) {
                     let there = there && !state.bad.contains(&(tenant.clone(), key));
+                    // A request that is over asks no more, and one that was answered meanwhile goes by that.
+                    let asked = state.answers.get_mut(&request).and_then(|answers| answers.get_mut(&key));
+                    let Some(answer @ Answer::Asked(_)) = asked else { continue };
+                    *answer = Answer::Is(there);
                     match there {
                         true => state.counts.hits += 1,
                         false => state.counts.misses += 1,
                     }
-                    // A request that is over asks no more.
-                    if let Some(answers) = state.answers.get_mut(&request) {
-                        answers.insert(key, Some(there));
-                    }
                 }
             }
             self.through.notify_all();
+        }
+    }
+
+    /// Ends what waited for a thread until its deadline was over.
+    fn expire(&self, state: &mut State) {
+        let now = Instant::now();
+        // Their deadlines are in the order in which they came.
+        let late = |parts: &mut VecDeque<Part>| match parts.front() {
+            Some(part) if part.job.by <= now => parts.pop_front(),
+            _ => None,
+        };
+        while let Some(part) = late(&mut state.loads).or_else(|| late(&mut state.stores)) {
+            self.end_part(
+                state,
+                &part,
+                &Err("no thread was free for it in time: the drive is slow, or does not answer".into()),
+            );
         }
     }
 
@@ -350,6 +388,11 @@ pub struct KvTier {
 }
 
 impl KvTier {
+    /// How long a question may stay without an answer. One takes longer than a deadline that only tests have.
+    fn patience(&self) -> Duration {
+        self.deadline.max(PATIENCE)
+    }
+
     fn tier(&self) -> PyResult<Arc<Tier>> {
         let running = lock(&self.running);
         let running = running.as_ref().ok_or_else(|| closed("the tier"))?;
@@ -451,18 +494,25 @@ impl KvTier {
             thread.map_err(|error| to_py(engine::Error::io("start a thread of a KV tier", error)))
         };
         running.threads.push(spawn("nvtier-kv-ask", Tier::answer)?);
-        for _ in 0..threads {
-            running.threads.push(spawn("nvtier-kv-move", Tier::move_blocks)?);
+        for number in 0..threads {
+            // Of several one is for loads.
+            let run = if number == 0 && threads > 1 {
+                |tier: &Tier| tier.move_blocks(true)
+            } else {
+                |tier: &Tier| tier.move_blocks(false)
+            };
+            running.threads.push(spawn("nvtier-kv-move", run)?);
         }
         Ok(KvTier { running: Mutex::new(Some(Mine::new(running))), deadline })
     }
 
-    /// Whether a block is there; `None`: ask again. A request gets one answer for a block, but a block that could not be loaded is not there.
+    /// Whether a block is there; `None`: ask again. A request gets one answer for a block, but a block that could not be loaded is not there, nor is one
+    /// that nothing was found out about by the deadline.
     fn lookup(&self, request: &str, tenant: &str, key: &[u8]) -> PyResult<Option<bool>> {
         let tier = self.tier()?;
         let key = key_of(key)?;
         let mut state = lock(&tier.state);
-        let answer = state.ask(request, &tenant.into(), key);
+        let answer = state.ask(request, &tenant.into(), key, self.patience());
         let asks = !state.questions.is_empty();
         drop(state);
         if asks {
@@ -477,7 +527,8 @@ impl KvTier {
         let keys = keys.iter().map(|key| key_of(key)).collect::<PyResult<Vec<_>>>()?;
         let tenant: Tenant = tenant.into();
         let mut state = lock(&tier.state);
-        let answers: Vec<Option<bool>> = keys.iter().map(|key| state.ask(request, &tenant, *key)).collect();
+        let answers: Vec<Option<bool>> =
+            keys.iter().map(|key| state.ask(request, &tenant, *key, self.patience())).collect();
         let asks = !state.questions.is_empty();
         drop(state);
         if asks {
@@ -508,7 +559,10 @@ impl KvTier {
 
     /// Jobs that are over and were not fetched yet.
     fn finished(&self) -> PyResult<Vec<Finished>> {
-        Ok(std::mem::take(&mut lock(&self.tier()?.state).finished))
+        let tier = self.tier()?;
+        let mut state = lock(&tier.state);
+        tier.expire(&mut state);
+        Ok(std::mem::take(&mut state.finished))
     }
 
     /// Whether a job or an answer is still to come.
@@ -521,13 +575,17 @@ impl KvTier {
             || !state.finished.is_empty())
     }
 
-    /// Waits until every job is over. Each of them has its deadline.
+    /// Waits until every job is over. Each of them has its deadline, and what the drive has begun by then its own.
     fn drain(&self, py: Python<'_>) -> PyResult<()> {
         let tier = self.tier()?;
         py.detach(|| {
             let mut state = lock(&tier.state);
             while !state.stop && (state.running > 0 || !state.loads.is_empty() || !state.stores.is_empty()) {
-                state = tier.through.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = tier
+                    .through
+                    .wait_timeout(state, LOOK)
+                    .map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state);
+                tier.expire(&mut state);
             }
         });
         Ok(())

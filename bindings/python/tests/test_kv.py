@@ -123,8 +123,8 @@ def test_quotas_are_of_tenants_and_stay_in_the_store(path):
     with nvtier.kv.Store(path, **options(quotas=quotas, tenant_quota=2 * BLOCK)) as store:
         for tenant, most in (("alice", 4), ("bob", 6), ("carol", 2), ("", 12)):
             space = store.namespace(b"a", BLOCK, tenant)
-            for start in (0, 6):
-                space.put(chain(12)[start : start + 6], rows(12), range(start, start + 6))
+            for n in range(12):
+                assert space.put(chain(12)[n : n + 1], rows(12), [n]) == ["new"]
             # The newest stay, and of other tenants all.
             assert space.contains(chain(12)) == [False] * (12 - most) + [True] * most
     # Who opens it without a word about quotas meets the same, and who says other ones changes them.
@@ -133,7 +133,7 @@ def test_quotas_are_of_tenants_and_stay_in_the_store(path):
         assert space.put(chain(3), rows(3)) == ["new"] * 3
         assert sum(store.namespace(b"a", BLOCK, "alice").contains(chain(12))) == 1
     with nvtier.kv.Store(path, **options(quotas={"alice": 0, "bob": BLOCK})) as store:
-        assert store.namespace(b"a", BLOCK, "alice").put(chain(12), rows(12)).count("new") == 11
+        assert store.namespace(b"a", BLOCK, "alice").put(chain(12), rows(12)).count("new") == 11, "one is there"
         assert sum(store.namespace(b"a", BLOCK, "bob").contains(chain(12))) == 1
 
 

@@ -121,6 +121,8 @@ impl Lane {
         .entered();
         let sorted = self.sort(sources, runs)?;
         let pieces = pieces::plan(sources, &sorted.read, self.options.chunk, self.options.gap)?;
+        // From here on, also while somebody who watches thinks: a load that is not through is one that others may have to wait for.
+        let admission = Admission::enter(control.priority);
         control.check(0, total)?;
         if total == 0 {
             return Ok(Transfer::default());
@@ -156,7 +158,6 @@ impl Lane {
             done: 0,
             out: Transfer { note: sorted.note, ..Transfer::default() },
         };
-        let admission = Admission::enter(control.priority);
         let result = work.run(total, &admission, control);
         // Whatever happened, nothing may be under way when the caller frees the memory on the device.
         let drained = work.drain();

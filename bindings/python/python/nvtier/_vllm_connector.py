@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -19,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from . import _nvtier, kv
 from ._errors import InvalidArgument, NotSupported
 from ._vllm_layout import Layout, refuse
+from ._vllm_names import Adapters, media_extras
 from ._vllm_weights import weights_digest
 
 logger = logging.getLogger(__name__)
@@ -306,6 +308,7 @@ class _Scheduler(_Counted):
         spec = connector._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._block_tokens = spec.block_size
         self._model = _model_parts(config, self._options["fingerprint"])
+        self._adapters = Adapters(getattr(config, "lora_config", None), float(self._options["deadline"]))
         self._print = b""
         self._block_bytes = 0
         self._requests: Dict[str, _Request] = {}
@@ -327,43 +330,71 @@ class _Scheduler(_Counted):
         """Asks for blocks of a fingerprint from now on."""
         if self._shared is None:
             return
-        self._print, size = fingerprint, self._block_bytes
-        shape = (1, size, 1, size, 1, size, size)
-        self.tier = _nvtier.KvTier(self._shared.store._inner, None, "cpu", [], shape, size, fingerprint, 0, float(self._options["deadline"]))
+        self._print = fingerprint
+        self.tier = self._tier(self._shared, fingerprint)
         self._told = {}
+
+    def _tier(self, shared: _Shared, fingerprint: bytes) -> _nvtier.KvTier:
+        size = self._block_bytes
+        shape = (1, size, 1, size, 1, size, size)
+        return _nvtier.KvTier(shared.store._inner, None, "cpu", [], shape, size, fingerprint, 0, float(self._options["deadline"]))
 
     def reset(self) -> Optional[bool]:
         """The weights may be other ones from now on. What they are is not known: blocks of this engine meet no others."""
         if self.tier is None or self._loads or any(known.loading for known in self._requests.values()):
             return False
-        self.tier.close()
-        self._ask(kv.fingerprint(layout="nvtier vllm connector, after a reset", before=self._print, random=os.urandom(16)))
+        old, self.tier, shared = self.tier, None, self._shared
+        fingerprint = self._print = kv.fingerprint(layout="nvtier vllm connector, after a reset", before=self._print, random=os.urandom(16))
+
+        def again() -> None:
+            # The pool may be another process's, which may hang. Until this is through nothing is found.
+            old.close()
+            if shared is None or shared is not self._shared:
+                return
+            tier = self._tier(shared, fingerprint)
+            if self._shared is shared and self._print == fingerprint:
+                self._told, self.tier = {}, tier
+            else:
+                tier.close()
+
+        threading.Thread(target=again, name="nvtier-reset", daemon=True).start()
         # Their names are of the old ones.
         for known in self._requests.values():
             known.keys, known.stored = [], 0
         return True
 
-    def _known(self, request: Any) -> Optional[_Request]:
+    def _known(self, request: Any) -> Tuple[bool, Optional[_Request]]:
+        """Whether it is known what the request's blocks are called, and the request; None: they have no names."""
         known = self._requests.get(request.request_id)
-        if known is None:
-            # Keys are of tokens alone. What else the blocks would depend on is not in them.
-            if request.lora_request is not None or request.mm_features or getattr(request, "prompt_embeds", None) is not None:
-                return None
-            if request.prompt_token_ids is None:
-                return None
-            params = request.kv_transfer_params or {}
-            # The digest of vLLM's own hashes is another one in each process.
-            seed = kv.fingerprint(layout=self._print, salt=request.cache_salt)
-            keys = kv.chain(seed, request.prompt_token_ids, self._block_tokens)
-            known = self._requests[request.request_id] = _Request(str(params.get(self._options["tenant_key"], "")), keys)
-        return known
+        if known is not None:
+            return True, known
+        if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
+            return True, None
+        apart: Dict[str, Any] = {}
+        if request.lora_request is not None:
+            ready, adapter = self._adapters.digest(request.request_id, request.lora_request)
+            if adapter is None:
+                if ready:
+                    # Nobody asks again, and nothing of it is stored.
+                    self._requests[request.request_id] = _Request("", [])
+                return ready, None
+            apart["adapter"] = adapter
+        # The digest of vLLM's own hashes is another one in each process.
+        seed = kv.fingerprint(layout=self._print, salt=request.cache_salt, **apart)
+        extras = media_extras(request.mm_features, len(request.prompt_token_ids), self._block_tokens)
+        keys = kv.chain(seed, request.prompt_token_ids, self._block_tokens, extras)
+        params = request.kv_transfer_params or {}
+        known = self._requests[request.request_id] = _Request(str(params.get(self._options["tenant_key"], "")), keys)
+        return True, known
 
     def _of_ranks(self, keys: Sequence[bytes]) -> List[bytes]:
         """The keys of blocks of all ranks."""
         return [_of_rank(key, rank) for key in keys for rank in range(self._ranks)]
 
     def matched(self, request: Any, computed: int) -> Tuple[Optional[int], bool]:
-        known = self._known(request)
+        ready, known = self._known(request)
+        if not ready:
+            return None, False
         if self.tier is None or known is None or known.failed or not self._loads_any or computed % self._block_tokens:
             return 0, False
         if getattr(request, "skip_reading_prefix_cache", False):
@@ -433,6 +464,7 @@ class _Scheduler(_Counted):
         """A request is over. Whether its blocks are still being stored."""
         if self.tier is not None:
             self.tier.forget(request)
+        self._adapters.forget(request)
         known = self._requests.pop(request, None)
         # Those of a request that waits for a load are kept until it is through, and it has stored nothing.
         return known is not None and known.storing and not known.loading
@@ -442,6 +474,7 @@ class _Scheduler(_Counted):
             if self.tier is not None:
                 self.tier.close()
             self.tier = None
+            self._adapters.close()
             self._shared.give_back()
             self._shared = None
 

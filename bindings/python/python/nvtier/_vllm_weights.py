@@ -12,20 +12,25 @@ from . import _nvtier, kv
 from ._errors import InvalidArgument
 
 
+def weights_folder(model: str, revision: Optional[str] = None) -> str:
+    """Where a model's files are: it is a folder, or Hugging Face's name of what is in its cache."""
+    if os.path.isdir(model):
+        return model
+    try:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(model, revision=revision, local_files_only=True)
+    except Exception as error:
+        raise InvalidArgument(
+            f"the weights of {model!r} are not on this machine ({error}), and blocks are not to meet other weights of the same name:"
+            ' set "fingerprint" in the configuration to something that changes with the weights'
+        ) from error
+
+
 def weights_digest(model: str, revision: Optional[str] = None) -> bytes:
     """A digest of a model's weight files, whatever they are called: of their bytes, or where they lie in Hugging Face's cache, of the digests
     that they are named by there."""
-    folder = model
-    if not os.path.isdir(folder):
-        try:
-            from huggingface_hub import snapshot_download
-
-            folder = snapshot_download(model, revision=revision, local_files_only=True)
-        except Exception as error:
-            raise InvalidArgument(
-                f"the weights of {model!r} are not on this machine ({error}), and blocks are not to meet other weights of the same name:"
-                ' set "fingerprint" in the configuration to something that changes with the weights'
-            ) from error
+    folder = weights_folder(model, revision)
     names = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".bin", ".pt", ".gguf")))
     if not names:
         raise InvalidArgument(f'{folder} has no weights: set "fingerprint" in the configuration to something that changes with the weights')
