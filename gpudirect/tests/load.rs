@@ -10,10 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{checkpoint, contents, fake, load, pattern, plan, small, two_files};
-use gpudirect::driver::fake::FakeOptions;
+use gpudirect::driver::fake::{FakeOptions, POISON};
 use gpudirect::driver::host::HostDriver;
 use gpudirect::{
-    CachePolicy, Cancel, Control, Driver, ErrorKind, Lane, LaneOptions, PlanOptions, Priority, Shard,
+    CachePolicy, Cancel, Control, DeviceMemory, Driver, ErrorKind, Lane, LaneOptions, PathOptions, Paths,
+    PlanOptions, Priority, Shard,
 };
 use nvme::Backend;
 use safetensors::tensor::{Dtype, TensorView};
@@ -322,6 +323,63 @@ fn a_background_load_lets_a_foreground_load_go_first() {
     assert!(contents(&lane, &loaded) == expected);
     assert!(seen > 0);
     assert!(thread.unwrap().join().unwrap() == expected);
+}
+
+/// Tensors go to memory that somebody has already, each to its own place; what lies around it stays as it is.
+#[test]
+fn a_load_goes_to_memory_that_is_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let (files, expected) = two_files(folder.path());
+    let plan = plan(&files, CachePolicy::Auto, &PlanOptions::default()).unwrap();
+    let (device, driver) = fake(FakeOptions { lag: 8, ..FakeOptions::default() });
+    let mut lane = Lane::new(driver.clone(), small()).unwrap();
+    // In the reverse order, at odd addresses, with gaps of poison between them.
+    let gap = 33u64;
+    let room = DeviceMemory::new(&driver, plan.tensors().iter().map(|t| t.len + gap).sum::<u64>() + gap).unwrap();
+    let mut places = vec![0; plan.tensors().len()];
+    let mut end = room.address() + gap;
+    for (number, tensor) in plan.tensors().iter().enumerate().rev() {
+        places[number] = end;
+        end += tensor.len + gap;
+    }
+    let mut run = |lane: &mut Lane, places: &[u64]| {
+        gpudirect::load_into(
+            lane,
+            &plan,
+            places,
+            &Paths::here(),
+            &PathOptions::default(),
+            &mut Control::default(),
+        )
+    };
+    // Places that are no memory, or too few, or where the last byte is beyond its end: refused, and nothing is written.
+    let mut beyond = places.clone();
+    let last = plan.tensors().iter().position(|tensor| tensor.len > 1 << 20).unwrap();
+    beyond[last] = room.address() + room.len() - plan.tensors()[last].len + 1;
+    let mut nowhere = places.clone();
+    nowhere[last] = 64;
+    for bad in [&beyond[..], &nowhere[..]] {
+        let error = run(&mut lane, bad).unwrap_err().to_string();
+        assert!(error.contains(&plan.tensors()[last].name), "{error}");
+    }
+    assert_eq!(run(&mut lane, &places[1..]).unwrap_err().kind(), ErrorKind::Invalid);
+    let all = |lane: &Lane| {
+        let mut bytes = vec![0; room.len() as usize];
+        lane.read_device(room.address(), &mut bytes).unwrap();
+        bytes
+    };
+    assert!(all(&lane).iter().all(|byte| *byte == POISON));
+    let report = run(&mut lane, &places).unwrap();
+    assert_eq!((report.device_bytes, report.device_extra_bytes), (0, 0));
+    assert_eq!(report.bytes, plan.tensors().iter().map(|tensor| tensor.len).sum::<u64>());
+    let mut wanted = vec![POISON; room.len() as usize];
+    for (tensor, place) in plan.tensors().iter().zip(&places) {
+        let at = (place - room.address()) as usize;
+        wanted[at..at + tensor.len as usize].copy_from_slice(&expected[&tensor.name]);
+    }
+    assert!(all(&lane) == wanted);
+    drop((room, lane));
+    assert_eq!(device.leaks(), [""; 0]);
 }
 
 #[test]

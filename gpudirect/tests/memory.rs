@@ -195,6 +195,38 @@ fn pages_stay_while_the_device_copies_them() {
     session.close().unwrap();
 }
 
+/// One lane after the other, as a process with a few pools has them: the tier is pinned as long as somebody uses it, and no longer.
+#[test]
+fn a_lane_that_left_its_tiers_reads_again_and_holds_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (session, names, expected) = pool(false, folder.path());
+    let (device, driver) = fake(FakeOptions::default());
+    let mut lane = Lane::new(driver.clone(), small()).unwrap();
+    let own = device.leaks();
+    let plan = regions(&session, &names, Verify::Always);
+    assert_eq!(plan.resident_bytes(), 0);
+    for name in &names {
+        warm(&session, name, 0..u64::MAX);
+    }
+    let bytes: u64 = plan.sources().iter().map(|source| source.resident_bytes()).sum();
+    assert!(bytes == plan.resident_bytes() && bytes > 8 << 20, "{bytes}");
+    for round in 0..2 {
+        let arena = session.pool().unwrap().ram_arena().unwrap();
+        lane.use_tier(PinnedTier::new(&driver, arena).unwrap()).unwrap();
+        let loaded = load(&mut lane, &plan).unwrap();
+        assert_eq!(loaded.report.tier_bytes, loaded.report.bytes, "round {round}");
+        assert!(contents(&lane, &loaded) == expected, "round {round}");
+        lane.leave_tiers();
+        drop(loaded);
+        assert_eq!(device.leaks(), own, "round {round}: the tier is still pinned");
+        let loaded = load(&mut lane, &plan).unwrap();
+        assert_eq!(loaded.report.tier_bytes, 0);
+        assert!(contents(&lane, &loaded) == expected, "round {round}");
+    }
+    drop((plan, lane));
+    session.close().unwrap();
+}
+
 #[test]
 fn a_tier_of_another_device_is_refused_and_a_directory_has_none() {
     let folder = tempfile::tempdir().unwrap();

@@ -109,6 +109,32 @@ fn a_pool_is_loaded_with_its_checksums_and_without() {
     }
 }
 
+/// What `--warm` brings into memory first is loaded from there, where the pool has a RAM tier, and is said to be read where it has none.
+#[test]
+fn a_warm_load_comes_from_the_ram_tier() {
+    for kind in KINDS {
+        let folder = scratch();
+        let (directory, bytes) = checkpoint(folder.path(), 5_000_000);
+        let pool = format(kind, folder.path());
+        nvtier(["import", text(&directory), "models/m", "--pool", text(&pool)]).ok();
+        let load = |more: &[&str]| {
+            let words = ["load", "models/m", "--pool", text(&pool), "--device", "cpu", "--check"];
+            nvtier(words.into_iter().chain(more.iter().copied())).ok()
+        };
+        let cold = load(&["--json"]).json();
+        assert!(cold["load"]["tier_bytes"].as_u64().unwrap() < 1 << 20, "{kind:?}");
+        let warm = load(&["--json", "--warm", "64MiB"]).json();
+        let has_tier = matches!(kind, Kind::Raw | Kind::Striped);
+        let wanted = if has_tier { bytes } else { 0 };
+        assert_eq!(warm["load"]["tier_bytes"], wanted, "{kind:?}");
+        assert_eq!(warm["load"]["bytes"], bytes);
+        assert_eq!(warm["load"]["reads"] == 0, has_tier);
+        let said = load(&["--warm", "64MiB"]).stdout;
+        assert!(said.contains(if has_tier { "from the RAM tier" } else { "there is no RAM tier" }), "{said}");
+    }
+    nvtier(["load", "x", "--warm", "64MiB", "--device", "cpu"]).refused(2, &["--pool"]);
+}
+
 #[test]
 fn without_cuda_it_says_what_is_missing_and_what_works() {
     let folder = scratch();

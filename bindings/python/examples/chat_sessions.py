@@ -34,13 +34,14 @@ def main():
     parser.add_argument("--tokens", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--budget", type=int, default=256, help="MiB in the pool for all chats")
     parser.add_argument("--ram", type=int, default=32, help="MiB of memory for all chats")
+    parser.add_argument("--dtype", default="auto", help="of the model: float32, bfloat16, ...; auto is what its files say")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
     if not os.path.exists(args.pool):
         nvtier.format(args.pool)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
     with nvtier.kv.Store(args.pool, "chat", budget=args.budget << 20, ram=args.ram << 20) as store:
         planner = nvtier.kv.Planner()
         users = [f"user-{index}" for index in range(args.sessions)]

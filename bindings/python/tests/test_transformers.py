@@ -1,7 +1,11 @@
 """nvtier.transformers: the same tokens with and without restore, for each family; whose blocks are never used for what."""
 
+import ast
 import contextlib
+import importlib.util
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -337,6 +341,52 @@ QUESTIONS = [
     "What is bread made of?", "Describe a cat.", "What is the boiling point of water?", "Say hello in French.", "What is a queue?",
 ]  # fmt: skip
 SYSTEM = "You are a careful assistant who answers in one short sentence, and says so when the answer is not known. " * 2
+
+
+EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "chat_sessions.py"
+#: MiB of all chats in the pool: less than they come to.
+SMALL_BUDGET = 12
+
+
+def test_the_example_of_several_chats_on_one_small_budget(real, tmp_path):
+    """It runs as people run it, twice, in processes of its own; what it says is what the model says without a cache."""
+    if not EXAMPLE.exists():
+        pytest.skip(f"the examples are not beside the tests: {EXAMPLE}")
+    model, tokenizer = real
+    spec = importlib.util.spec_from_file_location("chat_sessions", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    expected = {}
+    for user in ("user-0", "user-1", "user-2"):
+        chat = [{"role": "system", "content": f"You talk to {user}. Answer in one sentence."}]
+        for turn in range(3):
+            chat.append({"role": "user", "content": example.QUESTIONS[turn]})
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+            answer = tokenizer.decode(plain(model, ids, 12)[0, ids.shape[1] :], skip_special_tokens=True)
+            chat.append({"role": "assistant", "content": answer})
+            expected[user, turn] = answer.strip()[:60]
+    folder = os.path.join(os.environ["NVTIER_MODEL"], "snapshot")
+    options = ["--tokens", "12", "--budget", str(SMALL_BUDGET), "--ram", "4", "--device", "cpu", "--dtype", "float32"]
+    loaded = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLE), folder, str(tmp_path / "pool"), *options],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said = {}
+        lines = done.stdout.splitlines()
+        for user, turn, prompt, came, computed, text in re.findall(
+            r"^(user-\d) turn (\d): prompt (\d+) tokens, (\d+) loaded, (\d+) computed, \d+ saved, [\d.]+ s: (.*)$", done.stdout, re.MULTILINE
+        ):
+            said[user, int(turn)] = ast.literal_eval(text)
+            loaded.append(int(came))
+            assert int(came) + int(computed) <= int(prompt)
+        assert said == expected
+        blocks, used, budget, gone = map(int, re.fullmatch(r"store: (\d+) blocks, (\d+) MiB of (\d+) MiB, (\d+) made room", lines[-1]).groups())
+        assert blocks > 0 and used <= budget == SMALL_BUDGET and gone > 0, "the chats are to be more than the budget"
+    # Of each user the second turn goes on from the first one, within a process.
+    assert any(loaded[:9]) and any(loaded[9:])
 
 
 def test_twenty_prompts_of_a_real_model_give_the_same_tokens(real, store):

@@ -17,6 +17,7 @@ import uuid
 
 import numpy as np
 import pytest
+from common import StallingDrive
 
 import nvtier
 import nvtier.vllm
@@ -351,6 +352,43 @@ def test_what_does_not_come_in_time_is_a_miss_and_nobody_waits_for_ever(pool):
         assert engine.load(range(12)) == list(range(12)), "slow is not damaged"
     finally:
         engine.close()
+
+
+def test_a_drive_that_hangs_costs_its_chunks_and_no_step(tmp_path):
+    drive = StallingDrive(tmp_path, 256 << 20)
+    engine = None
+    try:
+        engine = Engine(drive.pool, 16, budget=64 << 20, deadline=1.0)
+        engine.store(range(8))
+        # Out of the CPU tier.
+        engine.store(range(100, 132))
+        drive.stop()
+        for attempt in range(2):
+            # Every call of vLLM's manager came back while the drive did not answer, and in the end what it has are misses.
+            context, seen, results = engine.request(), set(), []
+            for _ in range(STEPS):
+                results = [engine.manager.lookup(key(n), context) for n in range(8)]
+                engine.step()
+                assert not drive.answers, "a step waited for the drive"
+                seen.update(results)
+                if set(results) == {base.LookupResult.MISS}:
+                    break
+            assert set(results) == {base.LookupResult.MISS}
+            # The first time they were there, and being loaded.
+            assert attempt or len(seen) > 1
+            engine.manager.on_request_finished(context)
+        stat = engine.tier._tier.stat()
+        assert stat["load_failed"] == 8 and stat["loaded"] == stat["corrupt"] == stat["lost"] == 0
+        assert not drive.answers
+        drive.go_on()
+        engine.store(range(8))
+        assert engine.load(range(8)) == list(range(8))
+    finally:
+        if not drive.answers:
+            drive.go_on()
+        if engine is not None:
+            engine.close()
+        drive.close()
 
 
 def test_a_reset_with_jobs_on_their_way_and_a_cpu_tier_of_one_chunk(pool):

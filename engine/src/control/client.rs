@@ -286,6 +286,11 @@ impl Client {
 
 /// Connects and says hello.
 pub(super) fn dial(path: &Path) -> Result<(Connection, u32)> {
+    dial_within(path, SILENCE)
+}
+
+/// As [`dial`], by an owner that answers within a time.
+pub(super) fn dial_within(path: &Path, silence: Duration) -> Result<(Connection, u32)> {
     let info = Pool::probe(path).ok();
     let trusted = location::trusted(path);
     let mut refused = None;
@@ -302,7 +307,7 @@ pub(super) fn dial(path: &Path) -> Result<(Connection, u32)> {
                 continue;
             }
         };
-        match hello(stream, info.as_ref()) {
+        match hello(stream, info.as_ref(), silence) {
             Err(error) if error.kind() == ErrorKind::Stale => continue,
             other => return other,
         }
@@ -312,11 +317,11 @@ pub(super) fn dial(path: &Path) -> Result<(Connection, u32)> {
     }))
 }
 
-fn hello(stream: UnixStream, info: Option<&PoolInfo>) -> Result<(Connection, u32)> {
+fn hello(stream: UnixStream, info: Option<&PoolInfo>, silence: Duration) -> Result<(Connection, u32)> {
     let connection = Connection::new(stream, REPLY_MAX);
     let sent = connection.send(&Request::Hello { version: VERSION }, &[], None);
     // A refusal may stand there although the other side took nothing.
-    let frame = match connection.receive::<Reply>(Some(SILENCE)) {
+    let frame = match connection.receive::<Reply>(Some(silence)) {
         Ok(Some(frame)) => answer(frame)?,
         Ok(None) => return Err(Error::new(ErrorKind::Stale, "the pool's owner hung up")),
         Err(error) => return Err(sent.err().unwrap_or(error)),

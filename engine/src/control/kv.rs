@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use nvme::Buffer;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-use super::client::{answer, ask_on, dial, hung_up, unexpected};
+use super::client::{answer, ask_on, dial_within, hung_up, unexpected};
 use super::frame::{Connection, Frame};
 use super::protocol::{Reply, Request};
 use crate::error::{Error, ErrorKind, Result};
@@ -32,6 +32,8 @@ const EXCHANGE: u64 = 64 << 20;
 const IDLE: usize = 8;
 /// How long a store that is being closed is waited for.
 const OPEN_WAIT: Duration = Duration::from_secs(5);
+/// How long an owner is given for what has no deadline of its own.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Beyond the deadline that was asked for: for what the owner does besides.
 const GRACE: Duration = Duration::from_millis(500);
 
@@ -264,7 +266,7 @@ impl RemoteBlocks {
             slot_bytes: (block_bytes as usize).next_multiple_of(4096),
             idle: Mutex::default(),
         };
-        let channel = blocks.channel()?;
+        let channel = blocks.channel(PATIENCE)?;
         blocks.idle.get_mut().unwrap_or_else(PoisonError::into_inner).push(channel);
         Ok(blocks)
     }
@@ -279,7 +281,8 @@ impl RemoteBlocks {
         self.slot_bytes
     }
 
-    fn channel(&self) -> Result<Channel> {
+    /// A connection that nobody uses, or a new one by an owner that answers within a time.
+    fn channel(&self, within: Duration) -> Result<Channel> {
         let kept = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         if let Some(channel) = kept.filter(|channel| !hung_up(&channel.connection)) {
             return Ok(channel);
@@ -289,14 +292,14 @@ impl RemoteBlocks {
             .map_err(|e| Error::io("make a file to exchange KV blocks through", e.into()))?;
         ftruncate(exchange.as_fd(), slots * self.slot_bytes as u64)
             .map_err(|e| Error::io("size the file to exchange KV blocks through", e.into()))?;
-        let connection = dial(&self.path)?.0;
+        let connection = dial_within(&self.path, within)?.0;
         let request = Request::KvOpen {
             settings: self.settings.clone(),
             block_bytes: self.block_bytes,
             tenant: self.tenant.clone(),
         };
         connection.send(&request, &self.fingerprint, Some(exchange.as_fd()))?;
-        let reply = self.last(&connection, Duration::from_secs(30))?;
+        let reply = self.last(&connection, within)?;
         match reply.message {
             // Both sides count places in the file by it.
             Reply::KvOpen { slot_bytes } if slot_bytes == self.slot_bytes as u64 => {}
@@ -327,8 +330,8 @@ impl RemoteBlocks {
     }
 
     /// One request on a connection, which is kept if all went well.
-    fn call<T>(&self, run: impl FnOnce(&Channel) -> Result<T>) -> Result<T> {
-        let channel = self.channel()?;
+    fn call<T>(&self, within: Duration, run: impl FnOnce(&Channel) -> Result<T>) -> Result<T> {
+        let channel = self.channel(within)?;
         let value = run(&channel)?;
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < IDLE {
@@ -338,7 +341,7 @@ impl RemoteBlocks {
     }
 
     fn ask(&self, request: &Request, payload: &[u8]) -> Result<Frame<Reply>> {
-        self.call(|channel| ask_on(&channel.connection, request, payload))
+        self.call(PATIENCE, |channel| ask_on(&channel.connection, request, payload))
     }
 
     fn ask_in_time(
@@ -419,7 +422,8 @@ impl RemoteBlocks {
         let mut answers = Vec::with_capacity(gets.len());
         let mut gets = gets;
         let bytes = self.block_bytes as usize;
-        let done = self.call(|channel| {
+        let left = by.saturating_duration_since(Instant::now()) + GRACE;
+        let done = self.call(left, |channel| {
             for batch in gets.chunks_mut(channel.slots) {
                 let keys: Vec<Key> = batch.iter().map(|get| get.key).collect();
                 let codes = self.ask_in_time(channel, &Request::KvGet, &keys, by)?;
@@ -454,7 +458,8 @@ impl RemoteBlocks {
     pub fn put(&self, puts: Vec<Put>, by: Instant) -> Vec<PutDone> {
         let mut answers = Vec::with_capacity(puts.len());
         let bytes = self.block_bytes as usize;
-        let done = self.call(|channel| {
+        let left = by.saturating_duration_since(Instant::now()) + GRACE;
+        let done = self.call(left, |channel| {
             for batch in puts.chunks(channel.slots) {
                 for (index, put) in batch.iter().enumerate() {
                     let at = (index * self.slot_bytes) as u64;
