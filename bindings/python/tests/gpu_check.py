@@ -240,6 +240,97 @@ def views_of_other_libraries(context):
     return {}
 
 
+class Interface:
+    """An array of a library that speaks no DLPack, on a GPU: `__cuda_array_interface__`, with a stream that is at work on it."""
+
+    def __init__(self, tensor, stream=None):
+        self.tensor = tensor
+        self.__cuda_array_interface__ = {**tensor.__cuda_array_interface__, "version": 3, "stream": stream}
+
+
+@check
+def array_interfaces_in(context):
+    """Saving from and loading into arrays that only say where they are: `__cuda_array_interface__`, whose stream is waited for."""
+    import torch
+    from safetensors.torch import load_file
+
+    import nvtier
+
+    file, ours = context.big(), context.folder / "interface.safetensors"
+    theirs = load_file(file)
+    out = {name: torch.zeros_like(tensor, device=context.device) for name, tensor in theirs.items()}
+    loaded = nvtier.load(file, out=out)
+    equal(out, theirs, context.device)
+    assert loaded.report["device_bytes"] == 0 and loaded["odd"] is out["odd"]
+    # Neighbours in one allocation stay as they are.
+    room = torch.full((theirs["odd"].numel() + 200,), 7, dtype=torch.uint8, device=context.device)
+    nvtier.load(file, out={"odd": room[100:-100]})
+    assert torch.equal(room[100:-100].cpu(), theirs["odd"]) and bool((room[:100] == 7).all()) and bool((room[-100:] == 7).all())
+    if not context.cuda:
+        return {}
+    value = torch.zeros(64 * MIB // 4, device=context.device)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(200):
+            value.add_(1)
+    nvtier.save({"a": Interface(value, stream.cuda_stream)}, ours)
+    assert bool((load_file(ours)["a"] == 200).all()), "the stream was not waited for"
+    for number in (1, 2, None):
+        nvtier.save({"a": Interface(value, number)}, ours)
+        assert bool((load_file(ours)["a"] == 200).all())
+    with torch.cuda.stream(stream):
+        for _ in range(200):
+            value.add_(1)
+    target = Interface(value, stream.cuda_stream)
+    saved = torch.arange(value.numel(), dtype=torch.float32)
+    nvtier.torch.save_file({"a": saved}, ours)
+    nvtier.load(ours, out={"a": target})
+    assert torch.equal(value.cpu(), saved)
+    for bad in (0, 64):
+        odd = Interface(value)
+        odd.__cuda_array_interface__["data"] = (bad, False)
+        try:
+            nvtier.load(ours, out={"a": odd})
+        except nvtier.Error as error:
+            print("   ", error)
+        else:
+            raise AssertionError(f"loaded to {bad:#x}")
+    ours.unlink()
+    return {}
+
+
+@check
+def ram_tier(context):
+    """What the RAM tier of a pool of this process has goes to the device from there, and the tier's memory is given back with the pool."""
+    from safetensors.torch import load_file
+
+    import nvtier
+
+    file, path = context.big(), context.folder / "raw-pool"
+    nvtier.format(path, raw=True, size=700 * MIB)
+    told = {}
+    with nvtier.Pool(path, ram=512 * MIB) as pool:
+        pool.import_file(file, "m.safetensors")
+        cold = nvtier.torch.load_file("m.safetensors", context.device, pool=pool)
+        assert pool.warm("m.safetensors") >= 320 * MIB
+        for round in range(3):
+            loaded = pool.load("m.safetensors", device=context.device)
+            assert loaded.report["tier_bytes"] == loaded.report["bytes"] and loaded.report["reads"] == 0
+            told[f"gb_per_second {round}"] = loaded.report["gb_per_second"]
+            del loaded
+        equal(nvtier.torch.load_file("m.safetensors", context.device, pool=pool), load_file(file), context.device)
+        equal(cold, load_file(file), context.device)
+        with nvtier.torch.safe_open("m.safetensors", framework="pt", device=context.device, pool=pool) as f:
+            equal({name: f.get_tensor(name) for name in f.keys()}, load_file(file), context.device)
+    # Another pool, whose tier may lie where this one's did.
+    with nvtier.Pool(path, ram=512 * MIB) as pool:
+        pool.warm("m.safetensors")
+        assert pool.load("m.safetensors", device=context.device).report["tier_bytes"] >= 320 * MIB
+    path.unlink()
+    return told
+
+
 @check
 def memory_comes_and_goes(context):
     """VRAM: little more than the tensors, and all of it back with the last view."""

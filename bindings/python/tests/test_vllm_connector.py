@@ -165,6 +165,45 @@ def test_requests_that_are_preempted_and_a_late_pool_change_no_token(model, plai
     assert counts["load_failed"] > 0 and counts["loaded"] == counts["lost"] == counts["corrupt"] == 0
 
 
+def lora(folder, model, scale, seed=0):
+    """A LoRA adapter of the model's attention, as peft saves one: strong enough that tokens differ."""
+    import torch
+    from safetensors.torch import save_file
+
+    described = json.loads((pathlib.Path(model) / "config.json").read_text())
+    hidden, heads, kv_heads = described["hidden_size"], described["num_attention_heads"], described["num_key_value_heads"]
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(described["num_hidden_layers"]):
+        for name, out in (("q_proj", hidden), ("v_proj", hidden // heads * kv_heads)):
+            base = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{base}.lora_A.weight"] = torch.randn(8, hidden, generator=generator) * 0.05
+            tensors[f"{base}.lora_B.weight"] = torch.randn(out, 8, generator=generator) * 0.05
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": scale, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_adapters_find_their_own_blocks_and_no_others(model, pool, tmp_path):
+    adapters = {"weak": lora(tmp_path / "a", model, 8), "strong": lora(tmp_path / "b", model, 64)}
+    waves = [[(PROMPTS[0], None, name)] for name in (None, "weak", "strong")]
+    plain = engine(model, waves, adapters=adapters)
+    expected = [wave[0]["tokens"] for wave in plain["waves"]]
+    assert len(set(map(tuple, expected))) == 3, "the adapters make no difference"
+    first = engine(model, waves, pool, adapters=adapters)
+    assert [(wave[0]["tokens"], wave[0]["cached"]) for wave in first["waves"]] == [(tokens, 0) for tokens in expected]
+    # A second process, under other names: each finds its own. Then one whose scale is another one by now, under a name that was there.
+    other = {"weak": lora(tmp_path / "c", model, 32), "x": adapters["weak"], "y": adapters["strong"]}
+    waves = [[(PROMPTS[0], None, name)] for name in (None, "x", "y", "weak")]
+    second = engine(model, waves, pool, adapters=other)
+    assert [wave[0]["tokens"] for wave in second["waves"]][:3] == expected
+    whole = most(second["waves"][0][0])
+    assert [wave[0]["cached"] for wave in second["waves"]] == [whole] * 3 + [0]
+    assert second["counts"]["corrupt"] == second["counts"]["load_failed"] == 0
+
+
 def test_what_makes_no_sense_is_refused(model, pool, tmp_path):
     with pytest.raises(nvtier.InvalidArgument, match="budgget"):
         _vllm_connector._options({"pool": "p", "budgget": 1})

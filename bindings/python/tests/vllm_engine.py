@@ -46,7 +46,23 @@ def arguments(order):
         "enable_prefix_caching": order.get("prefix_caching", False),
         "num_gpu_blocks_override": order.get("blocks"),
         "disable_log_stats": False,
+        **({"enable_lora": True, "max_lora_rank": 8, "max_loras": len(order["adapters"])} if order.get("adapters") else {}),
     }
+
+
+def adapter(order, name):
+    """A LoRA adapter by its name; numbers are in the order of the names."""
+    if name is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    adapters = order["adapters"]
+    return LoRARequest(name, 1 + sorted(adapters).index(name), adapters[name])
+
+
+def pad(request):
+    """Prompt, tenant, name of an adapter."""
+    return (*request, None, None)[:3]
 
 
 def params(tenant, tokens):
@@ -65,10 +81,13 @@ class Offline:
         from vllm import LLM
 
         self.engine = LLM(**arguments(order))
+        self.order = order
 
     async def wave(self, requests, tokens):
-        prompts, tenants = zip(*requests)
-        outputs = self.engine.generate(list(prompts), [params(tenant, tokens) for tenant in tenants], use_tqdm=False)
+        prompts, tenants, adapters = zip(*(pad(request) for request in requests))
+        loras = [adapter(self.order, name) for name in adapters]
+        lora = {"lora_request": loras} if any(loras) else {}
+        outputs = self.engine.generate(list(prompts), [params(tenant, tokens) for tenant in tenants], use_tqdm=False, **lora)
         return [answer(output) for output in outputs]
 
     async def reset(self):
@@ -89,16 +108,18 @@ class Server:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments(order)))
+        self.order = order
         self.number = 0
 
-    async def _one(self, prompt, tenant, tokens):
+    async def _one(self, prompt, tenant, name, tokens):
         self.number += 1
-        async for output in self.engine.generate(prompt, params(tenant, tokens), f"r{self.number}"):
+        lora = adapter(self.order, name)
+        async for output in self.engine.generate(prompt, params(tenant, tokens), f"r{self.number}", lora_request=lora):
             last = output
         return answer(last)
 
     async def wave(self, requests, tokens):
-        return await asyncio.gather(*(self._one(prompt, tenant, tokens) for prompt, tenant in requests))
+        return await asyncio.gather(*(self._one(*pad(request), tokens) for request in requests))
 
     def close(self):
         self.engine.shutdown()
