@@ -14,6 +14,10 @@ use crate::source::Source;
 const ALIGN: u64 = 256;
 /// The most bytes that alignment may cost; with very many tensors it is less strict then.
 const PADDING_MAX: u64 = 64 << 20;
+/// Bytes in a RAM tier that are worth pinning it,
+const TIER_LEAST: u64 = 1 << 20;
+/// where they are one in so many of what is loaded.
+const TIER_SHARE: u64 = 16;
 
 /// A rank's part of each tensor that is cut.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -240,10 +244,23 @@ impl Plan {
         runs
     }
 
-    /// Bytes of the sources that the RAM tier of their pool has now: whether it is worth being made known to the device
-    /// ([`Lane::use_tier`](crate::Lane::use_tier)).
+    /// Bytes that the RAM tier of the sources' pool has now, from the first to the last byte that is wanted of each.
     pub fn resident_bytes(&self) -> u64 {
-        self.sources.iter().map(|source| source.resident_bytes()).sum()
+        let mut spans: BTreeMap<u32, Range<u64>> = BTreeMap::new();
+        for tensor in self.tensors.iter().filter(|tensor| tensor.len > 0) {
+            let Rows { start, len, stride, count } = tensor.rows;
+            let end = start + (count - 1) * stride + len;
+            let span = spans.entry(tensor.source).or_insert(start..end);
+            *span = span.start.min(start)..span.end.max(end);
+        }
+        spans.into_iter().map(|(source, span)| self.sources[source as usize].resident_bytes(span)).sum()
+    }
+
+    /// Whether the RAM tier has so much of it that the tier is worth being made known to the device
+    /// ([`Lane::use_tier`](crate::Lane::use_tier)), which takes time and pins all of it: headers are there always.
+    pub fn wants_tier(&self) -> bool {
+        let resident = self.resident_bytes();
+        resident >= TIER_LEAST && resident >= self.device_bytes / TIER_SHARE
     }
 
     /// A tensor for messages.

@@ -9,6 +9,7 @@
 use std::any::Any;
 use std::fmt;
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -271,9 +272,9 @@ impl Source {
         self.note.as_deref()
     }
 
-    /// Bytes of it that the RAM tier of its pool has now. None of a file, nor of a pool that another process owns.
-    pub fn resident_bytes(&self) -> u64 {
-        let resident = self.lease.iter().flat_map(|lease| lease.resident(0..lease.size()));
+    /// Bytes of a range of it that the RAM tier of its pool has now. None of a file, nor of a pool that another process owns.
+    pub fn resident_bytes(&self, range: Range<u64>) -> u64 {
+        let resident = self.lease.iter().flat_map(|lease| lease.resident(range.clone()));
         resident.map(|part| part.bytes.len() as u64).sum()
     }
 

@@ -335,7 +335,8 @@ fn a_load_goes_to_memory_that_is_there() {
     let mut lane = Lane::new(driver.clone(), small()).unwrap();
     // In the reverse order, at odd addresses, with gaps of poison between them.
     let gap = 33u64;
-    let room = DeviceMemory::new(&driver, plan.tensors().iter().map(|t| t.len + gap).sum::<u64>() + gap).unwrap();
+    let room =
+        DeviceMemory::new(&driver, plan.tensors().iter().map(|t| t.len + gap).sum::<u64>() + gap).unwrap();
     let mut places = vec![0; plan.tensors().len()];
     let mut end = room.address() + gap;
     for (number, tensor) in plan.tensors().iter().enumerate().rev() {

@@ -204,12 +204,13 @@ fn a_lane_that_left_its_tiers_reads_again_and_holds_nothing() {
     let mut lane = Lane::new(driver.clone(), small()).unwrap();
     let own = device.leaks();
     let plan = regions(&session, &names, Verify::Always);
-    assert_eq!(plan.resident_bytes(), 0);
+    // Headers are there always, and are no reason to pin anything.
+    assert!(plan.resident_bytes() < 1 << 20 && !plan.wants_tier());
     for name in &names {
         warm(&session, name, 0..u64::MAX);
     }
-    let bytes: u64 = plan.sources().iter().map(|source| source.resident_bytes()).sum();
-    assert!(bytes == plan.resident_bytes() && bytes > 8 << 20, "{bytes}");
+    let wanted: u64 = plan.tensors().iter().map(|tensor| tensor.len).sum();
+    assert!((wanted..wanted + (1 << 20)).contains(&plan.resident_bytes()) && plan.wants_tier());
     for round in 0..2 {
         let arena = session.pool().unwrap().ram_arena().unwrap();
         lane.use_tier(PinnedTier::new(&driver, arena).unwrap()).unwrap();

@@ -373,7 +373,7 @@ impl Pool {
         }
         py.detach(|| gpudirect::Source::region(&session, name.trim_matches('/'), gpudirect::Verify::Always))
             .py()
-            .map(|source| source.resident_bytes())
+            .map(|source| source.resident_bytes(0..u64::MAX))
     }
 
     /// A handle on the present content of a region.

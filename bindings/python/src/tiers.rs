@@ -7,26 +7,32 @@ use engine::Session;
 use gpudirect::{Lane, PinnedTier, Plan};
 
 use crate::memory::aside;
-use crate::process::Mine;
-
-/// Bytes in a tier from which on it is made known to a device: pinning takes time and memory, and a header is there always.
-const WORTH: u64 = 1 << 20;
+use crate::process::{Born, Mine};
 
 /// Of one pool: its tier, by device. Pinned once, at the first load that finds something in it.
-#[derive(Debug, Default)]
-pub struct Tiers(Mutex<Vec<(String, Mine<Arc<PinnedTier>>)>>);
+#[derive(Debug)]
+pub struct Tiers {
+    pinned: Mutex<Vec<(String, Mine<Arc<PinnedTier>>)>>,
+    born: Born,
+}
+
+impl Default for Tiers {
+    fn default() -> Tiers {
+        Tiers { pinned: Mutex::default(), born: Born::now() }
+    }
+}
 
 impl Tiers {
     /// Lets a lane take what the tier has of a plan. Says why where that cannot be: the load goes on without.
     pub fn lend(&self, session: &Session, plan: &Plan, lane: &mut Lane, device: &str) -> Option<String> {
         let arena = session.pool()?.ram_arena()?;
-        if plan.resident_bytes() < WORTH {
+        if !plan.wants_tier() {
             return None;
         }
         let mut lent = || -> gpudirect::Result<()> {
             // A lane may have a driver of its own: what is pinned already is only counted then.
             let tier = PinnedTier::new(lane.driver(), arena)?;
-            let mut tiers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut tiers = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
             if !tiers.iter().any(|(known, _)| known == device) {
                 tiers.push((device.to_owned(), Mine::new(tier.clone())));
             }
@@ -40,8 +46,12 @@ impl Tiers {
 
     /// Lets go of it.
     pub fn clear(&self) {
-        let tiers = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        if tiers.iter().any(|(device, tier)| device.starts_with("cuda") && tier.is_here()) {
+        // In a child that was forked the lock may be held for ever.
+        if !self.born.here() {
+            return;
+        }
+        let tiers = std::mem::take(&mut *self.pinned.lock().unwrap_or_else(PoisonError::into_inner));
+        if tiers.iter().any(|(device, _)| device.starts_with("cuda")) {
             aside(move || drop(tiers));
         }
     }

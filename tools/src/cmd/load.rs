@@ -23,8 +23,6 @@ use crate::{ceiling, interrupt, names, output, size};
 const CEILING_TIME: Duration = Duration::from_millis(500);
 /// Files from this length on tell how fast their drive reads.
 const DRIVE_FILE: u64 = 64 << 20;
-/// Bytes in the RAM tier from which on it is made known to the device: pinning takes time, and a header is there always.
-const TIER_WORTH: u64 = 1 << 20;
 /// Bytes that are compared at a time.
 const CHECK_BLOCK: usize = 8 << 20;
 
@@ -75,7 +73,7 @@ pub fn run(global: &Global, args: &Load) -> Outcome {
     };
     // Before the first look at the clock: a program that keeps its pool open pins the tier once.
     let tier = match pool.as_ref().and_then(Session::pool).and_then(|pool| pool.ram_arena()) {
-        Some(arena) if plan.resident_bytes() >= TIER_WORTH => {
+        Some(arena) if plan.wants_tier() => {
             let tier = PinnedTier::new(lane.driver(), arena).map_err(failure)?;
             lane.use_tier(tier).map_err(failure)?;
             true
