@@ -215,6 +215,39 @@ def test_adapters_are_known_by_their_bytes_and_their_scale(connector, pool, tmp_
         again.close()
 
 
+def test_an_adapter_on_a_drive_that_hangs_holds_nobody_up(pool, tmp_path):
+    drive = StallingDrive(tmp_path, 256 * MIB)
+    connector = None
+    try:
+        # Files of the mount: whoever looks at them waits for the daemon.
+        folder = adapter(drive.pool.parent / "adapter")
+        connector = Connector(pool, deadline=1.0)
+        assert connector.compute(request()) == 0
+
+        def watch():
+            assert not drive.answers, "it came only when the drive answered again"
+
+        drive.stop()
+        lora = LoRARequest("sql", 1, folder)
+        asked = request(lora_request=lora)
+        assert connector.scheduler.get_num_new_matched_tokens(asked, 0) == (None, False)
+        assert connector.matched(request(), watch) == WHOLE, "others go on meanwhile"
+        assert connector.matched(asked, watch) == 0
+        # The next one is not made to wait as long.
+        assert connector.scheduler.get_num_new_matched_tokens(request(lora_request=lora), 0) == (0, False)
+        watch()
+        drive.go_on()
+        end = time.monotonic() + LIMIT_S
+        while connector.compute(request(lora_request=lora)) != WHOLE:
+            assert time.monotonic() < end, "it is never known"
+    finally:
+        if not drive.answers:
+            drive.go_on()
+        if connector is not None:
+            connector.close()
+        drive.close()
+
+
 def test_prompts_of_embeddings_have_no_names(connector):
     embeds = torch.zeros(len(PROMPT), 8)
     odd = Request("e", None, SamplingParams(max_tokens=4), None, prompt_embeds=embeds)

@@ -351,7 +351,11 @@ class _Scheduler(_Counted):
             old.close()
             if shared is None or shared is not self._shared:
                 return
-            tier = self._tier(shared, fingerprint)
+            try:
+                tier = self._tier(shared, fingerprint)
+            except Exception as error:
+                logger.warning("nvtier connector: nothing is found any more, the pool cannot be asked: %s", error)
+                return
             if self._shared is shared and self._print == fingerprint:
                 self._told, self.tier = {}, tier
             else:

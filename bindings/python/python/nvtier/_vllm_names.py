@@ -45,10 +45,14 @@ class Adapters:
         self._known: Dict[int, _Known] = {}
         #: By request.
         self._asked: Dict[str, Tuple[float, Future[Optional[bytes]]]] = {}
+        #: What did not come in time. Until it does nobody else waits as long.
+        self._late: Optional[Future[Optional[bytes]]] = None
 
     def digest(self, request: str, lora: Any) -> Tuple[bool, Optional[bytes]]:
         """Whether it is known by now, and what it is. None: nobody can tell, and nothing is to be stored."""
         if request not in self._asked:
+            if self._late is not None and not self._late.done():
+                return True, None
             self._asked[request] = (time.monotonic(), self._thread.submit(self._look, lora))
         since, answer = self._asked[request]
         if answer.done():
@@ -57,6 +61,7 @@ class Adapters:
         if time.monotonic() - since < self._deadline:
             return False, None
         del self._asked[request]
+        self._late = answer
         logger.warning("nvtier: adapter %s is not read after %g s: requests with it are computed and not stored", lora.lora_name, self._deadline)
         return True, None
 
