@@ -34,6 +34,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--budget", type=int, default=256, help="MiB in the pool for all chats")
     parser.add_argument("--ram", type=int, default=32, help="MiB of memory for all chats")
+    parser.add_argument("--plan", default="auto", choices=["auto", "load", "compute"], help="what is done with what is stored")
     parser.add_argument("--dtype", default="auto", help="of the model: float32, bfloat16, ...; auto is what its files say")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -46,7 +47,8 @@ def main():
         planner = nvtier.kv.Planner()
         users = [f"user-{index}" for index in range(args.sessions)]
         # A tenant each: nobody's blocks answer anybody else, whatever they ask.
-        caches = {user: nvtier.transformers.PrefixCache(model, store, tokenizer, tenant=user, planner=planner) for user in users}
+        options = {"planner": planner, "plan": args.plan}
+        caches = {user: nvtier.transformers.PrefixCache(model, store, tokenizer, tenant=user, **options) for user in users}
         chats = {user: [{"role": "system", "content": f"You talk to {user}. Answer in one sentence."}] for user in users}
         for turn in range(args.turns):
             for user, chat in chats.items():

@@ -344,8 +344,8 @@ SYSTEM = "You are a careful assistant who answers in one short sentence, and say
 
 
 EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "chat_sessions.py"
-#: MiB of all chats in the pool: less than they come to.
-SMALL_BUDGET = 12
+#: MiB of all chats in the pool, of which the index has 8: less than they come to.
+SMALL_BUDGET = 14
 
 
 def test_the_example_of_several_chats_on_one_small_budget(real, tmp_path):
@@ -359,15 +359,16 @@ def test_the_example_of_several_chats_on_one_small_budget(real, tmp_path):
     expected = {}
     for user in ("user-0", "user-1", "user-2"):
         chat = [{"role": "system", "content": f"You talk to {user}. Answer in one sentence."}]
-        for turn in range(3):
+        for turn in range(2):
             chat.append({"role": "user", "content": example.QUESTIONS[turn]})
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
-            answer = tokenizer.decode(plain(model, ids, 12)[0, ids.shape[1] :], skip_special_tokens=True)
+            answer = tokenizer.decode(plain(model, ids, 8)[0, ids.shape[1] :], skip_special_tokens=True)
             chat.append({"role": "assistant", "content": answer})
             expected[user, turn] = answer.strip()[:60]
     folder = os.path.join(os.environ["NVTIER_MODEL"], "snapshot")
-    options = ["--tokens", "12", "--budget", str(SMALL_BUDGET), "--ram", "4", "--device", "cpu", "--dtype", "float32"]
-    loaded = []
+    # By itself it computes what it can compute sooner than load, and these prompts are short.
+    options = ["--plan", "load", "--turns", "2", "--tokens", "8", "--budget", str(SMALL_BUDGET), "--ram", "4", "--device", "cpu", "--dtype", "float32"]
+    loaded, made_room = [], 0
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, str(EXAMPLE), folder, str(tmp_path / "pool"), *options],
@@ -384,9 +385,11 @@ def test_the_example_of_several_chats_on_one_small_budget(real, tmp_path):
             assert int(came) + int(computed) <= int(prompt)
         assert said == expected
         blocks, used, budget, gone = map(int, re.fullmatch(r"store: (\d+) blocks, (\d+) MiB of (\d+) MiB, (\d+) made room", lines[-1]).groups())
-        assert blocks > 0 and used <= budget == SMALL_BUDGET and gone > 0, "the chats are to be more than the budget"
-    # Of each user the second turn goes on from the first one, within a process.
-    assert any(loaded[:9]) and any(loaded[9:])
+        assert blocks > 0 and used <= budget == SMALL_BUDGET
+        made_room += gone
+    assert made_room > 0, "the chats are to be more than the budget"
+    # A second turn goes on from the first one, and the second process from what the first one left.
+    assert any(loaded[:6]) and any(loaded[6:])
 
 
 def test_twenty_prompts_of_a_real_model_give_the_same_tokens(real, store):

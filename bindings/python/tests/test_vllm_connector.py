@@ -187,14 +187,14 @@ def lora(folder, model, scale, seed=0):
 
 
 def test_adapters_find_their_own_blocks_and_no_others(model, pool, tmp_path):
-    adapters = {"weak": lora(tmp_path / "a", model, 8), "strong": lora(tmp_path / "b", model, 64)}
+    adapters = {"weak": lora(tmp_path / "a", model, 48), "strong": lora(tmp_path / "b", model, 80, seed=1)}
     # Nobody finds anything of anybody else's: these are tokens without a cache.
     first = engine(model, [[(PROMPTS[0], None, name)] for name in (None, "weak", "strong")], pool, adapters=adapters)
     assert [wave[0]["cached"] for wave in first["waves"]] == [0, 0, 0]
     expected = [wave[0]["tokens"] for wave in first["waves"]]
     assert len(set(map(tuple, expected))) == 3, "the adapters make no difference"
     # A second process, under other names: each finds its own. Then one whose scale is another one by now, under a name that was there.
-    other = {"weak": lora(tmp_path / "c", model, 32), "x": adapters["weak"], "y": adapters["strong"]}
+    other = {"weak": lora(tmp_path / "c", model, 64), "x": adapters["weak"], "y": adapters["strong"]}
     waves = [[(PROMPTS[0], None, name)] for name in (None, "x", "y", "weak")]
     second = engine(model, waves, pool, adapters=other)
     assert [wave[0]["tokens"] for wave in second["waves"]][:3] == expected

@@ -1,5 +1,6 @@
-"""What vLLM's connector calls blocks by, and what its scheduler's half does while a drive hangs: the connector's two halves in one process, driven with vLLM's own
-requests, adapters and pictures, as its scheduler and its worker drive them. No model runs; `test_vllm_connector.py` has whole engines."""
+"""What vLLM's connector calls blocks by, and what its scheduler's half does while a drive hangs: the connector's two halves in one process, driven
+with vLLM's own requests, adapters and pictures, as its scheduler and its worker drive them. No model runs; `test_vllm_connector.py` has whole
+engines."""
 
 import json
 import os

@@ -128,9 +128,9 @@ fn start() -> Result<()> {
     let library = unsafe { sys::culib() };
     let mut found: c_int = 0;
     // SAFETY: the type is that of cuda.h for this symbol, which every driver has.
-    if let Ok(version) =
-        unsafe { library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cuDriverGetVersion\0") }
-    {
+    let version =
+        unsafe { library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cuDriverGetVersion\0") };
+    if let Ok(version) = version {
         // SAFETY: `found` is valid for writes; the function needs no cuInit.
         unsafe { version(&mut found) };
     }

@@ -16,7 +16,11 @@ const LIMIT: Duration = Duration::from_secs(60 * 60);
 /// What is tested with what: a name, the packages beside the common ones, and the files.
 const PARTS: [(&str, &str, &[&str]); 3] = [
     ("vllm", "requirements-vllm.txt", &["test_vllm_tier.py", "test_vllm_connector.py"]),
-    ("vllm026", "requirements-vllm026.txt", &["test_vllm_tier.py", "test_vllm_connector.py", "test_vllm.py"]),
+    (
+        "vllm026",
+        "requirements-vllm026.txt",
+        &["test_vllm_tier.py", "test_vllm_names.py", "test_vllm_connector.py", "test_vllm.py"],
+    ),
     ("lmcache", "requirements-lmcache.txt", &["test_lmcache.py"]),
 ];
 

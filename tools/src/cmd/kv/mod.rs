@@ -190,7 +190,7 @@ fn tell_stat(
     }
     text.push_str(&format!("\n\n{}", table.render()));
     if tenants.len() > 1 {
-        text.push_str(&format!("\n\n{}", tenant_table(&tenants)));
+        text.push_str(&format!("\n\n{}", tenant_table(tenants)));
     }
     output::line(&text)
 }
