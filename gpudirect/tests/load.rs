@@ -343,7 +343,7 @@ fn a_load_goes_to_memory_that_is_there() {
         places[number] = end;
         end += tensor.len + gap;
     }
-    let mut run = |lane: &mut Lane, places: &[u64]| {
+    let run = |lane: &mut Lane, places: &[u64]| {
         gpudirect::load_into(
             lane,
             &plan,
