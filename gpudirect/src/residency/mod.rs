@@ -158,12 +158,37 @@ struct Shared {
     store: StateStore,
     options: ResidencyOptions,
     queues: Mutex<Queues>,
-    changed: Condvar,
+    sleepers: Sleepers,
+}
+
+/// Where threads sleep until there is something for them: one is woken for what it does, and not for all that happens.
+#[derive(Default)]
+struct Sleepers {
+    reads: Condvar,
+    copies: Condvar,
+    keeps: Condvar,
+    writes: Condvar,
+    commits: Condvar,
 }
 
 impl Shared {
     fn queues(&self) -> MutexGuard<'_, Queues> {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called after every change of the queues, before they are let go.
+    fn wake(&self, queues: &Queues) {
+        let Sleepers { reads, copies, keeps, writes, commits } = &self.sleepers;
+        // After a failure, and in the end, all of them look.
+        let all = queues.stopped || queues.has_failed();
+        let waiting = [
+            (reads, !queues.reads.is_empty()),
+            (copies, !queues.copies.is_empty()),
+            (keeps, !queues.keeps.is_empty()),
+            (writes, !queues.writes.is_empty()),
+            (commits, queues.may_commit()),
+        ];
+        waiting.iter().filter(|(_, there)| all || *there).for_each(|(sleepers, _)| sleepers.notify_all());
     }
 }
 
@@ -188,7 +213,8 @@ impl Residency {
         }
         let mut queues = Queues::default();
         queues.grow(&store.units());
-        let shared = Arc::new(Shared { store, options, queues: Mutex::new(queues), changed: Condvar::new() });
+        let shared =
+            Arc::new(Shared { store, options, queues: Mutex::new(queues), sleepers: Sleepers::default() });
         let mut residency = Residency { shared, threads: Vec::new(), pinned: Mutex::default(), arena };
         for _ in 0..readers {
             let ring = residency.buffers(ahead)?;
@@ -280,8 +306,7 @@ impl Residency {
         let ticket = Arc::new(Ticket::default());
         let mut queues = self.shared.queues();
         queues.submit(&self.shared, Op { unit, len, kind, target, epoch: 0, behind, ticket: ticket.clone() });
-        drop(queues);
-        self.shared.changed.notify_all();
+        self.shared.wake(&queues);
         Ok(ticket)
     }
 
@@ -300,8 +325,9 @@ impl Residency {
     /// Commits all that was stored before this call, with bytes of the caller's.
     pub fn commit(&self, meta: Vec<u8>) -> Arc<Ticket> {
         let ticket = Arc::new(Ticket::default());
-        self.shared.queues().commit(&self.shared, meta, ticket.clone());
-        self.shared.changed.notify_all();
+        let mut queues = self.shared.queues();
+        queues.commit(&self.shared, meta, ticket.clone());
+        self.shared.wake(&queues);
         ticket
     }
 
@@ -313,8 +339,11 @@ impl Residency {
 
 impl Drop for Residency {
     fn drop(&mut self) {
-        self.shared.queues().stop();
-        self.shared.changed.notify_all();
+        {
+            let mut queues = self.shared.queues();
+            queues.stop();
+            self.shared.wake(&queues);
+        }
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }

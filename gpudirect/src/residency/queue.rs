@@ -333,6 +333,14 @@ impl Queues {
         self.failed.get_or_insert(why);
     }
 
+    /// Whether there is a commit, and what it names is stored.
+    pub fn may_commit(&self) -> bool {
+        self.commits.front().is_some_and(|commit| {
+            let first = self.unfinished.keys().next();
+            first.is_none_or(|first| *first > commit.epoch)
+        })
+    }
+
     pub fn has_failed(&self) -> bool {
         self.failed.is_some()
     }
@@ -365,12 +373,8 @@ pub(super) fn commits(shared: &Shared) {
         if queues.stopped {
             return;
         }
-        let ready = queues.commits.front().is_some_and(|commit| {
-            let first = queues.unfinished.keys().next();
-            first.is_none_or(|first| *first > commit.epoch)
-        });
-        if !ready {
-            queues = shared.changed.wait(queues).unwrap_or_else(PoisonError::into_inner);
+        if !queues.may_commit() {
+            queues = shared.sleepers.commits.wait(queues).unwrap_or_else(PoisonError::into_inner);
             continue;
         }
         let meta =
@@ -394,6 +398,6 @@ pub(super) fn commits(shared: &Shared) {
                 false => queues.held.push(running),
             }
         }
-        shared.changed.notify_all();
+        shared.wake(&queues);
     }
 }

@@ -50,12 +50,15 @@ impl Reader<'_> {
                     false => begun.push(piece),
                 }
             }
+            if failed {
+                self.shared.wake(&queues);
+            }
             let idle = begun.is_empty() && reads.under_way() == 0 && self.flights.len() == 0;
             if idle && queues.stopped {
                 return;
             }
             if idle {
-                queues = self.shared.changed.wait(queues).unwrap_or_else(PoisonError::into_inner);
+                queues = self.shared.sleepers.reads.wait(queues).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             drop(queues);
@@ -97,8 +100,9 @@ impl Reader<'_> {
 
     /// A piece is over; the buffer goes back to whom it belongs to.
     fn end(&mut self, piece: &Piece, buffers: Result<Vec<Buffer>>) {
-        self.ring.extend(self.shared.queues().over_with(self.shared, piece, buffers, true));
-        self.shared.changed.notify_all();
+        let mut queues = self.shared.queues();
+        self.ring.extend(queues.over_with(self.shared, piece, buffers, true));
+        self.shared.wake(&queues);
     }
 
     /// There is nothing to read with: whatever is asked for fails.
@@ -109,8 +113,8 @@ impl Reader<'_> {
             while let Some(piece) = queues.reads.pop_front() {
                 drop(queues.over_with(self.shared, &piece, Ok(Vec::new()), true));
             }
-            self.shared.changed.notify_all();
-            queues = self.shared.changed.wait(queues).unwrap_or_else(PoisonError::into_inner);
+            self.shared.wake(&queues);
+            queues = self.shared.sleepers.reads.wait(queues).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

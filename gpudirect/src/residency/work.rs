@@ -35,6 +35,11 @@ struct Worker<'a> {
 /// Takes pieces until the end. `ring`: as many buffers as a piece has blocks at most, where units have none of their own.
 pub(super) fn run(shared: &Shared, side: Side, ring: Vec<Buffer>) {
     let mut worker = Worker { shared, ring, flights: Flights::default() };
+    let sleepers = match side {
+        Side::Copy => &shared.sleepers.copies,
+        Side::Keep => &shared.sleepers.keeps,
+        Side::Write => &shared.sleepers.writes,
+    };
     let mut queues = shared.queues();
     loop {
         if queues.stopped {
@@ -49,7 +54,7 @@ pub(super) fn run(shared: &Shared, side: Side, ring: Vec<Buffer>) {
         };
         let failed = queues.has_failed();
         if piece.is_none() && worker.flights.len() == 0 {
-            queues = shared.changed.wait(queues).unwrap_or_else(PoisonError::into_inner);
+            queues = sleepers.wait(queues).unwrap_or_else(PoisonError::into_inner);
             continue;
         }
         drop(queues);
@@ -83,8 +88,9 @@ impl Worker<'_> {
 
     /// A piece is over; its buffers go back to whom they belong to.
     fn over(&mut self, piece: &Piece, buffers: Result<Vec<Buffer>>, copied: bool) {
-        self.ring.extend(self.shared.queues().over_with(self.shared, piece, buffers, copied));
-        self.shared.changed.notify_all();
+        let mut queues = self.shared.queues();
+        self.ring.extend(queues.over_with(self.shared, piece, buffers, copied));
+        self.shared.wake(&queues);
     }
 
     /// Starts a copy between a tensor and the unit's own buffers; it is over when it [`land`](Self::land)s.
@@ -117,8 +123,10 @@ impl Worker<'_> {
             Kind::Flush => buffers,
             _ => self.take_out(piece, buffers)?,
         };
-        self.shared.queues().copied(self.shared, running);
-        self.shared.changed.notify_all();
+        let mut queues = self.shared.queues();
+        queues.copied(self.shared, running);
+        self.shared.wake(&queues);
+        drop(queues);
         self.write(piece, buffers)
     }
 
