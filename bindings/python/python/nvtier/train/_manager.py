@@ -49,9 +49,12 @@ class Spare:
         self.ours = ours
 
     def copied(self) -> bool:
-        if self.ticket is not None and self.ticket.is_done(copied=True):
-            self.ticket = None
-        return self.ticket is None
+        # After a failure nothing copies any more; who waits for something hears of it.
+        with contextlib.suppress(Error):
+            if self.ticket is not None and not self.ticket.is_done(copied=True):
+                return False
+        self.ticket = None
+        return True
 
 
 class Manager:
