@@ -2,10 +2,10 @@
 """KV caches on a machine with a GPU: time to the first token with a long stored prefix, and restore bandwidth. Run by hand; under four minutes.
 
     pip install --no-deps nvtier-*.whl
-    python3 bindings/python/tests/kv_gpu_check.py [--device cuda:0] [--dir FOLDER] [--tokens 32768] [--rounds 3] [--out FILE]
+    python3 bindings/python/tests/kv_gpu_check.py [--device cuda:0] [--dir FOLDER] [--shape 3b] [--tokens 32768] [--rounds 3] [--out FILE]
     python3 bindings/python/tests/kv_gpu_check.py --small            # on the host, to work on this file; its figures mean nothing
 
-Needs torch and transformers. The model is of Llama-3-8B's shape with random weights in bf16. Rows are measured in turn, round after round; medians are
+Needs torch and transformers. The model is of Llama-3-8B's shape, or Llama-3.2-3B's, with random weights in bf16. Rows are measured in turn, round after round; medians are
 told. The last line is JSON. Exit code 1: restored bytes were not what was saved, or it broke. No name of a test: pytest leaves it.
 """
 
@@ -23,6 +23,13 @@ import time
 LIMIT_S = 235
 MIB = 1 << 20
 
+#: Models by name: sizes of layers and their number, as of Llama 3 8B and Llama 3.2 3B; ``tiny`` is for the host.
+SHAPES = {
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
+    "3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, vocab_size=128256),
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000),
+}
+
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,21 +38,18 @@ def arguments():
     parser.add_argument("--tokens", type=int, default=None, help="tokens of the prefix (default: 32768; 1024 with --small)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ram", type=int, default=None, help="bytes of pinned memory for blocks (default: the prefix and a quarter)")
+    parser.add_argument("--shape", choices=["8b", "3b"], default="8b", help="of the model")
     parser.add_argument("--small", action="store_true", help="a tiny model on the host")
     parser.add_argument("--out", default=None, help="write the JSON report there as well")
     return parser.parse_args()
 
 
-def make_model(torch, transformers, small, device, tokens):
+def make_model(torch, transformers, shape, device, tokens):
     from transformers.initialization import no_init_weights
 
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
-    if not small:
-        shape = dict(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
-        )
+    small = shape == "tiny"
     config = transformers.LlamaConfig(
-        **shape, max_position_embeddings=tokens + 4096, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, bos_token_id=1, eos_token_id=None
+        **SHAPES[shape], max_position_embeddings=tokens + 4096, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, bos_token_id=1, eos_token_id=None
     )
     kind = torch.float32 if small else torch.bfloat16
     before = torch.get_default_dtype()
@@ -110,7 +114,7 @@ def main():
         sys.exit("kv_gpu_check: there is no CUDA device here; --small works without")
     tokens = args.tokens or (1024 if args.small else 32768)
     clock = Clock(torch, device)
-    spent, model = clock(lambda: make_model(torch, transformers, args.small, device, tokens))
+    spent, model = clock(lambda: make_model(torch, transformers, "tiny" if args.small else args.shape, device, tokens))
     print(f"model made in {spent:.1f} s", flush=True)
     config = model.config
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
@@ -121,7 +125,7 @@ def main():
     ids = torch.randint(2, config.vocab_size, (1, tokens + 16), device=device)
     mask = torch.ones_like(ids)
     report = {
-        "device": device, "model": "tiny" if args.small else "llama-3-8b shape", "tokens": tokens, "kv_bytes": prefix_bytes, "rounds": args.rounds,
+        "device": device, "model": "tiny" if args.small else f"llama-{args.shape} shape", "tokens": tokens, "kv_bytes": prefix_bytes, "rounds": args.rounds,
         "torch": torch.__version__, "transformers": transformers.__version__, "nvtier": nvtier.__version__,
     }  # fmt: skip
     if device.startswith("cuda"):
