@@ -35,6 +35,8 @@ pub fn pytest_files(
     let mut command = Command::new(&python.python);
     command
         .args(["-m", "pytest", "-p", "no:cacheprovider", "-rsfE", "--color=no", "--tb=short", "-q"])
+        // A test's pools go with it, unless it failed: of all tests they are 20 GB.
+        .args(["-o", "tmp_path_retention_policy=failed"])
         .arg("--basetemp")
         .arg(shared.folder("pytest")?.join(name))
         .args(tests)
