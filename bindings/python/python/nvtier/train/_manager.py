@@ -111,8 +111,8 @@ class Manager:
         """Memory for a plane that the device writes to."""
         return self._take(dtype, count)[0]
 
-    def _take(self, dtype: torch.dtype, count: int, fetched: bool = False) -> Tuple[torch.Tensor, Any, Optional[Spare]]:
-        """Memory for a plane. ``fetched``: what comes into it may wait for what is copied from it still; the ticket of that. And whose it was."""
+    def _take(self, dtype: torch.dtype, count: int, fetched: bool = False) -> Tuple[torch.Tensor, Optional[Spare]]:
+        """Memory for a plane, and what it was. ``fetched``: what comes into it may wait for what is copied from it still."""
         found = self._find(dtype, count, fetched)
         while found is None:
             if self._idle:
@@ -126,7 +126,7 @@ class Manager:
                 raise self._no_room(count * dtype.itemsize)
         return found
 
-    def _find(self, dtype: torch.dtype, count: int, fetched: bool) -> Optional[Tuple[torch.Tensor, Any, Optional[Spare]]]:
+    def _find(self, dtype: torch.dtype, count: int, fetched: bool) -> Optional[Tuple[torch.Tensor, Optional[Spare]]]:
         """As :meth:`_take`, where that takes nothing from anybody."""
         bytes = count * dtype.itemsize
         self._reap()
@@ -138,14 +138,13 @@ class Manager:
         if spare is None and self._fits(bytes):
             tensor = torch.empty(count, dtype=dtype, device=self.device)
             self._count(tensor, 1)
-            return tensor, None, None
+            return tensor, None
         if spare is None and fetched:
             spare = next(iter(alike), None)
         if spare is None:
             return None
         self._spare.remove(spare)
-        tensor = spare.tensor if spare.tensor.dtype == dtype else spare.tensor.view(dtype)
-        return tensor, spare.ticket, spare
+        return spare.tensor if spare.tensor.dtype == dtype else spare.tensor.view(dtype), spare
 
     def _free(self, more: int) -> None:
         """Gives memory back, as far as it takes for so many bytes to fit."""
@@ -153,8 +152,11 @@ class Manager:
             if self._fits(more):
                 return
             if spare.copied():
-                self._spare.remove(spare)
-                self._count(spare.tensor, -1)
+                self._let_go(spare)
+
+    def _let_go(self, spare: Spare) -> None:
+        self._spare.remove(spare)
+        self.count_bytes(-spare.bytes)
 
     def makes_room(self, more: int) -> bool:
         """Whether so many bytes fit without anything else having to go."""
@@ -178,10 +180,10 @@ class Manager:
         dtype, count = block.layout.room(plane)
         self._begin_fetch(block, plane, self._take(dtype, count, fetched=True))
 
-    def _begin_fetch(self, block: Block, plane: str, room: Tuple[torch.Tensor, Any, Optional[Spare]]) -> None:
-        tensor, behind, spare = room
-        # New memory may be what the device is still busy with.
-        event = event_on(self.device) if spare is None else spare.event
+    def _begin_fetch(self, block: Block, plane: str, room: Tuple[torch.Tensor, Optional[Spare]]) -> None:
+        tensor, spare = room
+        # New memory may be what the device is busy with until now.
+        event, behind = (spare.event, spare.ticket) if spare is not None else (None, None)
         block.coming[plane] = (tensor, fetch(self.state, block.units[plane], block.part(plane, tensor), event, behind))
 
     def _store(self, block: Block, plane: str) -> None:
@@ -220,10 +222,8 @@ class Manager:
         if waited is not None:
             waited.wait(copied=True)
         self._leaving = [entry for entry in self._leaving if not entry[1].is_done(copied=True)]
-        useless = [spare for spare in self._spare if (self.vram is None or not spare.ours) and spare.copied()]
-        for spare in useless:
-            self._spare.remove(spare)
-            self._count(spare.tensor, -1)
+        for spare in [spare for spare in self._spare if (self.vram is None or not spare.ours) and spare.copied()]:
+            self._let_go(spare)
         if self.spill is not None:
             self.spill.reap()
         return waited is not None
@@ -301,7 +301,7 @@ class Manager:
                 self._begin_fetch(following, plane, room)
             nearer.append(following)
 
-    def _room_ahead(self, dtype: torch.dtype, count: int, keep: int, nearer: List[Block]) -> Optional[Tuple[torch.Tensor, Any, Optional[Spare]]]:
+    def _room_ahead(self, dtype: torch.dtype, count: int, keep: int, nearer: List[Block]) -> Optional[Tuple[torch.Tensor, Optional[Spare]]]:
         """Memory for what is fetched ahead, where ``keep`` bytes are left beside it, and ``nearer`` blocks stay."""
         bytes = count * dtype.itemsize
         while True:
@@ -313,9 +313,8 @@ class Manager:
             far = [idle for idle in self._idle if idle not in nearer]
             free = sum(spare.bytes for spare in self._spare if spare.copied()) - self.device_bytes + (self.vram or 0)
             # Nothing goes that is not enough.
-            if free + sum(tensor.numel() * tensor.element_size() for idle in far for tensor in idle.planes.values()) < bytes + keep:
-                return None
-            if not far:
+            enough = free + sum(tensor.numel() * tensor.element_size() for idle in far for tensor in idle.planes.values()) >= bytes + keep
+            if not far or not enough:
                 return None
             self._evict(far[0])
 
@@ -415,8 +414,7 @@ class Manager:
             self._evict(block)
         self._reap()
         for spare in [spare for spare in self._spare if spare.copied()]:
-            self._spare.remove(spare)
-            self._count(spare.tensor, -1)
+            self._let_go(spare)
         self._in_backward = False
 
     # Hooks
