@@ -121,14 +121,16 @@ class StallingDrive:
         self._rescue.start()
 
     def go_on(self):
+        """Where it answers already, nothing."""
+        if self.answers:
+            return
         self.answers = True
         self._daemon.send_signal(signal.SIGCONT)
         self._rescue.cancel()
 
     def close(self):
         """Ends it. What was asked for while it was stopped may keep its files open for as long as this process lives."""
-        if not self.answers:
-            self.go_on()
+        self.go_on()
         self._daemon.kill()
         self._daemon.wait(LIMIT_S)
         self._daemon.stderr.close()

@@ -387,8 +387,7 @@ def test_a_drive_that_hangs_costs_its_chunks_and_no_step(tmp_path):
         engine.store(range(8))
         assert engine.load(range(8)) == list(range(8))
     finally:
-        if not drive.answers:
-            drive.go_on()
+        drive.go_on()
         if engine is not None:
             engine.close()
         drive.close()
