@@ -18,6 +18,7 @@
 # LIMIT    seconds for each step (default 280)
 # VRAM     GiB of weights, gradients and state on the device, where a step says so by it (small 3, ram 5, states 4)
 # RUNS     of the step ram (ram; ram-backward needs a larger cap)
+# PROFILER a command that a training run is started by, such as "py-spy record -f raw -o FILE --"
 #
 # Needs python3 with torch, transformers and accelerate. A step that fails is said, and the next one runs.
 set -u
@@ -60,7 +61,7 @@ check() {
 train() {
     name=$1
     shift
-    check "$name" python3 $tests/train_gpu_check.py --dir "$DISK" --out "$OUT/$name.json" --nvtier "$NVTIER" "$@"
+    check "$name" ${PROFILER:-} python3 $tests/train_gpu_check.py --dir "$DISK" --out "$OUT/$name.json" --nvtier "$NVTIER" "$@"
 }
 
 for step in "$@"; do

@@ -42,8 +42,11 @@ class Block:
     def __init__(self, name: str, module: Optional[torch.nn.Module], layout: Layout, rank: int = 0) -> None:
         self.name, self.module, self.layout, self.rank = name, module, layout, rank
         self.params: List[Param] = []
-        #: Number of the state's unit of each plane.
+        #: Number of the state's unit of each plane; set by :meth:`number`.
         self.units: Dict[str, int] = {}
+        self._weights: List[str] = []
+        self._states: List[str] = []
+        self._gradients: List[str] = []
         #: Planes that were stored: the state has them, or will have before it is asked.
         self.stored: Set[str] = set()
         #: Planes of the RAM share.
@@ -81,16 +84,23 @@ class Block:
     def trainable(self) -> List[Param]:
         return [param for param in self.params if param.trainable]
 
+    def number(self, plane: str, unit: int) -> None:
+        """Has a plane be a unit of the state."""
+        if plane not in self.units:
+            # Asked for many times a step.
+            (self._weights if seen(plane) else self._gradients if plane in ("g", "sg") else self._states).append(plane)
+        self.units[plane] = unit
+
     def weight_planes(self) -> List[str]:
         """What its forward and backward need."""
-        return [name for name in self.units if seen(name)]
+        return self._weights
 
     def state_planes(self) -> List[str]:
         """What an update needs besides, the gradients aside."""
-        return [name for name in self.units if name in ("lo", "m", "v", "sm", "sv")]
+        return self._states
 
     def gradient_planes(self) -> List[str]:
-        return [name for name in self.units if name in ("g", "sg")]
+        return self._gradients
 
     def view(self, param: Param, plane: str) -> torch.Tensor:
         """A parameter's part of a plane, flat."""

@@ -570,9 +570,6 @@ class Manager:
                 else:
                     into.copy_(gradient.view(-1))
                 block.graded.add(index)
-                if not self.steps_in_backward:
-                    # The last one that is noted is the one of all micro-batches.
-                    block.norms[index] = torch._foreach_norm([_as_master(into, entry)])[0]
             # A plane that is looked at is not put by.
             del into
             block.arrived.add(index)
@@ -584,6 +581,8 @@ class Manager:
         """The gradients of a block are there."""
         if self.ranks is not None:
             self.ranks.reduce(self, block)
+        elif not self.steps_in_backward:
+            self._note_norms(block)
         block.arrived.clear()
         block.expected = None
         block.in_backward = False
@@ -598,6 +597,14 @@ class Manager:
                     self._store(block, plane)
         self._release(block)
         self._stored()
+
+    def _note_norms(self, block: Block) -> None:
+        """Of the gradients that came in this pass, with those of the micro-batches before: the last one that is noted is the one of all of them."""
+        for kind, dtype in ((SPLIT, torch.float32), (FULL, None)):
+            came = [index for index in block.arrived if block.params[index].kind == kind]
+            if came:
+                parts = [block.view(block.params[index], gradient_plane(block.params[index])) for index in came]
+                block.norms.update(zip(came, torch._foreach_norm(parts, 2.0, dtype)))
 
     def _end_backward(self) -> None:
         self._in_backward = False

@@ -321,7 +321,7 @@ def _number(state: Any, every: List[Block], share: List[Tuple[Block, str]], fres
     if state.units() != lens:
         return False
     for number, (block, plane) in enumerate(names, start=first):
-        block.units[plane] = number
+        block.number(plane, number)
         if state.has(number):
             block.stored.add(plane)
     for block, plane in share:
