@@ -219,7 +219,7 @@ class Run:
         return table
 
     def loaders(self, files):
-        return {"nvtier": lambda: self.nvtier(files), **{p: (lambda p=p: self.peer(p, files)) for p in PEERS}}
+        return {"nvtier": lambda: self.nvtier(files), **{p: (lambda p=p: self.peer(p, files)) for p in self.a.peers}}
 
     def step(self, name, work):
         # Bytes are always compared, and the drive has a while to forget that it was written to.
@@ -396,6 +396,7 @@ def main():
         p.add_argument(f"--{name}", type=kind, default=default, required=default is None)
     p.add_argument("--gpu-check", default="")
     p.add_argument("--steps", nargs="*")
+    p.add_argument("--peers", nargs="*", default=PEERS)
     run = Run(p.parse_args())
     run.all()
     print(report(run.results))

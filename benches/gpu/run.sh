@@ -13,6 +13,7 @@
 # ROUNDS   (default 3)
 # LIMIT    seconds for everything; what does not fit is left out and said (default 450)
 # STEPS    only these, by their names in run.py (default: all)
+# PEERS    only these (default: all that run.py knows)
 #
 # Needs python3 with torch and safetensors. As root it drops the page cache before each cold load; otherwise it evicts the
 # files one by one. A step that fails is recorded, and the rest goes on.
@@ -45,4 +46,4 @@ fi
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 NVTIER
 
 python3 benches/gpu/run.py --nvtier "$NVTIER" --disk "$DISK" --shm "$shm" --out "$OUT" --gb "${GB:-8}" \
-    --rounds "${ROUNDS:-3}" --limit "${LIMIT:-450}" --gpu-check "$GPU_CHECK" ${STEPS:+--steps $STEPS}
+    --rounds "${ROUNDS:-3}" --limit "${LIMIT:-450}" --gpu-check "$GPU_CHECK" ${STEPS:+--steps $STEPS} ${PEERS:+--peers $PEERS}

@@ -8,8 +8,8 @@
 #         stream    3B inference with 2 GiB of VRAM beside accelerate's disk_offload, and all of it in host memory
 #         ranks     two GPUs: bit for bit DistributedDataParallel, times of a step
 #         part      2.9 G parameters, 8 GiB of VRAM, 16 GiB of RAM, the rest on the drive
-#         ram       1.8 G parameters, 8 GiB of VRAM, all of it in RAM
-#         states    2.9 G parameters, 8 GiB of VRAM, all of it in 64 GiB of RAM; needs 90 GB of the drive
+#         ram       1.8 G parameters, 8 GiB of VRAM, all of it in RAM (the drive, which has no part in it, is not measured)
+#         states    2.9 G parameters, 8 GiB of VRAM, all of it in 64 GiB of RAM; needs 90 GB of the drive; likewise
 #         peer      DeepSpeed ZeRO-3 with NVMe, the same model (PEER: folder with its source, wheels and libaio packages)
 #         large     3.8 G parameters (LAYERS: 37), 24 GiB of VRAM, 64 GiB of RAM; and what plain PyTorch trains in as much VRAM
 #
@@ -75,7 +75,7 @@ json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
     stream) check stream python3 $tests/stream_gpu_check.py --dir "$DISK" --out "$OUT/stream.json" --nvtier "$NVTIER" --rounds 5 ;;
     ranks) check ranks python3 -m torch.distributed.run --standalone --nproc-per-node 2 $tests/ranks_gpu_check.py --dir "$DISK" --out "$OUT/ranks.json" ;;
     part) train part --no-exact "${big[@]}" --runs part --vram 3 --cap 8 --steps 3 ;;
-    ram) train ram --no-exact "${big[@]}" --layers 16 --runs "${RUNS:-ram}" --vram "${VRAM:-5}" --cap 8 --steps 6 --timeline ;;
+    ram) train ram --no-exact "${big[@]}" --layers 16 --runs "${RUNS:-ram}" --vram "${VRAM:-5}" --cap 8 --steps 6 --timeline --nvtier "" ;;
     large)
         train large --no-exact --no-plain "${big[@]}" --layers "${LAYERS:-37}" --batch 1 --runs large --vram 12 --cap 24 --steps 2
         for layers in 14 13 12 11 10 9; do
@@ -83,7 +83,7 @@ json.dump(found, open(sys.argv[2], 'w'), indent=1)" "$DISK" "$OUT/exact.json" ;;
             grep -q "exit 0" "$OUT/plain.log" && break
         done
         ;;
-    states) train states --no-exact "${big[@]}" --runs ram --vram "${VRAM:-4}" --cap 8 --steps 6 --timeline ;;
+    states) train states --no-exact "${big[@]}" --runs ram --vram "${VRAM:-4}" --cap 8 --steps 6 --timeline --nvtier "" ;;
     peer)
         for package in "$PEER"/*.deb; do dpkg -x "$package" "$site/aio"; done
         ( 

@@ -143,7 +143,7 @@ def exact(folder):
 def drive(nvtier_bin, folder, ways=("write", "read"), keep=False):
     """GB/s that the drive reads and writes now, by nvtier bench. ``keep``: the file stays, for a later call that only reads: a drive that has just been
     written to may read more slowly for seconds."""
-    if nvtier_bin is None:
+    if not nvtier_bin:
         return None
     speeds = {}
     for way in ways:
@@ -351,12 +351,15 @@ def speed(options, folder):
         # The first step has nothing to update yet, and the second one no moments to read.
         warm = min(2, options.steps - 1)
         times = steps_of(model, optimizer, ids, warm, clip=step_in == "forward")
+        retries = torch.cuda.memory_stats()["num_alloc_retries"]
         before = optimizer.stats()
         times += steps_of(model, optimizer, ids, options.steps - warm, clip=step_in == "forward")
         after = optimizer.stats()
         one = {
             "name": name,
             "begin_seconds": begun,
+            # Each is a pause: PyTorch's allocator met the cap, and gave gaps back first.
+            "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries,
             "seconds": times,
             "median_seconds": statistics.median(times[warm:]),
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,

@@ -112,7 +112,9 @@ class Layout:
         self.passing = passing
         self.counts: Dict[str, int] = {}
         self.frozen: Dict[str, torch.dtype] = {}
+        #: What was asked for once: it is asked for many times a step.
         self._rooms: Dict[str, Tuple[torch.dtype, int]] = {}
+        self._gradients: Dict[str, Tuple[torch.dtype, int]] = {}
         self.gradient = torch.float32 if precision != "bf16" else torch.bfloat16
         #: Of weights whose gradient comes as bfloat16: kept so where nothing is added to it, and it is no mean of several.
         self.split_gradient = torch.float32 if accumulate or ranks > 1 else torch.bfloat16
@@ -121,6 +123,7 @@ class Layout:
         """A place for a parameter."""
         key = kind if kind != FROZEN else f"{FROZEN}:{tensor.dtype}"
         self._rooms.clear()
+        self._gradients = {}
         start = self.counts.get(key, 0)
         place = Place(start, tensor.numel())
         self.counts[key] = start + padded(tensor.numel())
@@ -154,8 +157,10 @@ class Layout:
 
     def gradient_planes(self) -> Dict[str, Tuple[torch.dtype, int]]:
         """As :meth:`planes`, of the gradients, wherever they are."""
-        kinds = ((FULL, "g", self.gradient), (SPLIT, "sg", self.split_gradient))
-        return {name: (dtype, self.share(kind)) for kind, name, dtype in kinds if self.counts.get(kind)}
+        if not self._gradients:
+            kinds = ((FULL, "g", self.gradient), (SPLIT, "sg", self.split_gradient))
+            self._gradients = {name: (dtype, self.share(kind)) for kind, name, dtype in kinds if self.counts.get(kind)}
+        return self._gradients
 
     def room(self, plane: str) -> Tuple[torch.dtype, int]:
         """Type and elements of a plane on the device: the whole of what modules see."""
