@@ -6,15 +6,11 @@ use std::path::Path;
 use std::process::Command;
 
 /// A paragraph of Markdown.
-pub fn describe(dir: &Path, rounds: usize) -> String {
+pub fn describe(dir: &Path, rounds: usize, rehearsed: bool) -> String {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model =
         cpu.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split(": ").nth(1));
-    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let gib = memory
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())
-        .map_or(0, |kib| kib >> 20);
+    let gib = field_kib("/proc/meminfo", "MemTotal") >> 20;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let mut text = String::new();
     let _ = writeln!(text, "\n# Run of {}\n", output("date", &["-u", "+%Y-%m-%d %H:%M UTC"]));
@@ -26,8 +22,15 @@ pub fn describe(dir: &Path, rounds: usize) -> String {
     let _ = writeln!(text, "- directory: on {source}");
     let _ = writeln!(
         text,
-        "- each row: {rounds} rounds, A B A B, medians with (min..max); caches dropped and the mount made anew (empty RAM tier) before every cold run"
+        "- each row: {rounds} rounds, A B B A, medians with (min..max); caches dropped and the mount made anew (empty RAM tier) before every cold run"
     );
+    if rehearsed {
+        let _ = writeln!(
+            text,
+            "- cold runs that need much memory are done twice, and the second one counts: it finds its memory present (docs/bench.md)"
+        );
+    }
+    let _ = writeln!(text, "- load before the first row: {}", output("cat", &["/proc/loadavg"]));
     let _ = writeln!(
         text,
         "- CPU: user and system time of the measuring process and of the mount's daemon, per 10^9 bytes"
@@ -61,9 +64,12 @@ pub fn cpu_seconds(pid: u32) -> f64 {
 
 /// A field of /proc/PID/status in KiB, such as `VmHWM`.
 pub fn status_kib(pid: u32, field: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    status
-        .lines()
+    field_kib(&format!("/proc/{pid}/status"), field)
+}
+
+fn field_kib(path: &str, field: &str) -> u64 {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines()
         .find_map(|line| {
             line.strip_prefix(field)?.strip_prefix(':')?.trim().strip_suffix(" kB")?.parse().ok()
         })
