@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 /// A paragraph of Markdown.
 pub fn describe(dir: &Path, rounds: usize, rehearsed: bool) -> String {
@@ -27,7 +28,7 @@ pub fn describe(dir: &Path, rounds: usize, rehearsed: bool) -> String {
     if rehearsed {
         let _ = writeln!(
             text,
-            "- cold runs that need much memory are done twice, and the second one counts: it finds its memory present (docs/bench.md)"
+            "- cold runs that need much memory are done twice, the second time when no other process is at work, and the second one counts: it finds its memory present (docs/bench.md)"
         );
     }
     let _ = writeln!(text, "- load before the first row: {}", output("cat", &["/proc/loadavg"]));
@@ -51,6 +52,31 @@ pub fn drop_caches() {
     if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "3") {
         eprintln!("compare: cannot drop caches ({error}): cold rows are not cold; run as root");
     }
+}
+
+/// Waits until the kernel has handed free pages back to the host of a virtual machine: it begins 2 s after they were freed (`PAGE_REPORTING_DELAY`)
+/// and goes on every 2 s. Then until no other process is at work, for a minute at most.
+pub fn settle() {
+    const REPORTED: Duration = Duration::from_millis(4500);
+    /// Of one CPU.
+    const QUIET: f64 = 0.1;
+    for _ in 0..13 {
+        let before = busy_seconds();
+        std::thread::sleep(REPORTED);
+        if busy_seconds() - before <= QUIET * REPORTED.as_secs_f64() {
+            return;
+        }
+    }
+    eprintln!("compare: other processes are at work; what is measured now says little");
+}
+
+/// CPU time of all processes and of the kernel, seconds.
+fn busy_seconds() -> f64 {
+    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let ticks =
+        |index| stat.split_whitespace().nth(index).and_then(|field| field.parse().ok()).unwrap_or(0u64);
+    // proc_stat(5): user, nice and system, in ticks of 10 ms.
+    (ticks(1) + ticks(2) + ticks(3)) as f64 / 100.0
 }
 
 /// CPU time of a process, seconds; 0 when it is gone.

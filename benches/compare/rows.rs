@@ -3,7 +3,6 @@
 use std::cell::{OnceCell, RefCell};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use crate::pools::{self, Mount};
 use crate::process::{CommandLine, Figure, Measurement};
@@ -65,9 +64,6 @@ enum Cache {
     /// the two what was freed before is handed back, while the first one's pages are in use; they are freed at the last moment.
     Rehearsed,
 }
-
-/// After this time Linux has handed back the first part of what was freed (`PAGE_REPORTING_DELAY` is 2 s).
-const REPORTED: Duration = Duration::from_millis(2500);
 
 struct Side<'a> {
     name: &'a str,
@@ -160,7 +156,7 @@ impl<'a> Context<'a> {
             for index in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
                 if cache == Cache::Rehearsed && !self.options.no_rehearsal {
                     sides[index].run(cache)?;
-                    std::thread::sleep(REPORTED);
+                    machine::settle();
                 }
                 figures[index].push(sides[index].run(cache)?);
             }
