@@ -1,4 +1,4 @@
-//! Side-by-side figures: one row at a time, A B A B, medians and ratio, as a Markdown table.
+//! Side-by-side figures: one row at a time, A B B A, medians and ratio, as a Markdown table.
 //!
 //! ```text
 //! cargo build --release
