@@ -55,7 +55,7 @@ pub fn drop_caches() {
 }
 
 /// Waits until the kernel has handed free pages back to the host of a virtual machine: it begins 2 s after they were freed (`PAGE_REPORTING_DELAY`)
-/// and goes on every 2 s. Then until no other process is at work, for a minute at most.
+/// and goes on every 2 s. Waits on, for a minute at most, while other processes are at work.
 pub fn settle() {
     const REPORTED: Duration = Duration::from_millis(4500);
     /// Of one CPU.

@@ -78,7 +78,7 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<()> {
     let context = rows::Context::new(options)?;
     let mut text = machine::describe(&options.dir, options.rounds, !options.no_rehearsal);
-    let mut failures = Vec::new();
+    let (mut failures, mut measured) = (Vec::new(), 0);
     for (name, group) in rows::GROUPS {
         if !options.rows.is_empty() && !options.rows.iter().any(|row| row == name) {
             continue;
@@ -87,7 +87,10 @@ fn run(options: &Options) -> Result<()> {
         match group(&context) {
             Ok(mut rows) => {
                 rows.retain(|row| !row.sides[0].is_empty());
-                text.push_str(&table::markdown(name, &rows));
+                measured += rows.len();
+                if !rows.is_empty() {
+                    text.push_str(&table::markdown(name, &rows));
+                }
             }
             Err(why) => {
                 eprintln!("compare: {name}: {why}");
@@ -97,6 +100,13 @@ fn run(options: &Options) -> Result<()> {
         }
     }
     drop(context);
+    if measured == 0 && failures.is_empty() {
+        let groups: Vec<&str> = rows::GROUPS.iter().map(|(name, _)| *name).collect();
+        return Err(format!(
+            "--rows, --only and --rounds leave no row to measure; the groups are {}, the names of their rows are in docs/results",
+            groups.join(", ")
+        ));
+    }
     print!("{text}");
     if let Some(path) = &options.out {
         let mut file = std::fs::OpenOptions::new()
