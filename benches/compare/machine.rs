@@ -4,17 +4,14 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 /// A paragraph of Markdown.
-pub fn describe(dir: &Path, rounds: usize) -> String {
+pub fn describe(dir: &Path, rounds: usize, rehearsed: bool) -> String {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model =
         cpu.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split(": ").nth(1));
-    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let gib = memory
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())
-        .map_or(0, |kib| kib >> 20);
+    let gib = field_kib("/proc/meminfo", "MemTotal") >> 20;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let mut text = String::new();
     let _ = writeln!(text, "\n# Run of {}\n", output("date", &["-u", "+%Y-%m-%d %H:%M UTC"]));
@@ -26,8 +23,15 @@ pub fn describe(dir: &Path, rounds: usize) -> String {
     let _ = writeln!(text, "- directory: on {source}");
     let _ = writeln!(
         text,
-        "- each row: {rounds} rounds, A B A B, medians with (min..max); caches dropped and the mount made anew (empty RAM tier) before every cold run"
+        "- each row: {rounds} rounds, A B B A, medians with (min..max); caches dropped and the mount made anew (empty RAM tier) before every cold run"
     );
+    if rehearsed {
+        let _ = writeln!(
+            text,
+            "- cold runs that need much memory are done twice, the second time when no other process is at work, and the second one counts: it finds its memory present (docs/bench.md)"
+        );
+    }
+    let _ = writeln!(text, "- load before the first row: {}", output("cat", &["/proc/loadavg"]));
     let _ = writeln!(
         text,
         "- CPU: user and system time of the measuring process and of the mount's daemon, per 10^9 bytes"
@@ -50,6 +54,31 @@ pub fn drop_caches() {
     }
 }
 
+/// Waits until the kernel has handed free pages back to the host of a virtual machine: it begins 2 s after they were freed (`PAGE_REPORTING_DELAY`)
+/// and goes on every 2 s. Waits on, for a minute at most, while other processes are at work.
+pub fn settle() {
+    const REPORTED: Duration = Duration::from_millis(4500);
+    /// Of one CPU.
+    const QUIET: f64 = 0.1;
+    for _ in 0..13 {
+        let before = busy_seconds();
+        std::thread::sleep(REPORTED);
+        if busy_seconds() - before <= QUIET * REPORTED.as_secs_f64() {
+            return;
+        }
+    }
+    eprintln!("compare: other processes are at work; what is measured now says little");
+}
+
+/// CPU time of all processes and of the kernel, seconds.
+fn busy_seconds() -> f64 {
+    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let ticks =
+        |index| stat.split_whitespace().nth(index).and_then(|field| field.parse().ok()).unwrap_or(0u64);
+    // proc_stat(5): user, nice and system, in ticks of 10 ms.
+    (ticks(1) + ticks(2) + ticks(3)) as f64 / 100.0
+}
+
 /// CPU time of a process, seconds; 0 when it is gone.
 pub fn cpu_seconds(pid: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -61,9 +90,12 @@ pub fn cpu_seconds(pid: u32) -> f64 {
 
 /// A field of /proc/PID/status in KiB, such as `VmHWM`.
 pub fn status_kib(pid: u32, field: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    status
-        .lines()
+    field_kib(&format!("/proc/{pid}/status"), field)
+}
+
+fn field_kib(path: &str, field: &str) -> u64 {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines()
         .find_map(|line| {
             line.strip_prefix(field)?.strip_prefix(':')?.trim().strip_suffix(" kB")?.parse().ok()
         })

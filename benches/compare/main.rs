@@ -1,4 +1,4 @@
-//! Side-by-side figures: one row at a time, A B A B, medians and ratio, as a Markdown table.
+//! Side-by-side figures: one row at a time, A B B A, medians and ratio, as a Markdown table.
 //!
 //! ```text
 //! cargo build --release
@@ -29,6 +29,9 @@ pub struct Options {
     /// Groups to run: bench, pool, mount-dir, mount-raw, mount-shm, checksums, metadata, import, rss; all when left out
     #[arg(long, value_delimiter = ',')]
     rows: Vec<String>,
+    /// Only rows whose name contains this, of those groups
+    #[arg(long)]
+    only: Option<String>,
     /// Runs of each side of a row
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -50,6 +53,9 @@ pub struct Options {
     /// The nvtier command; default: beside this one
     #[arg(long)]
     nvtier: Option<PathBuf>,
+    /// Do cold runs once only, also where they have to wait for the memory that the host of a virtual machine took back
+    #[arg(long)]
+    no_rehearsal: bool,
     /// RAM tier of mounts, MiB
     #[arg(long, default_value_t = 1024)]
     ram_mib: u64,
@@ -71,15 +77,21 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let context = rows::Context::new(options)?;
-    let mut text = machine::describe(&options.dir, options.rounds);
-    let mut failures = Vec::new();
+    let mut text = machine::describe(&options.dir, options.rounds, !options.no_rehearsal);
+    let (mut failures, mut measured) = (Vec::new(), 0);
     for (name, group) in rows::GROUPS {
         if !options.rows.is_empty() && !options.rows.iter().any(|row| row == name) {
             continue;
         }
         eprintln!("== {name}");
         match group(&context) {
-            Ok(rows) => text.push_str(&table::markdown(name, &rows)),
+            Ok(mut rows) => {
+                rows.retain(|row| !row.sides[0].is_empty());
+                measured += rows.len();
+                if !rows.is_empty() {
+                    text.push_str(&table::markdown(name, &rows));
+                }
+            }
             Err(why) => {
                 eprintln!("compare: {name}: {why}");
                 text.push_str(&format!("\n## {name}\n\nNot measured: {why}\n"));
@@ -88,6 +100,13 @@ fn run(options: &Options) -> Result<()> {
         }
     }
     drop(context);
+    if measured == 0 && failures.is_empty() {
+        let groups: Vec<&str> = rows::GROUPS.iter().map(|(name, _)| *name).collect();
+        return Err(format!(
+            "--rows, --only and --rounds leave no row to measure; the groups are {}, the names of their rows are in docs/results",
+            groups.join(", ")
+        ));
+    }
     print!("{text}");
     if let Some(path) = &options.out {
         let mut file = std::fs::OpenOptions::new()

@@ -49,12 +49,40 @@ impl Drop for Context<'_> {
 type Run<'a> = Box<dyn Fn() -> Result<Measurement> + 'a>;
 type Prepare<'a> = Box<dyn Fn() -> Result<()> + 'a>;
 
+/// What the page cache holds when a run begins.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Cache {
+    /// What is there.
+    Kept,
+    /// Nothing.
+    Emptied,
+    /// Nothing, and the memory that the run will take is present.
+    ///
+    /// A virtual machine may give free pages back to its host (free page reporting): two seconds after memory was freed the kernel begins, a part
+    /// every two seconds. A run that gets such pages waits until the host has found others, and one that a part falls into is slowed by it:
+    /// the same cold read took from a quarter of its best rate to all of it. So the run is done twice, and the second one counts. Between
+    /// the two what was freed before is handed back, while the first one's pages are in use; they are freed at the last moment.
+    Rehearsed,
+}
+
 struct Side<'a> {
     name: &'a str,
     command: String,
     /// What has to be there before it is run, and is not measured.
     prepare: Option<Prepare<'a>>,
     run: Run<'a>,
+}
+
+impl Side<'_> {
+    fn run(&self, cache: Cache) -> Result<Measurement> {
+        if let Some(prepare) = &self.prepare {
+            prepare()?;
+        }
+        if cache != Cache::Kept {
+            machine::drop_caches();
+        }
+        (self.run)()
+    }
 }
 
 impl<'a> Context<'a> {
@@ -113,27 +141,24 @@ impl<'a> Context<'a> {
         CommandLine(words)
     }
 
-    /// Runs a row: A B A B ...
+    /// Runs a row: A B B A ..., so that neither side always comes after the other.
     fn row(
         &self,
         what: &str,
         unit: &'static str,
         target: Option<f64>,
-        cold: bool,
+        cache: Cache,
         sides: [Side<'_>; 2],
     ) -> Result<Row> {
         let mut figures = [Vec::new(), Vec::new()];
-        for _ in 0..self.options.rounds {
-            for (side, figures) in sides.iter().zip(&mut figures) {
-                if let Some(prepare) = &side.prepare {
-                    prepare()?;
+        let wanted = self.options.only.as_ref().is_none_or(|only| what.contains(only));
+        for round in 0..if wanted { self.options.rounds } else { 0 } {
+            for index in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
+                if cache == Cache::Rehearsed && !self.options.no_rehearsal {
+                    sides[index].run(cache)?;
+                    machine::settle();
                 }
-                // Last before the run, on both sides alike: a virtual machine may give the emptied cache's pages back to its host
-                // within seconds, and reading into pages that the host has to find again takes up to twice as long.
-                if cold {
-                    machine::drop_caches();
-                }
-                figures.push((side.run)()?);
+                figures[index].push(sides[index].run(cache)?);
             }
         }
         let row = Row {
@@ -144,7 +169,9 @@ impl<'a> Context<'a> {
             commands: sides.each_ref().map(|side| side.command.clone()),
             sides: figures,
         };
-        eprintln!("{what}: {:.3}", row.ratio());
+        if wanted {
+            eprintln!("{what}: {:.3}, by rounds {}", row.ratio(), row.paired());
+        }
         Ok(row)
     }
 
@@ -183,7 +210,7 @@ fn bench(context: &Context<'_>) -> Result<Vec<Row>> {
         for (name, theirs) in [("fio", &ours), ("fio fixedbufs registerfiles", &tuned)] {
             let a = context.side("nvtier bench", context.bench(path, context.bytes(), &ours), figure, None);
             let b = context.side(name, context.fio(path, context.bytes(), theirs), figure, None);
-            rows.push(context.row(&format!("{what}, vs {name}"), unit, Some(1.0), true, [a, b])?);
+            rows.push(context.row(&format!("{what}, vs {name}"), unit, Some(1.0), Cache::Emptied, [a, b])?);
         }
     }
     fs::remove_file(&written).map_err(|error| format!("cannot remove {}: {error}", written.display()))?;
@@ -242,7 +269,7 @@ fn pool(context: &Context<'_>) -> Result<Vec<Row>> {
             &format!("pool read, 4 MiB QD16, vs {name}"),
             "MB/s",
             Some(0.95),
-            true,
+            Cache::Emptied,
             [a, b],
         )?);
     }
@@ -263,31 +290,36 @@ fn read_rows(
     let through = mount.point.join("data");
     let mount = RefCell::new(mount);
     let seconds = format!("--runtime={}", context.options.seconds);
-    let cases: [(&str, bool, Figure, Vec<&str>); 7] = [
+    let cases: [(&str, Cache, Figure, Vec<&str>); 7] = [
         (
             "cold buffered sequential read 1 MiB",
-            true,
+            Cache::Rehearsed,
             Figure::Bandwidth,
             vec!["--rw=read", "--bs=1m", "--ioengine=psync"],
         ),
         (
             "cold O_DIRECT read 1 MiB QD8",
-            true,
+            Cache::Rehearsed,
             Figure::Bandwidth,
             vec!["--rw=read", "--bs=1m", "--ioengine=io_uring", "--iodepth=8", "--direct=1"],
         ),
-        ("cold mmap scan", true, Figure::Bandwidth, vec!["--rw=read", "--bs=1m", "--ioengine=mmap"]),
+        (
+            "cold mmap scan",
+            Cache::Rehearsed,
+            Figure::Bandwidth,
+            vec!["--rw=read", "--bs=1m", "--ioengine=mmap"],
+        ),
         // fio tells the kernel that reads are sequential, which doubles the readahead of a native file and does not reach the
         // file behind a passed-through one. Loaders that map do not tell.
         (
             "cold mmap scan without fadvise",
-            true,
+            Cache::Rehearsed,
             Figure::Bandwidth,
             vec!["--rw=read", "--bs=1m", "--ioengine=mmap", "--fadvise_hint=0"],
         ),
         (
             "4 KiB random O_DIRECT read QD32",
-            true,
+            Cache::Emptied,
             Figure::Iops,
             vec![
                 "--rw=randread",
@@ -301,20 +333,20 @@ fn read_rows(
         ),
         (
             "warm buffered read 1 MiB",
-            false,
+            Cache::Kept,
             Figure::Bandwidth,
             vec!["--rw=read", "--bs=1m", "--ioengine=psync", "--invalidate=0", "--loops=2"],
         ),
         (
             "warm mmap scan",
-            false,
+            Cache::Kept,
             Figure::Bandwidth,
             vec!["--rw=read", "--bs=1m", "--ioengine=mmap", "--invalidate=0", "--loops=2"],
         ),
     ];
     let mut rows = Vec::new();
-    for ((what, cold, figure, options), target) in cases.into_iter().zip(targets) {
-        if !cold {
+    for ((what, cache, figure, options), target) in cases.into_iter().zip(targets) {
+        if cache == Cache::Kept {
             for path in [&through, native] {
                 warm(path)?;
             }
@@ -326,11 +358,11 @@ fn read_rows(
         let a = Side {
             name: "mount",
             command: line.text(),
-            prepare: cold.then(|| Box::new(|| mount.borrow_mut().remount()) as Prepare<'_>),
+            prepare: (cache != Cache::Kept).then(|| Box::new(|| mount.borrow_mut().remount()) as Prepare<'_>),
             run: Box::new(|| line.measure(&context.dir, figure, Some(mount.borrow().pid()))),
         };
         let b = context.side("native", context.fio(native, bytes, &options), figure, None);
-        rows.push(context.row(what, unit, target, cold, [a, b])?);
+        rows.push(context.row(what, unit, target, cache, [a, b])?);
     }
     Ok(rows)
 }
@@ -412,7 +444,7 @@ fn checksums(context: &Context<'_>) -> Result<Vec<Row>> {
         };
         let a = context.side("checksums compared", line("--pool_verify=1"), Figure::Bandwidth, None);
         let b = context.side("not compared", line("--pool_verify=0"), Figure::Bandwidth, None);
-        rows.push(context.row(what, "MB/s", Some(0.9), false, [a, b])?);
+        rows.push(context.row(what, "MB/s", Some(0.9), Cache::Kept, [a, b])?);
     }
     for path in [image, data] {
         fs::remove_file(&path).map_err(|error| format!("cannot remove {}: {error}", path.display()))?;
@@ -440,11 +472,21 @@ fn metadata_rows(context: &Context<'_>) -> Result<Vec<Row>> {
             }
         };
         let sides = [side("mount", &through), side("native", &native)];
-        rows.push(context.row(what, "per second", None, false, sides)?);
+        rows.push(context.row(what, "per second", None, Cache::Kept, sides)?);
     }
     drop(mount);
     fs::remove_dir_all(&pool).map_err(|error| format!("cannot remove {}: {error}", pool.display()))?;
     Ok(rows)
+}
+
+/// Removes what the last round wrote. Before the run, because a file system may go on discarding blocks after that until the next sync.
+fn without(path: &Path) -> Prepare<'_> {
+    Box::new(move || match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(format!("cannot remove {}: {error}", path.display()))
+        }
+        _ => Ok(()),
+    })
 }
 
 /// Bytes into a pool against bytes into ext4, all durable at the end.
@@ -469,11 +511,8 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
     let native = || Side {
         name: "dd to ext4, O_DIRECT",
         command: dd.text(),
-        prepare: None,
-        run: Box::new(|| {
-            let _ = fs::remove_file(&target);
-            timed(&dd)
-        }),
+        prepare: Some(without(&target)),
+        run: Box::new(|| timed(&dd)),
     };
     // What `cp` can reach at best wherever it writes to: it reads its source through the page cache.
     let source = CommandLine::new(&[
@@ -489,7 +528,8 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
         prepare: None,
         run: Box::new(|| timed(&source)),
     };
-    let mut rows = vec![context.row("cp's source alone, buffered", "MB/s", None, true, [a, native()])?];
+    let mut rows =
+        vec![context.row("cp's source alone, buffered", "MB/s", None, Cache::Rehearsed, [a, native()])?];
     for (kind, more) in [
         ("directory", vec![]),
         (
@@ -512,7 +552,7 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
             &format!("import into a {kind} pool"),
             "MB/s",
             Some(0.9),
-            true,
+            Cache::Rehearsed,
             [a, native()],
         )?);
         let mount = Mount::new(&context.nvtier, &pool, &context.dir.join("mnt"), context.options.ram_mib)?;
@@ -522,9 +562,8 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
         let a = Side {
             name: "cp into the mount, sync",
             command: copy.clone(),
-            prepare: None,
+            prepare: Some(without(&into)),
             run: Box::new(|| {
-                let _ = fs::remove_file(&into);
                 let before = machine::cpu_seconds(mount.pid());
                 let mut measured = timed(&line)?;
                 measured.cpu_s += machine::cpu_seconds(mount.pid()) - before;
@@ -535,7 +574,7 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
             &format!("cp into a mounted {kind} pool"),
             "MB/s",
             Some(0.9),
-            true,
+            Cache::Rehearsed,
             [a, native()],
         )?);
         let plain = format!("cp {0} {1} && sync {1}", data.display(), target.display());
@@ -543,26 +582,20 @@ fn import(context: &Context<'_>) -> Result<Vec<Row>> {
         let a = Side {
             name: "cp into the mount, sync",
             command: copy.clone(),
-            prepare: None,
-            run: Box::new(|| {
-                let _ = fs::remove_file(&into);
-                timed(&line)
-            }),
+            prepare: Some(without(&into)),
+            run: Box::new(|| timed(&line)),
         };
         let b = Side {
             name: "cp to ext4, sync",
             command: plain,
-            prepare: None,
-            run: Box::new(|| {
-                let _ = fs::remove_file(&target);
-                timed(&plain_line)
-            }),
+            prepare: Some(without(&target)),
+            run: Box::new(|| timed(&plain_line)),
         };
         rows.push(context.row(
             &format!("cp into a mounted {kind} pool, vs cp"),
             "MB/s",
             None,
-            true,
+            Cache::Rehearsed,
             [a, b],
         )?);
         drop(mount);

@@ -46,6 +46,22 @@ impl Row {
         if side(1) > 0.0 { side(0) / side(1) } else { 0.0 }
     }
 
+    /// Median of the rounds' own ratios, and the range in which the middle half of them lies.
+    pub fn paired(&self) -> String {
+        let [ours, theirs] = &self.sides;
+        let mut ratios: Vec<f64> = ours
+            .iter()
+            .zip(theirs)
+            .filter(|(_, theirs)| theirs.value > 0.0)
+            .map(|(ours, theirs)| ours.value / theirs.value)
+            .collect();
+        ratios.sort_by(f64::total_cmp);
+        let Some(last) = ratios.len().checked_sub(1) else { return "-".into() };
+        let quarter = ratios.len() / 4;
+        let (low, high) = (ratios[quarter], ratios[last - quarter]);
+        format!("{:.3} ({low:.2}..{high:.2})", median(ratios.iter().copied()))
+    }
+
     fn cpu(&self, side: usize) -> String {
         let per_gb = self.sides[side].iter().filter(|m| m.bytes > 0.0).map(|m| m.cpu_s * 1e9 / m.bytes);
         let value = median(per_gb);
@@ -60,7 +76,7 @@ fn short(value: f64) -> String {
 /// One group's rows.
 pub fn markdown(name: &str, rows: &[Row]) -> String {
     let mut text = format!(
-        "\n## {name}\n\n| what | unit | A | median (min..max) | B | median (min..max) | A/B | target | CPU s/GB A | B |\n|---|---|---|---|---|---|---|---|---|---|\n"
+        "\n## {name}\n\n| what | unit | A | median (min..max) | B | median (min..max) | A/B | by rounds (middle half) | target | CPU s/GB A | B |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
     );
     for row in rows {
         let target = row.target.map_or("report".to_owned(), |target| {
@@ -68,7 +84,7 @@ pub fn markdown(name: &str, rows: &[Row]) -> String {
         });
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {} | {} | {} | {:.3} | {target} | {} | {} |",
+            "| {} | {} | {} | {} | {} | {} | {:.3} | {} | {target} | {} | {} |",
             row.what,
             row.unit,
             row.names[0],
@@ -76,6 +92,7 @@ pub fn markdown(name: &str, rows: &[Row]) -> String {
             row.names[1],
             row.figures(1),
             row.ratio(),
+            row.paired(),
             row.cpu(0),
             row.cpu(1)
         );
