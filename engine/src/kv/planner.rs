@@ -170,6 +170,11 @@ impl Costs {
         self.compute.predict(compute_terms(from, to))
     }
 
+    /// Seconds that a piece of computing takes whatever its size; 0 while that is not known.
+    fn compute_launch(&self) -> f64 {
+        self.compute.coefficients.map_or(0.0, |[launch, ..]| launch)
+    }
+
     /// What is known of one place stands in for the other: a guess, until that is measured.
     fn load_terms(&self, from: From) -> Option<[f64; 2]> {
         let (memory, drive) = (self.memory.coefficients, self.drive.coefficients);
@@ -388,8 +393,14 @@ impl Restore {
         let more = (tokens.end - tokens.start)
             .div_ceil(u64::from(self.options.chunk_tokens.max(1)))
             .saturating_sub(1);
-        let launch = costs.compute.coefficients.map_or(0.0, |c| c[0]);
-        Some(costs.compute(tokens.start, tokens.end)? + more as f64 * launch)
+        Some(costs.compute(tokens.start, tokens.end)? + more as f64 * costs.compute_launch())
+    }
+
+    /// Seconds until all of `blocks` is there, where computing comes up to the block `meeting` and the rest is loaded meanwhile. `busy`: as in
+    /// [`meeting`](Self::meeting).
+    fn both_seconds(&self, costs: &Costs, blocks: Range<usize>, meeting: usize, busy: f64) -> Option<f64> {
+        let compute = self.compute_seconds(costs, blocks.start..meeting)?;
+        Some(compute.max(busy + self.load_seconds(costs, meeting..blocks.end)?))
     }
 
     /// The block up to which computing should come: there, loading what is behind it takes as long. `busy`: seconds that the loader needs for
@@ -423,27 +434,25 @@ impl Restore {
         }
         let most = (self.options.chunk_tokens / self.options.block_tokens).max(1) as usize;
         let busy = self.load_busy(&costs, &progress, now);
-        let alone = self.compute_seconds(&costs, from..to);
         let blocks = match (loads_on, busy) {
             (false, _) => to - from,
-            (true, Some(busy)) => match (alone, self.meeting(&costs, from, to, busy)) {
-                (Some(_), Some(meeting)) => {
+            (true, Some(busy)) => match self.meeting(&costs, from, to, busy) {
+                Some(meeting) => {
                     let wanted = meeting - from;
                     let seconds = self.compute_seconds(&costs, from..meeting).unwrap_or(0.0);
-                    let launch = costs.compute.coefficients.map_or(0.0, |c| c[0]);
-                    let load =
-                        |blocks| self.load_seconds(&costs, blocks).map_or(f64::INFINITY, |all| busy + all);
-                    let both = seconds.max(load(meeting..to));
-                    if wanted == 0 || (from == 0 && both > WORTH * load(from..to)) {
+                    let both = self.both_seconds(&costs, from..to, meeting, busy);
+                    let load = self.both_seconds(&costs, from..to, from, busy);
+                    let little = both.zip(load).is_some_and(|(both, load)| both > WORTH * load);
+                    if wanted == 0 || (from == 0 && little) {
                         return Step::Wait;
                     }
-                    match seconds <= LAUNCHES * launch {
+                    match seconds <= LAUNCHES * costs.compute_launch() {
                         true => wanted,
                         false => ((wanted as f64 * SHARE).ceil() as usize).max(1),
                     }
                 }
                 // Nothing was computed yet: a probe.
-                _ => most.min(256u32.div_ceil(self.options.block_tokens) as usize),
+                None => most.min(256u32.div_ceil(self.options.block_tokens) as usize),
             },
             // Nothing was loaded yet: as much as was computed before, and a probe at first.
             (true, None) => progress.computed.max(256u32.div_ceil(self.options.block_tokens) as usize),
@@ -524,9 +533,9 @@ impl Restore {
         if let Some(left) = left
             && progress.loads == 0
         {
-            let compute = |to: usize| self.compute_seconds(&costs, 0..to).unwrap_or(0.0);
-            let both = compute(to - left).max(self.load_seconds(&costs, to - left..to).unwrap_or(0.0));
-            if both > WORTH * compute(to) {
+            let both = self.both_seconds(&costs, 0..to, to - left, 0.0);
+            let compute = self.compute_seconds(&costs, 0..to);
+            if both.zip(compute).is_some_and(|(both, compute)| both > WORTH * compute) {
                 // One small piece: what is not measured is never found to have become faster.
                 progress.worth = false;
                 let one = self.load_seconds(&costs, to - blocks..to).unwrap_or(0.0) / blocks as f64;
