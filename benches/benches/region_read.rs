@@ -157,15 +157,20 @@ fn main() {
                                             .expect("pread");
                                     }
                                     1 => drop(content.read_at(at, buf).expect("a read")),
-                                    _ => drop(content.read_with(at, bs, &mut |slices| {
-                                        // Touch them as a reply would: one copy.
-                                        let mut to = 0;
-                                        for slice in slices {
-                                            buf[to..to + slice.len()].copy_from_slice(slice);
-                                            to += slice.len();
-                                        }
-                                        seen.fetch_add(to as u64, Relaxed);
-                                    })),
+                                    _ => drop(content.read_with(
+                                        at,
+                                        bs,
+                                        engine::Borrower::Program,
+                                        &mut |slices| {
+                                            // Touch them as a reply would: one copy.
+                                            let mut to = 0;
+                                            for slice in slices {
+                                                buf[to..to + slice.len()].copy_from_slice(slice);
+                                                to += slice.len();
+                                            }
+                                            seen.fetch_add(to as u64, Relaxed);
+                                        },
+                                    )),
                                 }
                             },
                             bs,

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::layout::Layout;
 use crate::member::Member;
 use crate::pool::Verify;
-use crate::types::{Allocate, Seek, Timestamp};
+use crate::types::{Allocate, Borrower, Seek, Timestamp};
 
 /// What content of all nodes shares: the members and how to reach them.
 #[derive(Debug)]
@@ -49,8 +49,8 @@ pub trait Content: Send + Sync + fmt::Debug {
     fn allocated(&self) -> u64;
     /// Reads up to the end; returns how many bytes.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize>;
-    /// Lends the bytes, in order, in one call of `f`; returns how many they are.
-    fn read_with(&self, offset: u64, len: usize, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize>;
+    /// Lends the bytes, in order, in one call of `f`, which keeps what it wants of them elsewhere; returns how many they are.
+    fn read_with(&self, offset: u64, len: usize, to: Borrower, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize>;
     /// The next data or hole from `offset`; `OutOfRange` where `lseek(2)` says ENXIO.
     fn seek(&self, offset: u64, what: Seek) -> Result<u64>;
     /// The file that holds exactly these bytes, if one does.

@@ -29,7 +29,7 @@ use crate::extent_io::{ExtentIo, seek};
 use crate::layout::{Extent, Layout, MAX_CHUNKS, Piece};
 use crate::member::Hint;
 use crate::region_read::Source;
-use crate::types::{Allocate, NodeId, Seek, Timestamp};
+use crate::types::{Allocate, Borrower, NodeId, Seek, Timestamp};
 use crate::write_behind::RunOwner;
 
 mod extent_set;
@@ -239,7 +239,13 @@ impl Content for ExtentDraft {
         self.shared.read(offset, buf)
     }
 
-    fn read_with(&self, offset: u64, len: usize, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
+    fn read_with(
+        &self,
+        offset: u64,
+        len: usize,
+        _to: Borrower,
+        f: &mut dyn FnMut(&[&[u8]]),
+    ) -> Result<usize> {
         let len = (self.size().saturating_sub(offset)).min(len as u64) as usize;
         let mut bytes = vec![0u8; len];
         let n = self.shared.read(offset, &mut bytes)?;

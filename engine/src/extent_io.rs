@@ -12,7 +12,7 @@ use crate::member::striping::Stripes;
 use crate::prefetch::Prefetcher;
 use crate::ram_tier::{RamTier, RamTierOptions};
 use crate::region_read::{RegionReader, Source};
-use crate::types::{NodeId, Seek};
+use crate::types::{Borrower, NodeId, Seek};
 use crate::write_behind::WriteBehind;
 
 /// How an [`ExtentIo`] is made.
@@ -167,7 +167,7 @@ impl ExtentContent {
     }
 
     /// Notes a read; asks for more where it continues an earlier one.
-    fn note(&self, offset: u64, len: usize) {
+    fn note(&self, offset: u64, len: usize, to: Borrower) {
         let end = offset.saturating_add(len as u64);
         let budget = self.io.tier().budget_bytes() as u64;
         if end >= self.layout.size() || budget < 4 * READ_AHEAD_MIN {
@@ -216,7 +216,7 @@ impl ExtentContent {
             }
         };
         if let Some(range) = ask {
-            self.io.prefetcher().read_ahead(self.node, &self.layout, range);
+            self.io.prefetcher().read_ahead(self.node, &self.layout, range, to);
         }
     }
 }
@@ -231,12 +231,12 @@ impl Content for ExtentContent {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        self.note(offset, buf.len());
+        self.note(offset, buf.len(), Borrower::Program);
         self.io.reader().read_at(self.source(), offset, buf)
     }
 
-    fn read_with(&self, offset: u64, len: usize, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
-        self.note(offset, len);
+    fn read_with(&self, offset: u64, len: usize, to: Borrower, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
+        self.note(offset, len, to);
         self.io.reader().read_with(self.source(), offset, len, f)
     }
 

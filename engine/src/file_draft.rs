@@ -16,7 +16,7 @@ use crate::content::{Committed, Content, Draft};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{Extent, Layout};
 use crate::member::directory::{FileDirectory, allocated};
-use crate::types::{Allocate, NodeId, Seek, Timestamp};
+use crate::types::{Allocate, Borrower, NodeId, Seek, Timestamp};
 
 mod stream;
 mod sums;
@@ -390,7 +390,13 @@ impl Content for FileDraft {
         })
     }
 
-    fn read_with(&self, offset: u64, len: usize, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
+    fn read_with(
+        &self,
+        offset: u64,
+        len: usize,
+        _to: Borrower,
+        f: &mut dyn FnMut(&[&[u8]]),
+    ) -> Result<usize> {
         let mut buffer = vec![0; len.min(self.size().saturating_sub(offset) as usize)];
         let read = self.read_at(offset, &mut buffer)?;
         f(&[&buffer[..read]]);

@@ -12,7 +12,7 @@ use crate::pool::live::{AnyDraft, Current, Live};
 use crate::pool::stored::Stored;
 use crate::pool::{Inner as PoolInner, Shared, Storage, Verify, lock};
 use crate::prefetch::{PrefetchTicket, Prefetcher, Priority};
-use crate::types::{Access, Allocate, NodeId, Seek};
+use crate::types::{Access, Allocate, Borrower, NodeId, Seek};
 
 /// An open region. Clones share it; the last one to go closes it. Keeps an unlinked region's content until then.
 ///
@@ -114,9 +114,16 @@ impl Handle {
         self.read(&mut |content| content.read_at(offset, buf))
     }
 
-    /// Lends up to `len` bytes, in order, in one call of `f`, without copying where the RAM tier holds them.
-    pub fn read_with(&self, offset: u64, len: usize, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
-        self.read(&mut |content| content.read_with(offset, len, f))
+    /// Lends up to `len` bytes, in order, in one call of `f`, without copying where the RAM tier holds them. `f` keeps what it wants of them
+    /// elsewhere (the kernel does, in its page cache): the RAM tier uses their memory for others before it takes more.
+    pub fn read_with(
+        &self,
+        offset: u64,
+        len: usize,
+        to: Borrower,
+        f: &mut dyn FnMut(&[&[u8]]),
+    ) -> Result<usize> {
+        self.read(&mut |content| content.read_with(offset, len, to, f))
     }
 
     /// Writes all of `data`, extending the region where needed.

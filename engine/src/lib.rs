@@ -45,7 +45,7 @@ pub use repair::{RepairReport, RepairedChunk};
 pub use scrub::{ScrubOptions, ScrubStat};
 pub use session::{Blocks, Entry, Loads, RegionReader, RegionWriter, Session, SessionOptions, WriterOptions};
 pub use types::{
-    Access, Allocate, Attr, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Seek, SetAttr, Timestamp,
-    XattrSet,
+    Access, Allocate, Attr, Borrower, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Seek, SetAttr,
+    Timestamp, XattrSet,
 };
 pub use verify::{BadChunk, VerifyProgress, VerifyReport};

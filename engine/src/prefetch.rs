@@ -1,8 +1,9 @@
 //! Prefetch: explicit lists of ranges, and read-ahead of sequential readers.
 //!
-//! A job is a list of ranges in the order they will be wanted. Background threads take units of 1 MiB from the job that is
+//! A job is a list of ranges in the order they will be wanted. Background threads take units of 1 MiB (4 MiB ahead of the page cache) from the job that is
 //! first by priority, then by deadline, then by age; several threads serve one job. Extents go into the RAM tier (verified);
-//! a region that is a file of its own goes into the page cache by `posix_fadvise(2)`. Dropping the ticket cancels what was not
+//! a region that is a file of its own goes into the page cache by `posix_fadvise(2)`. What was asked for by list stays there for any
+//! number of readers; read-ahead is for the one that it is ahead of. Dropping the ticket cancels what was not
 //! begun; units whose deadline passed are skipped, since they would only push out what is wanted now.
 //!
 //! A job brings at most three quarters of the RAM tier's budget: more would push its own first ranges out before they are read.
@@ -20,9 +21,12 @@ use std::time::Instant;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::region_read::{RegionReader, Source};
-use crate::types::NodeId;
+use crate::types::{Borrower, NodeId};
 
+/// What a thread brings at a time of a job: little, so that threads share jobs, and a program's own reads find their place between.
 const UNIT_BYTES: u64 = 1 << 20;
+/// Ahead of the page cache, whose readers take one page after the other: one batch at the drive, which keeps it busy.
+const PAGE_CACHE_UNIT_BYTES: u64 = 4 << 20;
 /// Read-ahead jobs that wait at most; further ones are dropped, since readers are faster then than read-ahead.
 const READ_AHEAD_JOBS: usize = 64;
 
@@ -96,8 +100,22 @@ struct Job {
 
 #[derive(Debug)]
 enum What {
-    Extents { node: NodeId, layout: Arc<Layout> },
+    /// `ahead_of`: one reader; without, they stay for any number.
+    Extents {
+        node: NodeId,
+        layout: Arc<Layout>,
+        ahead_of: Option<Borrower>,
+    },
     File(Arc<File>),
+}
+
+impl What {
+    fn unit_bytes(&self) -> u64 {
+        match self {
+            What::Extents { ahead_of: Some(Borrower::PageCache), .. } => PAGE_CACHE_UNIT_BYTES,
+            _ => UNIT_BYTES,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -115,12 +133,12 @@ impl JobState {
         self.ranges.is_empty() && self.active == 0
     }
 
-    fn next_unit(&mut self) -> Option<Range<u64>> {
+    fn next_unit(&mut self, unit_bytes: u64) -> Option<Range<u64>> {
         if self.allowance == 0 {
             self.ranges.clear();
         }
         let range = self.ranges.front_mut()?;
-        let end = range.end.min((range.start / UNIT_BYTES + 1) * UNIT_BYTES);
+        let end = range.end.min((range.start / unit_bytes + 1) * unit_bytes);
         let unit = range.start..end;
         range.start = end;
         if range.is_empty() {
@@ -218,10 +236,22 @@ impl Prefetcher {
         priority: Priority,
         deadline: Option<Instant>,
     ) -> PrefetchTicket {
+        self.bring(node, layout, ranges, priority, deadline, None)
+    }
+
+    fn bring(
+        &self,
+        node: NodeId,
+        layout: &Arc<Layout>,
+        ranges: &[(u64, u64)],
+        priority: Priority,
+        deadline: Option<Instant>,
+        ahead_of: Option<Borrower>,
+    ) -> PrefetchTicket {
         let size = layout.size();
         let budget = self.shared.reader.as_ref().map_or(0, |reader| reader.tier().budget_bytes() as u64);
         self.start(
-            What::Extents { node, layout: layout.clone() },
+            What::Extents { node, layout: layout.clone(), ahead_of },
             ranges,
             size,
             budget / 4 * 3,
@@ -243,10 +273,10 @@ impl Prefetcher {
     }
 
     /// As [`extents`](Self::extents), for a sequential reader: at once, without a ticket, dropped when too many wait.
-    pub(crate) fn read_ahead(&self, node: NodeId, layout: &Arc<Layout>, range: Range<u64>) {
+    pub(crate) fn read_ahead(&self, node: NodeId, layout: &Arc<Layout>, range: Range<u64>, of: Borrower) {
         if lock(&self.shared.jobs).heap.len() < READ_AHEAD_JOBS {
-            self.extents(node, layout, &[(range.start, range.end - range.start)], Priority::High, None)
-                .detach();
+            let ranges = [(range.start, range.end - range.start)];
+            self.bring(node, layout, &ranges, Priority::High, None, Some(of)).detach();
         }
     }
 
@@ -326,7 +356,7 @@ fn worker(shared: &Shared) {
             {
                 state.ranges.clear();
             }
-            let unit = state.next_unit();
+            let unit = state.next_unit(job.what.unit_bytes());
             if !state.ranges.is_empty() {
                 // For the next thread, which may begin it while this one reads.
                 lock(&shared.jobs).heap.push(queued);
@@ -357,8 +387,10 @@ fn worker(shared: &Shared) {
 
 fn fetch(shared: &Shared, what: &What, unit: Range<u64>) -> Result<()> {
     match what {
-        What::Extents { node, layout } => match &shared.reader {
-            Some(reader) => reader.prefetch(Source { node: *node, layout }, unit).map(drop),
+        What::Extents { node, layout, ahead_of } => match &shared.reader {
+            Some(reader) => {
+                reader.prefetch(Source { node: *node, layout }, unit, ahead_of.is_none()).map(drop)
+            }
             None => Ok(()),
         },
         What::File(file) => {

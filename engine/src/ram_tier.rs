@@ -7,13 +7,17 @@
 //!   not a frame. Pages are immutable once published, so lending one is a reference count.
 //! - Eviction is S3-FIFO (Yang et al., SOSP 2023): new frames enter a small queue (a tenth of the budget) and reach
 //!   the main queue only when they are asked for again, so that one long stream does not wash out the rest.
+//! - What its reader keeps elsewhere (the kernel in its page cache, a program that reads past that in memory of its own) is *cold*
+//!   ([`RamTier::mark_cold`]): such frames are the first to go, before memory is taken that was never used. Filling fresh memory takes longer
+//!   than the read itself where the kernel has to clear it and a host to find it. A frame that comes back although its last stay
+//!   ended so is kept like any other: the copy is gone. So is what was fetched ahead on demand ([`RamTier::keep`]).
 //! - One reader fills, the others wait (with a deadline): [`RamTier::claim`] hands out each missing run once.
 //! - Content never changes under a key: every commit makes a new generation. Nothing is ever overwritten here.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use nvme::{Arena, ArenaOptions, Buffer};
@@ -24,6 +28,8 @@ use crate::sync::{Condvar, Mutex, MutexGuard};
 /// Bytes of a frame where chunks are not larger. As much as the largest request of a mount: such a read is one operation, one page, and one slice to
 /// reply with.
 pub const FRAME_BYTES: usize = 1 << 20;
+/// Bytes of cold frames that stay: a stream is read ahead of by jobs that may come late, and must then find what was read meanwhile.
+const COLD_BYTES: usize = 32 << 20;
 
 /// How a [`RamTier`] is made.
 #[derive(Clone, Debug)]
@@ -198,6 +204,8 @@ pub struct RamTierStats {
     pub waits: u64,
     /// Frames evicted.
     pub evictions: u64,
+    /// Of those, the cold ones.
+    pub cold_evictions: u64,
     /// Buffers that came from the heap because the budget was lent out (or is 0).
     pub bounces: u64,
 }
@@ -218,6 +226,12 @@ struct Frame {
     queue: Queue,
     /// Tells this stay in a queue from an earlier one under the same key. 0: not queued yet.
     stay: u64,
+    /// Bytes that readers keep elsewhere.
+    copied: usize,
+    /// It is never cold.
+    kept: bool,
+    /// Its number in the shard's queue of cold frames. 0: it is not cold.
+    cold: u64,
 }
 
 #[derive(Debug, Default)]
@@ -227,6 +241,8 @@ struct Shard {
     main: VecDeque<(FrameKey, u64)>,
     small_bytes: usize,
     main_bytes: usize,
+    /// Frames that go first.
+    cold: VecDeque<(FrameKey, u64)>,
     ghosts: VecDeque<u64>,
     ghost_set: HashSet<u64>,
     stays: u64,
@@ -245,7 +261,15 @@ pub struct RamTier {
     misses: AtomicU64,
     waits: AtomicU64,
     evictions: AtomicU64,
+    cold_evictions: AtomicU64,
     bounces: AtomicU64,
+    /// Frames that are cold now.
+    cold: AtomicUsize,
+}
+
+/// Whether somebody reads a frame or fills it.
+fn is_lent(frame: &Frame) -> bool {
+    !frame.fills.is_empty() || frame.pages.iter().any(|page| Arc::strong_count(page) > 1)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -281,7 +305,9 @@ impl RamTier {
             misses: AtomicU64::new(0),
             waits: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
+            cold_evictions: AtomicU64::new(0),
             bounces: AtomicU64::new(0),
+            cold: AtomicUsize::new(0),
         }))
     }
 
@@ -309,6 +335,7 @@ impl RamTier {
             misses: self.misses.load(Relaxed),
             waits: self.waits.load(Relaxed),
             evictions: self.evictions.load(Relaxed),
+            cold_evictions: self.cold_evictions.load(Relaxed),
             bounces: self.bounces.load(Relaxed),
         }
     }
@@ -327,15 +354,20 @@ impl RamTier {
     /// As [`buffer`](Self::buffer), but `None` where that would go to the heap.
     pub fn arena_buffer(&self, len: usize, key: &FrameKey) -> Option<Buffer> {
         let arena = self.arena.as_ref()?;
+        let first = key.mix() as usize % self.shards.len();
+        let shards = || (first..self.shards.len()).chain(0..first).map(|index| &self.shards[index]);
+        let cold = self.cold.load(Relaxed) * self.frame_bytes;
+        if cold > COLD_BYTES.min(self.budget / 4) {
+            shards().any(|shard| self.evict_cold(&mut lock(shard)));
+        }
         if let Some(buffer) = arena.alloc(len) {
             return Some(buffer);
         }
         // Evicting as much as is asked for may leave it in pieces: a few times as much is tried before giving up.
         let mut allowance = (4 * len).max(1 << 20);
-        let first = key.mix() as usize % self.shards.len();
-        for index in (first..self.shards.len()).chain(0..first) {
+        for shard in shards() {
             loop {
-                let freed = self.evict_one(&mut lock(&self.shards[index]));
+                let freed = self.evict_one(&mut lock(shard));
                 if freed == 0 {
                     break;
                 }
@@ -369,7 +401,7 @@ impl RamTier {
             }
         }
         if !found.is_empty() {
-            frame.frequency = (frame.frequency + 1).min(3);
+            self.ask(frame);
             let hits = found.iter().map(|(chunks, _)| chunks.len() as u64).sum();
             self.hits.fetch_add(hits, Relaxed);
         }
@@ -397,6 +429,9 @@ impl RamTier {
             frequency: 0,
             queue: Queue::Small,
             stay: 0,
+            copied: 0,
+            kept: false,
+            cold: 0,
         });
         let (mut hits, mut waits, mut misses) = (0u64, 0u64, 0u64);
         let mut at = wanted.start;
@@ -434,7 +469,7 @@ impl RamTier {
         }
         if asked {
             if hits > 0 {
-                frame.frequency = (frame.frequency + 1).min(3);
+                self.ask(frame);
                 self.hits.fetch_add(hits, Relaxed);
             }
             self.waits.fetch_add(waits, Relaxed);
@@ -442,6 +477,43 @@ impl RamTier {
         }
         if frame.pages.is_empty() && frame.fills.is_empty() {
             shard.frames.remove(&key);
+        }
+    }
+
+    /// The reader of `bytes` bytes of a frame keeps them elsewhere: once that is so of all that the frame holds, it goes first. Being asked for,
+    /// or filled further, ends that.
+    pub fn mark_cold(&self, key: FrameKey, bytes: usize) {
+        let mut guard = lock(self.shard(&key));
+        let shard = &mut *guard;
+        let Some(frame) = shard.frames.get_mut(&key) else { return };
+        frame.copied = frame.copied.saturating_add(bytes);
+        // What has a place in the main queue was asked for again although somebody had it.
+        let stays = frame.kept || frame.queue == Queue::Main || !frame.fills.is_empty();
+        if frame.cold == 0 && !stays && frame.copied >= frame.bytes {
+            shard.stays += 1;
+            frame.cold = shard.stays;
+            shard.cold.push_back((key, frame.cold));
+            self.cold.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Somebody wants a frame here for more than one reader: it is not cold, whoever reads it.
+    pub fn keep(&self, key: FrameKey) {
+        if let Some(frame) = lock(self.shard(&key)).frames.get_mut(&key) {
+            frame.kept = true;
+            self.unmark(frame);
+        }
+    }
+
+    /// A frame is asked for.
+    fn ask(&self, frame: &mut Frame) {
+        frame.frequency = (frame.frequency + 1).min(3);
+        self.unmark(frame);
+    }
+
+    fn unmark(&self, frame: &mut Frame) {
+        if std::mem::take(&mut frame.cold) > 0 {
+            self.cold.fetch_sub(1, Relaxed);
         }
     }
 
@@ -489,6 +561,7 @@ impl RamTier {
             let bytes = page.buffer.len();
             frame.pages.push((*page).clone());
             frame.bytes += bytes;
+            self.unmark(frame);
             self.used.fetch_add(bytes as u64, Relaxed);
             if frame.stay == 0 {
                 let hash = key.mix();
@@ -512,13 +585,58 @@ impl RamTier {
     }
 
     fn remove(&self, shard: &mut Shard, key: &FrameKey) -> usize {
-        let Some(frame) = shard.frames.remove(key) else { return 0 };
+        let Some(mut frame) = shard.frames.remove(key) else { return 0 };
+        self.unmark(&mut frame);
         match frame.queue {
             Queue::Small => shard.small_bytes -= frame.bytes,
             Queue::Main => shard.main_bytes -= frame.bytes,
         }
         self.used.fetch_sub(frame.bytes as u64, Relaxed);
+        // What is gone is dropped from a queue as it comes up; what never comes up must not pile up.
+        let Shard { frames, small, main, cold, .. } = shard;
+        let most = 2 * frames.len() + 64;
+        for queue in [small, main] {
+            if queue.len() > most {
+                queue.retain(|(key, stay)| frames.get(key).is_some_and(|frame| frame.stay == *stay));
+            }
+        }
+        if cold.len() > most {
+            cold.retain(|(key, number)| frames.get(key).is_some_and(|frame| frame.cold == *number));
+        }
         frame.bytes
+    }
+
+    /// Leaves a ghost of a frame that goes, so that it is kept if it comes back soon.
+    fn remember(&self, shard: &mut Shard, key: &FrameKey) {
+        // As many as the shard has room for frames, also where cold ones leave most of it unused.
+        let room = (self.budget / self.frame_bytes / self.shards.len()).max(16);
+        while shard.ghosts.len() >= shard.frames.len().max(room) {
+            if let Some(old) = shard.ghosts.pop_front() {
+                shard.ghost_set.remove(&old);
+            }
+        }
+        let hash = key.mix();
+        if shard.ghost_set.insert(hash) {
+            shard.ghosts.push_back(hash);
+        }
+    }
+
+    /// Evicts the cold frame that waits longest. Returns whether there was one that is not lent.
+    fn evict_cold(&self, shard: &mut Shard) -> bool {
+        for _ in 0..shard.cold.len() {
+            let Some((key, number)) = shard.cold.pop_front() else { break };
+            let Some(frame) = shard.frames.get(&key).filter(|frame| frame.cold == number) else { continue };
+            if is_lent(frame) {
+                shard.cold.push_back((key, number));
+                continue;
+            }
+            self.remember(shard, &key);
+            self.cold_evictions.fetch_add(1, Relaxed);
+            self.evictions.fetch_add(1, Relaxed);
+            self.remove(shard, &key);
+            return true;
+        }
+        false
     }
 
     /// Evicts one frame that is not lent. Returns its bytes, 0 when there is none.
@@ -532,7 +650,7 @@ impl RamTier {
             let popped = if from_small { shard.small.pop_front() } else { shard.main.pop_front() };
             let Some((key, stay)) = popped else { return 0 };
             let Some(frame) = shard.frames.get_mut(&key).filter(|frame| frame.stay == stay) else { continue };
-            let lent = !frame.fills.is_empty() || frame.pages.iter().any(|page| Arc::strong_count(page) > 1);
+            let lent = is_lent(frame);
             if from_small {
                 if frame.frequency > 1 {
                     frame.frequency = 0;
@@ -546,16 +664,7 @@ impl RamTier {
                     shard.small.push_back((key, stay));
                     continue;
                 }
-                let ghosts = (shard.frames.len()).max(16);
-                while shard.ghosts.len() >= ghosts {
-                    if let Some(old) = shard.ghosts.pop_front() {
-                        shard.ghost_set.remove(&old);
-                    }
-                }
-                let hash = key.mix();
-                if shard.ghost_set.insert(hash) {
-                    shard.ghosts.push_back(hash);
-                }
+                self.remember(shard, &key);
             } else if frame.frequency > 0 || lent {
                 frame.frequency = frame.frequency.saturating_sub(1);
                 shard.main.push_back((key, stay));

@@ -155,7 +155,8 @@ impl RegionReader {
         Ok(end.saturating_sub(offset) as usize)
     }
 
-    /// Lends `len` bytes from `offset`, as far as the region goes, to `f` without a copy: slices in order. Returns the bytes lent.
+    /// Lends `len` bytes from `offset`, as far as the region goes, to `f` without a copy: slices in order. `f` keeps what it wants of them
+    /// elsewhere: see [`RamTier::mark_cold`]. Returns the bytes lent.
     pub fn read_with(
         &self,
         source: Source<'_>,
@@ -187,11 +188,14 @@ impl RegionReader {
             }
         }
         f(&slices);
+        drop(slices);
+        drop(held);
+        self.mark_cold(source, offset..end);
         Ok((end - offset) as usize)
     }
 
-    /// Reads what of `range` nobody has or reads yet into the RAM tier. Returns the bytes read.
-    pub fn prefetch(&self, source: Source<'_>, range: Range<u64>) -> Result<u64> {
+    /// Reads what of `range` nobody has or reads yet into the RAM tier; `keep`: for more than one reader. Returns the bytes read.
+    pub fn prefetch(&self, source: Source<'_>, range: Range<u64>, keep: bool) -> Result<u64> {
         if self.tier.arena().is_none() {
             return Ok(0);
         }
@@ -203,6 +207,9 @@ impl RegionReader {
         });
         let bytes = misses.iter().map(|miss| miss.extent.len).sum();
         self.run(source, misses, &mut |_, _| {})?;
+        if keep {
+            self.for_frames(source, &range, |key, _, _| self.tier.keep(key));
+        }
         Ok(bytes)
     }
 
@@ -225,6 +232,20 @@ impl RegionReader {
             }
         });
         found
+    }
+
+    /// Who read `range` keeps it elsewhere.
+    fn mark_cold(&self, source: Source<'_>, range: Range<u64>) {
+        if self.tier.arena().is_none() {
+            return;
+        }
+        // Beyond the end nobody reads: a last chunk is had whole.
+        let end = if range.end < source.layout.size() { range.end } else { u64::MAX };
+        self.for_frames(source, &range, |key, chunks, _| {
+            let part = self.logical_range(source, key, chunks);
+            let bytes = part.end.min(end).saturating_sub(part.start.max(range.start));
+            self.tier.mark_cold(key, bytes as usize);
+        });
     }
 
     /// Fills `buf` with a chunk if the RAM tier has it; reads nothing.

@@ -157,6 +157,15 @@ pub struct DirEntry {
     pub kind: NodeKind,
 }
 
+/// Who bytes are lent to, see [`Handle::read_with`](crate::Handle::read_with).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Borrower {
+    /// A program, with as many reads under way as it sees fit.
+    Program,
+    /// The kernel, for its page cache, whose readers take one page after the other.
+    PageCache,
+}
+
 /// How a handle may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {

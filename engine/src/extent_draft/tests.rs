@@ -116,7 +116,9 @@ fn what_is_written_is_read_before_and_after_the_commit() {
     let content = ExtentContent::new(&io, NODE, layout.clone());
     assert!(read_all(&content) == data);
     let mut pieces = Vec::new();
-    let n = content.read_with(12_345, 2_000_000, &mut |slices| pieces = slices.concat()).unwrap();
+    let n = content
+        .read_with(12_345, 2_000_000, Borrower::Program, &mut |slices| pieces = slices.concat())
+        .unwrap();
     assert!(pieces == data[12_345..12_345 + n] && n == 2_000_000);
     assert!(read_all(&draft) == data, "a draft reads on after its commit");
     draft.discard();
@@ -243,7 +245,10 @@ fn one_bad_byte_is_named_and_not_handed_out() {
                 assert!(text.contains(&part), "{text:?} lacks {part:?}");
             }
             assert_eq!(
-                content.read_with(offset, 10, &mut |_| panic!("bad bytes were lent")).unwrap_err().kind(),
+                content
+                    .read_with(offset, 10, Borrower::PageCache, &mut |_| panic!("bad bytes were lent"))
+                    .unwrap_err()
+                    .kind(),
                 ErrorKind::Corrupt
             );
         }

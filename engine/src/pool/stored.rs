@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent_io::ExtentContent;
 use crate::file_draft::{read_file, seek_file};
 use crate::layout::Layout;
-use crate::types::{Attr, NodeId, Seek};
+use crate::types::{Attr, Borrower, NodeId, Seek};
 
 /// Content that a commit made: nobody changes it any more (but see [`FileContent`]).
 #[derive(Debug)]
@@ -223,7 +223,7 @@ impl Content for Stored {
         }
     }
 
-    fn read_with(&self, offset: u64, len: usize, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
+    fn read_with(&self, offset: u64, len: usize, to: Borrower, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
         match self {
             Stored::Empty => {
                 f(&[]);
@@ -235,7 +235,7 @@ impl Content for Stored {
                 f(&[&buffer[..read]]);
                 Ok(read)
             }
-            Stored::Extents(content) => content.read_with(offset, len, f),
+            Stored::Extents(content) => content.read_with(offset, len, to, f),
         }
     }
 

@@ -125,6 +125,103 @@ fn a_stream_does_not_wash_out_what_is_used_again() {
     assert_eq!(kept, 16, "hot frames outlive a stream 15 times the budget");
 }
 
+/// Reads a frame as somebody who keeps it elsewhere.
+fn copy(tier: &Arc<RamTier>, key: FrameKey) -> bool {
+    let hit = touch(tier, key);
+    tier.mark_cold(key, FRAME_BYTES);
+    hit
+}
+
+/// Of a tier that has more room than that for cold frames, how many of them it leaves alone.
+const COLD: u64 = COLD_BYTES as u64 / FRAME;
+
+#[test]
+fn what_readers_keep_elsewhere_is_used_again_before_fresh_memory() {
+    let tier = tier(8 * COLD * FRAME);
+    for frame in 0..16 {
+        touch(&tier, key(frame));
+    }
+    for frame in 100..10_000 {
+        assert!(!copy(&tier, key(frame)));
+        assert!(tier.stats().used_bytes <= (16 + COLD + 1) * FRAME, "of frame {frame}");
+    }
+    let stats = tier.stats();
+    assert_eq!(stats.cold_evictions, stats.evictions);
+    assert_eq!((0..16).filter(|frame| touch(&tier, key(*frame))).count(), 16, "the others stay");
+    // Nothing of it is left over.
+    for shard in &tier.shards {
+        let shard = lock(shard);
+        let most = 2 * shard.frames.len() + 65;
+        assert!(shard.small.len() <= most && shard.main.len() <= most && shard.cold.len() <= most);
+        assert!(shard.ghosts.len() <= 8 * COLD as usize);
+    }
+}
+
+#[test]
+fn cold_frames_that_come_back_are_kept() {
+    let tier = tier(8 * COLD * FRAME);
+    let stream = |from: u64| (from..from + 4 * COLD).for_each(|frame| assert!(!copy(&tier, key(frame))));
+    for frame in 0..8 {
+        copy(&tier, key(frame));
+    }
+    stream(1000);
+    // Their copies are gone, as it seems: they are asked for again.
+    assert!((0..8).all(|frame| !copy(&tier, key(frame))), "they went first");
+    stream(2000);
+    assert!((0..8).all(|frame| copy(&tier, key(frame))), "and are kept now");
+    stream(3000);
+    assert!((0..8).all(|frame| touch(&tier, key(frame))));
+}
+
+#[test]
+fn frames_that_others_ask_for_or_that_were_fetched_on_demand_are_kept() {
+    let tier = tier(8 * COLD * FRAME);
+    for frame in 0..8 {
+        copy(&tier, key(frame));
+        assert!(touch(&tier, key(frame)), "it is still there");
+    }
+    for frame in 50..54 {
+        touch(&tier, key(frame));
+        tier.keep(key(frame));
+        tier.mark_cold(key(frame), FRAME_BYTES);
+    }
+    for frame in 1000..1000 + 4 * COLD {
+        copy(&tier, key(frame));
+    }
+    assert!((0..8).chain(50..54).all(|frame| touch(&tier, key(frame))));
+}
+
+#[test]
+fn frames_are_cold_when_all_that_they_hold_is_copied() {
+    let tier = tier(8 * COLD * FRAME);
+    for frame in 0..8 {
+        touch(&tier, key(frame));
+        tier.mark_cold(key(frame), FRAME_BYTES / 2);
+    }
+    assert_eq!(tier.cold.load(Relaxed), 0, "half of it is not copied");
+    for frame in 0..8 {
+        tier.mark_cold(key(frame), FRAME_BYTES / 2);
+    }
+    assert_eq!(tier.cold.load(Relaxed), 8);
+    tier.forget(7, 1, 4);
+    assert_eq!(tier.cold.load(Relaxed), 4);
+    // A page more: read, and copied.
+    let late = FrameKey { frame: 50, ..key(0) };
+    for (chunks, cold) in [(0..4, 5), (4..WHOLE, 5)] {
+        let mut parts = Vec::new();
+        tier.claim(late, chunks.clone(), &mut parts);
+        let Some(Part::Fill(ticket)) = parts.pop() else { panic!("a miss") };
+        let bytes = chunks.len() * CHUNK as usize;
+        tier.mark_cold(late, 0);
+        ticket.publish(tier.buffer(bytes, &late).unwrap());
+        assert_eq!(tier.cold.load(Relaxed), 4, "what came is not copied yet");
+        tier.mark_cold(late, bytes);
+        assert_eq!(tier.cold.load(Relaxed), cold);
+    }
+    tier.mark_cold(key(99), FRAME_BYTES);
+    assert_eq!(tier.cold.load(Relaxed), 5, "of what is not there");
+}
+
 #[test]
 fn a_dropped_ticket_wakes_waiters_to_try_themselves() {
     let tier = tier(32 * FRAME);

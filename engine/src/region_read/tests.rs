@@ -10,6 +10,7 @@ use crate::extent_io::{ExtentContent, ExtentIo, ExtentIoOptions};
 use crate::member::Member;
 use crate::member::raw::{RawGeometry, RawMember};
 use crate::prefetch::Priority;
+use crate::types::Borrower;
 
 const CHUNK: u32 = 16 << 10;
 
@@ -63,14 +64,20 @@ fn image_files_of_all_counts_and_odd_sizes() {
             assert!(buf[..size] == data);
             for at in (0..size).step_by(77_777) {
                 let mut lent = Vec::new();
-                let n = content.read_with(at as u64, 100_001, &mut |slices| lent = slices.concat()).unwrap();
+                let n = content
+                    .read_with(at as u64, 100_001, Borrower::Program, &mut |slices| lent = slices.concat())
+                    .unwrap();
                 assert_eq!(n, lent.len());
                 assert!(lent == data[at..size.min(at + 100_001)]);
             }
             assert_eq!(content.read_at(size as u64, &mut buf).unwrap(), 0);
             assert_eq!(content.read_at(u64::MAX, &mut buf).unwrap(), 0);
             assert_eq!(
-                content.read_with(size as u64 + 1, 10, &mut |slices| assert!(slices.is_empty())).unwrap(),
+                content
+                    .read_with(size as u64 + 1, 10, Borrower::PageCache, &mut |slices| assert!(
+                        slices.is_empty()
+                    ))
+                    .unwrap(),
                 0
             );
         }
@@ -174,6 +181,46 @@ fn explicit_prefetch_fills_the_tier_in_order_and_stops_when_dropped() {
     let ticket = io.prefetcher().file(&file, &[(0, 3 << 20)], Priority::Normal, None);
     assert!(ticket.wait(soon).unwrap());
     assert_eq!(ticket.done_bytes(), 3 << 20);
+}
+
+#[test]
+fn what_was_lent_is_not_kept_and_what_was_fetched_on_demand_is() {
+    const SIZE: usize = (36 << 20) + 12_345;
+    let folder = tempfile::tempdir().unwrap();
+    // A quarter of it may be cold, an eighth is read ahead.
+    let io = images(folder.path(), 2, 64 << 20);
+    let data = pattern(SIZE, 1);
+    let layout = region(&io, 9, &data);
+    let stream = |content: &ExtentContent, reader: Borrower| {
+        for at in (0..SIZE).step_by(300_000) {
+            let mut lent = Vec::new();
+            content.read_with(at as u64, 300_000, reader, &mut |slices| lent = slices.concat()).unwrap();
+            assert!(lent == data[at..SIZE.min(at + 300_000)]);
+            let used = io.tier().stats().used_bytes;
+            assert!(used <= (4 + 16 + 8 + 8 + 2) << 20, "{used} bytes are kept at {at}, {reader:?}");
+        }
+    };
+    let mut generation = 1;
+    for reader in [Borrower::PageCache, Borrower::Program] {
+        // Under another number nothing of it is there, nor was.
+        let [content, other] = [(); 2].map(|()| {
+            generation += 1;
+            let mut layout = (*layout).clone();
+            layout.set_generation(generation);
+            ExtentContent::new(&io, 9, Arc::new(layout))
+        });
+        let ticket = io.prefetcher().extents(9, content.layout(), &[(0, 4 << 20)], Priority::Normal, None);
+        assert!(ticket.wait(Instant::now() + Duration::from_secs(30)).unwrap());
+        stream(&content, reader);
+        stream(&other, reader);
+        let before = io.tier().stats().hits;
+        let mut buf = vec![0; 4 << 20];
+        content.read_at(0, &mut buf).unwrap();
+        assert!(buf == data[..4 << 20]);
+        assert_eq!(io.tier().stats().hits - before, 4 << 20 >> 14, "all of it is still there");
+        content.forget();
+        other.forget();
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use engine::{Allocate, Handle, NodeId, Seek};
+use engine::{Allocate, Borrower, Handle, NodeId, Seek};
 
 use super::counters::add;
 use super::handles::{OpenFile, RegionFile};
@@ -145,7 +145,11 @@ impl<B: Send + Sync + 'static> Fs<B> {
         drop(state);
         // The kernel reports errors of passed-through writes by itself.
         let flush_on_close = access.write && passed.is_none();
-        let file = RegionFile { id: ino, handle, node, writable: access.write, passed };
+        let reader = match path {
+            IoPath::Direct => Borrower::Program,
+            _ => Borrower::PageCache,
+        };
+        let file = RegionFile { id: ino, handle, node, writable: access.write, reader, passed };
         let fh = self.handles.insert(OpenFile::Region(file));
         Ok(Opened { fh, path, flush_on_close })
     }
@@ -201,7 +205,7 @@ impl<B: Send + Sync + 'static> Fs<B> {
     pub fn read(&self, fh: u64, offset: u64, len: usize, reply: &mut dyn FnMut(&[&[u8]])) -> FsResult<usize> {
         self.check_alive()?;
         let count = match &*self.handles.get(fh)? {
-            OpenFile::Region(region) => region.handle.read_with(offset, len, reply)?,
+            OpenFile::Region(region) => region.handle.read_with(offset, len, region.reader, reply)?,
             OpenFile::View { view, handle } => self.read_view(view, handle, offset, len, reply)?,
             OpenFile::Text(text) => {
                 let start = text.len().min(usize::try_from(offset).unwrap_or(usize::MAX));
@@ -225,7 +229,8 @@ impl<B: Send + Sync + 'static> Fs<B> {
         let header_len = view.header.len() as u64;
         let len = (len as u64).min(view.len().saturating_sub(offset));
         if offset >= header_len {
-            let count = handle.read_with(view.start + (offset - header_len), len as usize, reply)?;
+            let start = view.start + (offset - header_len);
+            let count = handle.read_with(start, len as usize, Borrower::PageCache, reply)?;
             return if count as u64 == len { Ok(count) } else { Err(Errno::ESTALE) };
         }
         let header = &view.header[offset as usize..header_len.min(offset + len) as usize];

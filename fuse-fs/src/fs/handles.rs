@@ -5,7 +5,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use engine::{Handle, NodeId};
+use engine::{Borrower, Handle, NodeId};
 
 use super::nodes::Node;
 use super::views::View;
@@ -31,6 +31,8 @@ pub(crate) struct RegionFile<B> {
     pub handle: Handle,
     pub node: Arc<Node<B>>,
     pub writable: bool,
+    /// Who has what is read from it.
+    pub reader: Borrower,
     /// The backing file, when the kernel reads and writes it by itself.
     pub passed: Option<Arc<File>>,
 }
