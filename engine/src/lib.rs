@@ -43,7 +43,9 @@ pub use pool::{
 pub use region_read::Resident;
 pub use repair::{RepairReport, RepairedChunk};
 pub use scrub::{ScrubOptions, ScrubStat};
-pub use session::{Blocks, Entry, Loads, RegionReader, RegionWriter, Session, SessionOptions, WriterOptions};
+pub use session::{
+    Blocks, Entry, Loads, Puts, RegionReader, RegionWriter, Session, SessionOptions, WriterOptions,
+};
 pub use types::{
     Access, Allocate, Attr, Borrower, DirEntry, NewNode, NodeId, NodeKind, ROOT, RenameFlags, Seek, SetAttr,
     Timestamp, XattrSet,

@@ -29,7 +29,7 @@ pub(crate) mod partial;
 mod reader;
 mod writer;
 
-pub use blocks::Blocks;
+pub use blocks::{Blocks, Puts};
 pub use loads::Loads;
 pub use reader::RegionReader;
 pub use writer::RegionWriter;

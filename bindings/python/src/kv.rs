@@ -11,7 +11,7 @@ use engine::kv::admin;
 use engine::kv::planner::{self, Planner, RestoreOptions, Step};
 use engine::kv::warm::{Space, Warm};
 use engine::kv::{Get, GetDone, Key, Miss, Put, Refusal, Settings, Stored};
-use engine::{Blocks, Session};
+use engine::{Blocks, Puts, Session};
 use gpudirect::driver::Lent;
 use gpudirect::paged::{BlockShape, Inner, Move, Order, Paged, Plane, Staging, Way};
 use gpudirect::{Batch, DeviceMemory, Direction, Driver, Part, PinnedTier, Stream};
@@ -470,26 +470,10 @@ impl Inside {
         let there = self.blocks.contains(keys).unwrap_or_else(|_| vec![false; keys.len()]);
         let wanted: Vec<usize> = (0..keys.len()).filter(|index| !there[*index]).collect();
         (0..keys.len()).filter(|index| there[*index]).for_each(|index| stored[index] = "present");
-        'steps: for batch in wanted.chunks(self.step()) {
-            let mut buffers = Vec::with_capacity(batch.len());
-            for _ in batch {
-                match self.buffer() {
-                    Ok(buffer) => buffers.push(buffer),
-                    Err(error) => {
-                        trouble = Some(error.chain());
-                        break 'steps;
-                    }
-                }
-            }
-            let at: Vec<u32> = batch.iter().map(|index| places[*index]).collect();
-            let buffers = mover.gather(&at, buffers, block_bytes)?;
-            let puts = batch.iter().zip(buffers);
-            let puts = puts.map(|(index, mut buffer)| {
-                buffer[block_bytes..].fill(0);
-                Put { key: keys[*index], buffer, start: 0 }
-            });
-            let done = self.blocks.put(puts.collect(), by);
-            for (index, done) in batch.iter().zip(done).rev() {
+        // Taken out of the tensors while the batch before is on its way.
+        let mut before: Option<(&[usize], Puts<'_>)> = None;
+        let mut end = |(batch, puts): (&[usize], Puts<'_>)| {
+            for (index, done) in batch.iter().zip(puts.wait()).rev() {
                 stored[*index] = match done.result {
                     Stored::New | Stored::Present => {
                         if let Some(buffer) = done.buffer {
@@ -507,9 +491,32 @@ impl Inside {
                     }
                 };
             }
+        };
+        let mut lacking = None;
+        'steps: for batch in wanted.chunks(self.step()) {
+            let mut buffers = Vec::with_capacity(batch.len());
+            for _ in batch {
+                match self.buffer() {
+                    Ok(buffer) => buffers.push(buffer),
+                    Err(error) => {
+                        lacking = Some(error.chain());
+                        break 'steps;
+                    }
+                }
+            }
+            let at: Vec<u32> = batch.iter().map(|index| places[*index]).collect();
+            let buffers = mover.gather(&at, buffers, block_bytes)?;
+            let puts = batch.iter().zip(buffers);
+            let puts = puts.map(|(index, mut buffer)| {
+                buffer[block_bytes..].fill(0);
+                Put { key: keys[*index], buffer, start: 0 }
+            });
+            let begun = self.blocks.begin_put(puts.collect(), by);
+            before.replace((batch, begun)).into_iter().for_each(&mut end);
         }
+        before.into_iter().for_each(end);
         mover.finish()?;
-        Ok((stored, trouble))
+        Ok((stored, lacking.or(trouble)))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Blocks of a KV store, whether this process owns the pool or another one does.
 
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -126,12 +126,24 @@ impl Local {
         &self,
         run: impl FnOnce(&mut Lane, &View) -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        self.end(self.begin(run)?)
+    }
+
+    /// As [`lane`](Self::lane), until [`end`](Self::end) waits for it.
+    fn begin<T: Send + 'static>(
+        &self,
+        run: impl FnOnce(&mut Lane, &View) -> Result<T> + Send + 'static,
+    ) -> Result<Begun<T>> {
         let worker = self.worker()?;
         let view = self.view.clone();
         let (reply, answer) = channel();
         worker.run(move |lane| drop(reply.send(run(lane, &view))))?;
-        let value = answer.recv().unwrap_or_else(|_| Err(died()))?;
-        self.keep(worker);
+        Ok(Begun { worker, answer })
+    }
+
+    fn end<T>(&self, begun: Begun<T>) -> Result<T> {
+        let value = begun.answer.recv().unwrap_or_else(|_| Err(died()))?;
+        self.keep(begun.worker);
         Ok(value)
     }
 
@@ -148,6 +160,19 @@ impl Local {
             workers.push(worker);
         }
     }
+}
+
+/// Something that a lane does.
+#[derive(Debug)]
+struct Begun<T> {
+    worker: Worker,
+    answer: Receiver<Result<T>>,
+}
+
+/// A put that there is no time for.
+fn put_late(put: Put) -> PutDone {
+    let error = Error::new(ErrorKind::Timeout, "the deadline passed before the block's turn");
+    PutDone { key: put.key, result: Stored::Failed(error), buffer: Some(put.buffer) }
 }
 
 /// A get that there is no time for.
@@ -259,31 +284,54 @@ impl Blocks {
 
     /// Stores blocks, see [`Lane::put`]. Whatever goes wrong is a put that failed.
     pub fn put(&self, puts: Vec<Put>, by: Instant) -> Vec<PutDone> {
-        if Instant::now() >= by {
-            let late = |put: Put| PutDone {
-                key: put.key,
-                result: Stored::Failed(Error::new(
-                    ErrorKind::Timeout,
-                    "the deadline passed before the block's turn",
-                )),
-                buffer: Some(put.buffer),
-            };
-            return puts.into_iter().map(late).collect();
-        }
-        match &self.inner {
-            Which::Remote(remote) => remote.put(puts, by),
+        self.begin_put(puts, by).wait()
+    }
+
+    /// As [`put`](Self::put), while the caller does something else: where the pool is this process's own, other puts and gets go on beside it. Where
+    /// another process owns it, it is over on return.
+    pub fn begin_put(&self, puts: Vec<Put>, by: Instant) -> Puts<'_> {
+        let answer = match &self.inner {
+            _ if Instant::now() >= by => Answer::Here(puts.into_iter().map(put_late).collect()),
+            Which::Remote(remote) => Answer::Here(remote.put(puts, by)),
             Which::Local(local) => {
                 let keys: Vec<Key> = puts.iter().map(|put| put.key).collect();
-                local.lane(|lane, view| lane.put(view, puts)).unwrap_or_else(|error| {
-                    let (kind, text) = (error.kind(), error.chain());
-                    let failed = |key| PutDone {
-                        key,
-                        result: Stored::Failed(Error::new(kind, text.clone())),
-                        buffer: None,
-                    };
-                    keys.into_iter().map(failed).collect()
-                })
+                match local.begin(|lane, view| lane.put(view, puts)) {
+                    Ok(begun) => Answer::Begun(local, begun, keys),
+                    Err(error) => Answer::Here(failed(keys, &error)),
+                }
+            }
+        };
+        Puts { answer }
+    }
+}
+
+/// Puts under way, see [`Blocks::begin_put`]. Dropped, it waits for them.
+#[derive(Debug)]
+#[must_use = "nobody knows what was stored before `wait` says so"]
+pub struct Puts<'a> {
+    answer: Answer<'a>,
+}
+
+#[derive(Debug)]
+enum Answer<'a> {
+    Here(Vec<PutDone>),
+    Begun(&'a Local, Begun<Vec<PutDone>>, Vec<Key>),
+}
+
+impl Puts<'_> {
+    /// Waits for all of them; answers come in the order of the puts.
+    pub fn wait(self) -> Vec<PutDone> {
+        match self.answer {
+            Answer::Here(done) => done,
+            Answer::Begun(local, begun, keys) => {
+                local.end(begun).unwrap_or_else(|error| failed(keys, &error))
             }
         }
     }
+}
+
+fn failed(keys: Vec<Key>, error: &Error) -> Vec<PutDone> {
+    let (kind, text) = (error.kind(), error.chain());
+    let failed = |key| PutDone { key, result: Stored::Failed(Error::new(kind, text.clone())), buffer: None };
+    keys.into_iter().map(failed).collect()
 }
