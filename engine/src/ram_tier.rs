@@ -28,8 +28,9 @@ use crate::sync::{Condvar, Mutex, MutexGuard};
 /// Bytes of a frame where chunks are not larger. As much as the largest request of a mount: such a read is one operation, one page, and one slice to
 /// reply with.
 pub const FRAME_BYTES: usize = 1 << 20;
-/// Bytes of cold frames that stay: a stream is read ahead of by jobs that may come late, and must then find what was read meanwhile.
-const COLD_BYTES: usize = 32 << 20;
+/// Bytes of cold frames that stay: a stream is read ahead of by jobs that may come late, and should then find what was read meanwhile. Not
+/// more, for a drive delivers fastest into the memory that was used last.
+const COLD_BYTES: usize = 4 << 20;
 
 /// How a [`RamTier`] is made.
 #[derive(Clone, Debug)]

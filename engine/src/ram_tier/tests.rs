@@ -194,32 +194,32 @@ fn frames_that_others_ask_for_or_that_were_fetched_on_demand_are_kept() {
 #[test]
 fn frames_are_cold_when_all_that_they_hold_is_copied() {
     let tier = tier(8 * COLD * FRAME);
-    for frame in 0..8 {
+    for frame in 0..4 {
         touch(&tier, key(frame));
         tier.mark_cold(key(frame), FRAME_BYTES / 2);
     }
     assert_eq!(tier.cold.load(Relaxed), 0, "half of it is not copied");
-    for frame in 0..8 {
+    for frame in 0..4 {
         tier.mark_cold(key(frame), FRAME_BYTES / 2);
     }
-    assert_eq!(tier.cold.load(Relaxed), 8);
-    tier.forget(7, 1, 4);
     assert_eq!(tier.cold.load(Relaxed), 4);
+    tier.forget(7, 1, 2);
+    assert_eq!(tier.cold.load(Relaxed), 2);
     // A page more: read, and copied.
     let late = FrameKey { frame: 50, ..key(0) };
-    for (chunks, cold) in [(0..4, 5), (4..WHOLE, 5)] {
+    for chunks in [0..4, 4..WHOLE] {
         let mut parts = Vec::new();
         tier.claim(late, chunks.clone(), &mut parts);
         let Some(Part::Fill(ticket)) = parts.pop() else { panic!("a miss") };
         let bytes = chunks.len() * CHUNK as usize;
         tier.mark_cold(late, 0);
         ticket.publish(tier.buffer(bytes, &late).unwrap());
-        assert_eq!(tier.cold.load(Relaxed), 4, "what came is not copied yet");
+        assert_eq!(tier.cold.load(Relaxed), 2, "what came is not copied yet");
         tier.mark_cold(late, bytes);
-        assert_eq!(tier.cold.load(Relaxed), cold);
+        assert_eq!(tier.cold.load(Relaxed), 3);
     }
     tier.mark_cold(key(99), FRAME_BYTES);
-    assert_eq!(tier.cold.load(Relaxed), 5, "of what is not there");
+    assert_eq!(tier.cold.load(Relaxed), 3, "of what is not there");
 }
 
 #[test]
