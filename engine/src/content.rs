@@ -50,11 +50,28 @@ pub trait Content: Send + Sync + fmt::Debug {
     /// Reads up to the end; returns how many bytes.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize>;
     /// Lends the bytes, in order, in one call of `f`, which keeps what it wants of them elsewhere; returns how many they are.
-    fn read_with(&self, offset: u64, len: usize, to: Borrower, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize>;
+    /// Where nothing can be lent, that is a copy.
+    fn read_with(&self, offset: u64, len: usize, to: Borrower, f: &mut dyn FnMut(&[&[u8]])) -> Result<usize> {
+        let _ = to;
+        lend_copy(self, offset, len, f)
+    }
     /// The next data or hole from `offset`; `OutOfRange` where `lseek(2)` says ENXIO.
     fn seek(&self, offset: u64, what: Seek) -> Result<u64>;
     /// The file that holds exactly these bytes, if one does.
     fn backing(&self) -> Option<Arc<File>>;
+}
+
+/// Lends a copy of bytes, see [`Content::read_with`].
+pub(crate) fn lend_copy<C: Content + ?Sized>(
+    content: &C,
+    offset: u64,
+    len: usize,
+    f: &mut dyn FnMut(&[&[u8]]),
+) -> Result<usize> {
+    let mut bytes = vec![0; content.size().saturating_sub(offset).min(len as u64) as usize];
+    let read = content.read_at(offset, &mut bytes)?;
+    f(&[&bytes[..read]]);
+    Ok(read)
 }
 
 /// What a commit of a draft yields.

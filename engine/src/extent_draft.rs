@@ -29,7 +29,7 @@ use crate::extent_io::{ExtentIo, seek};
 use crate::layout::{Extent, Layout, MAX_CHUNKS, Piece};
 use crate::member::Hint;
 use crate::region_read::Source;
-use crate::types::{Allocate, Borrower, NodeId, Seek, Timestamp};
+use crate::types::{Allocate, NodeId, Seek, Timestamp};
 use crate::write_behind::RunOwner;
 
 mod extent_set;
@@ -237,20 +237,6 @@ impl Content for ExtentDraft {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         self.shared.read(offset, buf)
-    }
-
-    fn read_with(
-        &self,
-        offset: u64,
-        len: usize,
-        _to: Borrower,
-        f: &mut dyn FnMut(&[&[u8]]),
-    ) -> Result<usize> {
-        let len = (self.size().saturating_sub(offset)).min(len as u64) as usize;
-        let mut bytes = vec![0u8; len];
-        let n = self.shared.read(offset, &mut bytes)?;
-        f(&[&bytes[..n]]);
-        Ok(n)
     }
 
     fn seek(&self, offset: u64, what: Seek) -> Result<u64> {

@@ -16,7 +16,7 @@ use crate::content::{Committed, Content, Draft};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{Extent, Layout};
 use crate::member::directory::{FileDirectory, allocated};
-use crate::types::{Allocate, Borrower, NodeId, Seek, Timestamp};
+use crate::types::{Allocate, NodeId, Seek, Timestamp};
 
 mod stream;
 mod sums;
@@ -388,19 +388,6 @@ impl Content for FileDraft {
         read_file(&self.file, offset, buf).map_err(|error| {
             Error::io(format!("read {} bytes at {offset} of node {}", buf.len(), self.node), error)
         })
-    }
-
-    fn read_with(
-        &self,
-        offset: u64,
-        len: usize,
-        _to: Borrower,
-        f: &mut dyn FnMut(&[&[u8]]),
-    ) -> Result<usize> {
-        let mut buffer = vec![0; len.min(self.size().saturating_sub(offset) as usize)];
-        let read = self.read_at(offset, &mut buffer)?;
-        f(&[&buffer[..read]]);
-        Ok(read)
     }
 
     fn seek(&self, offset: u64, what: Seek) -> Result<u64> {

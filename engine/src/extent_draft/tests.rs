@@ -8,6 +8,7 @@ use crate::extent_io::{ExtentContent, ExtentIoOptions};
 use crate::member::Member;
 use crate::member::extent_files::{ExtentDirectory, ExtentDirectoryOptions};
 use crate::member::raw::{RawGeometry, RawMember};
+use crate::types::Borrower;
 
 const CHUNK: u32 = 16 << 10;
 const NODE: NodeId = 42;

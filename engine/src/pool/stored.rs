@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock, Weak};
 
 use super::Shared;
-use crate::content::Content;
+use crate::content::{Content, lend_copy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent_io::ExtentContent;
 use crate::file_draft::{read_file, seek_file};
@@ -229,12 +229,7 @@ impl Content for Stored {
                 f(&[]);
                 Ok(0)
             }
-            Stored::File(file) => {
-                let mut buffer = vec![0; len.min(file.size.saturating_sub(offset) as usize)];
-                let read = file.read(offset, &mut buffer)?;
-                f(&[&buffer[..read]]);
-                Ok(read)
-            }
+            Stored::File(_) => lend_copy(self, offset, len, f),
             Stored::Extents(content) => content.read_with(offset, len, to, f),
         }
     }

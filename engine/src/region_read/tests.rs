@@ -187,7 +187,7 @@ fn explicit_prefetch_fills_the_tier_in_order_and_stops_when_dropped() {
 fn what_was_lent_is_not_kept_and_what_was_fetched_on_demand_is() {
     const SIZE: usize = (36 << 20) + 12_345;
     let folder = tempfile::tempdir().unwrap();
-    // A quarter of it may be cold, an eighth is read ahead.
+    // 4 MiB may be cold, an eighth is read ahead.
     let io = images(folder.path(), 2, 64 << 20);
     let data = pattern(SIZE, 1);
     let layout = region(&io, 9, &data);

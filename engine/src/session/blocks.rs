@@ -169,16 +169,18 @@ struct Begun<T> {
     answer: Receiver<Result<T>>,
 }
 
+fn too_late() -> Error {
+    Error::new(ErrorKind::Timeout, "the deadline passed before the block's turn")
+}
+
 /// A put that there is no time for.
 fn put_late(put: Put) -> PutDone {
-    let error = Error::new(ErrorKind::Timeout, "the deadline passed before the block's turn");
-    PutDone { key: put.key, result: Stored::Failed(error), buffer: Some(put.buffer) }
+    PutDone { key: put.key, result: Stored::Failed(too_late()), buffer: Some(put.buffer) }
 }
 
 /// A get that there is no time for.
 pub(super) fn late(get: Get) -> GetDone {
-    let error = Error::new(ErrorKind::Timeout, "the deadline passed before the block's turn");
-    GetDone { key: get.key, result: Err(Miss::Failed(error)), buffer: Some(get.buffer) }
+    GetDone { key: get.key, result: Err(Miss::Failed(too_late())), buffer: Some(get.buffer) }
 }
 
 impl Blocks {
