@@ -33,7 +33,7 @@ const LOAD_LEAST: f64 = 0.004;
 const LOAD_DEEP: f64 = 0.016;
 const LOAD_PART: f64 = 1.0 / 16.0;
 /// One load of so many is of another size.
-const LOAD_OTHER: usize = 4;
+const LOAD_OTHER: usize = 8;
 /// Blocks of the first load, before anything is known.
 const LOAD_FIRST: usize = 8;
 
@@ -421,6 +421,14 @@ impl Restore {
         Some(low)
     }
 
+    /// Whether loading all of a prefix, of which nothing was computed yet, takes hardly longer than where computing comes up to the block `meeting`.
+    /// `busy`: as in [`meeting`](Self::meeting).
+    fn hardly_shorter(&self, costs: &Costs, to: usize, meeting: usize, busy: f64) -> bool {
+        let both = self.both_seconds(costs, 0..to, meeting, busy);
+        let load = self.both_seconds(costs, 0..to, 0, busy);
+        both.zip(load).is_some_and(|(both, load)| both > WORTH * load)
+    }
+
     /// What to compute next, from the head on. `now`: seconds on the caller's clock.
     pub fn next_compute(&self, now: f64) -> Step {
         let costs = self.planner.costs();
@@ -440,10 +448,7 @@ impl Restore {
                 Some(meeting) => {
                     let wanted = meeting - from;
                     let seconds = self.compute_seconds(&costs, from..meeting).unwrap_or(0.0);
-                    let both = self.both_seconds(&costs, from..to, meeting, busy);
-                    let load = self.both_seconds(&costs, from..to, from, busy);
-                    let little = both.zip(load).is_some_and(|(both, load)| both > WORTH * load);
-                    if wanted == 0 || (from == 0 && little) {
+                    if wanted == 0 || (from == 0 && self.hardly_shorter(&costs, to, meeting, busy)) {
                         return Step::Wait;
                     }
                     match seconds <= LAUNCHES * costs.compute_launch() {
@@ -503,7 +508,12 @@ impl Restore {
         }
         let rest = to - from;
         let left = if self.options.compute { self.left_to_load(&costs, &progress, now) } else { None };
-        let blocks = if !self.options.compute {
+        // As `next_compute` sees it.
+        let alone = from == 0
+            && left
+                .zip(self.load_busy(&costs, &progress, now))
+                .is_some_and(|(left, busy)| self.hardly_shorter(&costs, to, to - left, busy));
+        let blocks = if !self.options.compute || alone {
             rest
         } else {
             match self.load_seconds(&costs, from..to) {
@@ -801,6 +811,13 @@ mod tests {
         never_worse(&machine, 101);
         let machine = Machine { launch: 0.0376, token: 4.66e-4, attention: 0.0, load: 5.4e-4, byte: 4e-11 };
         never_worse(&machine, 1856);
+        // Launching is half of a load: each piece that is smaller than it could be is felt.
+        let machine =
+            Machine { launch: 5e-4, token: 3.07e-4, attention: 0.0, load: 1.676e-3, byte: 3.64e-11 };
+        never_worse(&machine, 1906);
+        let machine =
+            Machine { launch: 8.2e-4, token: 5.76e-4, attention: 2.2e-9, load: 1.79e-3, byte: 5.364e-10 };
+        never_worse(&machine, 27);
     }
 
     #[test]
