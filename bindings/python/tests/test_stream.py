@@ -94,10 +94,13 @@ def test_a_part_may_stay_on_the_device(pool):
     half = nvtier.stream.offload(tiny(), pool=pool, name="m2", vram=all_of_it - 2 * layer)
     assert same(half, wanted)
     before = nvtier.stream.stats(half)["fetched_bytes"]
+    # What is fetched counts when it is there: the first of a pass may count for the one before, so that one pass alone says little.
+    passes = 4
     with torch.no_grad():
-        half(input_ids=torch.arange(8).view(1, 8))
-    one_pass = nvtier.stream.stats(half)["fetched_bytes"] - before
-    assert 0 < one_pass < 5 * layer
+        for _ in range(passes):
+            half(input_ids=torch.arange(8).view(1, 8))
+    fetched = nvtier.stream.stats(half)["fetched_bytes"] - before
+    assert 0 < fetched < passes * 5 * layer
     assert nvtier.stream.stats(half)["device_peak_bytes"] <= all_of_it - 2 * layer
 
 
