@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::content::Content;
@@ -9,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
 use crate::member::Member;
 use crate::member::striping::Stripes;
-use crate::prefetch::Prefetcher;
+use crate::prefetch::{Prefetcher, Reader};
 use crate::ram_tier::{RamTier, RamTierOptions};
 use crate::region_read::{RegionReader, Source};
 use crate::types::{Borrower, NodeId, Seek};
@@ -123,10 +124,12 @@ const READ_AHEAD_MIN: u64 = 1 << 20;
 const READ_AHEAD_MAX: u64 = 8 << 20;
 
 /// A reader that goes on where it was.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 struct Stream {
     /// Where its last read ended.
     end: u64,
+    /// The same, for read-ahead under way.
+    asked: Arc<AtomicU64>,
     /// How far read-ahead was asked for.
     ahead: u64,
     window: u64,
@@ -187,6 +190,7 @@ impl ExtentContent {
                 Some(stream) => {
                     stream.used = *clock;
                     stream.end = stream.end.max(end);
+                    stream.asked.store(stream.end, Relaxed);
                     stream.runs += 1;
                     if stream.runs < 2 {
                         // Twice may be chance.
@@ -202,7 +206,7 @@ impl ExtentContent {
                         let to = (stream.end + stream.window).min(self.layout.size());
                         stream.ahead = to;
                         stream.window = (stream.window * 2).min(most);
-                        (from < to).then_some(from..to)
+                        (from < to).then(|| (from..to, stream.asked.clone()))
                     } else {
                         None
                     }
@@ -215,8 +219,9 @@ impl ExtentContent {
                 }
             }
         };
-        if let Some(range) = ask {
-            self.io.prefetcher().read_ahead(self.node, &self.layout, range, to);
+        if let Some((range, asked)) = ask {
+            let reader = Reader { borrower: to, asked };
+            self.io.prefetcher().read_ahead(self.node, &self.layout, range, reader);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! A job is a list of ranges in the order they will be wanted. Background threads take units of 1 MiB (4 MiB ahead of the page cache) from the job that is
 //! first by priority, then by deadline, then by age; several threads serve one job. Extents go into the RAM tier (verified);
 //! a region that is a file of its own goes into the page cache by `posix_fadvise(2)`. What was asked for by list stays there for any
-//! number of readers; read-ahead is for the one that it is ahead of. Dropping the ticket cancels what was not
+//! number of readers; read-ahead is for the one that it is ahead of, and brings nothing that this one asked for by itself meanwhile. Dropping the ticket cancels what was not
 //! begun; units whose deadline passed are skipped, since they would only push out what is wanted now.
 //!
 //! A job brings at most three quarters of the RAM tier's budget: more would push its own first ranges out before they are read.
@@ -13,7 +13,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -104,16 +104,34 @@ enum What {
     Extents {
         node: NodeId,
         layout: Arc<Layout>,
-        ahead_of: Option<Borrower>,
+        ahead_of: Option<Reader>,
     },
     File(Arc<File>),
+}
+
+/// Whom read-ahead is ahead of.
+#[derive(Clone, Debug)]
+pub(crate) struct Reader {
+    pub(crate) borrower: Borrower,
+    /// Where what it asked for ends, as a byte of the region.
+    pub(crate) asked: Arc<AtomicU64>,
 }
 
 impl What {
     fn unit_bytes(&self) -> u64 {
         match self {
-            What::Extents { ahead_of: Some(Borrower::PageCache), .. } => PAGE_CACHE_UNIT_BYTES,
+            What::Extents { ahead_of: Some(Reader { borrower: Borrower::PageCache, .. }), .. } => {
+                PAGE_CACHE_UNIT_BYTES
+            }
             _ => UNIT_BYTES,
+        }
+    }
+
+    /// What is before this byte needs nobody to bring it: its reader does so, or has it already.
+    fn asked(&self) -> u64 {
+        match self {
+            What::Extents { ahead_of: Some(reader), .. } => reader.asked.load(Relaxed),
+            _ => 0,
         }
     }
 }
@@ -133,11 +151,16 @@ impl JobState {
         self.ranges.is_empty() && self.active == 0
     }
 
-    fn next_unit(&mut self, unit_bytes: u64) -> Option<Range<u64>> {
+    fn next_unit(&mut self, what: &What) -> Option<Range<u64>> {
         if self.allowance == 0 {
             self.ranges.clear();
         }
+        let (unit_bytes, asked) = (what.unit_bytes(), what.asked());
+        while self.ranges.front().is_some_and(|range| range.end <= asked) {
+            self.ranges.pop_front();
+        }
         let range = self.ranges.front_mut()?;
+        range.start = range.start.max(asked);
         let end = range.end.min((range.start / unit_bytes + 1) * unit_bytes);
         let unit = range.start..end;
         range.start = end;
@@ -220,7 +243,14 @@ impl Prefetcher {
             let shared = shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("nvtier-fetch-{index}"))
-                .spawn(move || worker(&shared))
+                .spawn(move || {
+                    if index == 0
+                        && let Some(reader) = &shared.reader
+                    {
+                        reader.tier().populate();
+                    }
+                    worker(&shared)
+                })
                 .map_err(|e| Error::io("starting a prefetch thread", e))?;
             prefetcher.threads.push(thread);
         }
@@ -236,28 +266,13 @@ impl Prefetcher {
         priority: Priority,
         deadline: Option<Instant>,
     ) -> PrefetchTicket {
-        self.bring(node, layout, ranges, priority, deadline, None)
+        let what = What::Extents { node, layout: layout.clone(), ahead_of: None };
+        self.start(what, ranges, layout.size(), self.allowance(), priority, deadline)
     }
 
-    fn bring(
-        &self,
-        node: NodeId,
-        layout: &Arc<Layout>,
-        ranges: &[(u64, u64)],
-        priority: Priority,
-        deadline: Option<Instant>,
-        ahead_of: Option<Borrower>,
-    ) -> PrefetchTicket {
-        let size = layout.size();
-        let budget = self.shared.reader.as_ref().map_or(0, |reader| reader.tier().budget_bytes() as u64);
-        self.start(
-            What::Extents { node, layout: layout.clone(), ahead_of },
-            ranges,
-            size,
-            budget / 4 * 3,
-            priority,
-            deadline,
-        )
+    /// Bytes that a job may bring into the RAM tier.
+    fn allowance(&self) -> u64 {
+        self.shared.reader.as_ref().map_or(0, |reader| reader.tier().budget_bytes() as u64) / 4 * 3
     }
 
     /// Brings ranges (offset, length) of a file into the page cache, in this order.
@@ -273,10 +288,12 @@ impl Prefetcher {
     }
 
     /// As [`extents`](Self::extents), for a sequential reader: at once, without a ticket, dropped when too many wait.
-    pub(crate) fn read_ahead(&self, node: NodeId, layout: &Arc<Layout>, range: Range<u64>, of: Borrower) {
+    pub(crate) fn read_ahead(&self, node: NodeId, layout: &Arc<Layout>, range: Range<u64>, reader: Reader) {
         if lock(&self.shared.jobs).heap.len() < READ_AHEAD_JOBS {
             let ranges = [(range.start, range.end - range.start)];
-            self.bring(node, layout, &ranges, Priority::High, None, Some(of)).detach();
+            let what = What::Extents { node, layout: layout.clone(), ahead_of: Some(reader) };
+            let size = layout.size();
+            self.start(what, &ranges, size, self.allowance(), Priority::High, None).detach();
         }
     }
 
@@ -356,7 +373,7 @@ fn worker(shared: &Shared) {
             {
                 state.ranges.clear();
             }
-            let unit = state.next_unit(job.what.unit_bytes());
+            let unit = state.next_unit(&job.what);
             if !state.ranges.is_empty() {
                 // For the next thread, which may begin it while this one reads.
                 lock(&shared.jobs).heap.push(queued);

@@ -28,9 +28,8 @@ use crate::sync::{Condvar, Mutex, MutexGuard};
 /// Bytes of a frame where chunks are not larger. As much as the largest request of a mount: such a read is one operation, one page, and one slice to
 /// reply with.
 pub const FRAME_BYTES: usize = 1 << 20;
-/// Bytes of cold frames that stay: a stream is read ahead of by jobs that may come late, and should then find what was read meanwhile. Not
-/// more, for a drive delivers fastest into the memory that was used last.
-const COLD_BYTES: usize = 4 << 20;
+/// Bytes of the arena that are backed with memory before anybody reads ([`RamTier::populate`]): what a few streams need, where their memory is used again.
+const READY_BYTES: usize = 32 << 20;
 
 /// How a [`RamTier`] is made.
 #[derive(Clone, Debug)]
@@ -317,6 +316,13 @@ impl RamTier {
         self.arena.as_ref()
     }
 
+    /// Backs what reads begin with by memory, so that the first of them does not wait until the kernel has cleared it and a host has found it.
+    pub fn populate(&self) {
+        if let Some(arena) = &self.arena {
+            arena.populate(READY_BYTES.min(self.budget / 4));
+        }
+    }
+
     /// Bytes of a frame.
     pub fn frame_bytes(&self) -> usize {
         self.frame_bytes
@@ -357,8 +363,8 @@ impl RamTier {
         let arena = self.arena.as_ref()?;
         let first = key.mix() as usize % self.shards.len();
         let shards = || (first..self.shards.len()).chain(0..first).map(|index| &self.shards[index]);
-        let cold = self.cold.load(Relaxed) * self.frame_bytes;
-        if cold > COLD_BYTES.min(self.budget / 4) {
+        // A drive delivers fastest into the memory that was used last.
+        if self.cold.load(Relaxed) > 0 {
             shards().any(|shard| self.evict_cold(&mut lock(shard)));
         }
         if let Some(buffer) = arena.alloc(len) {

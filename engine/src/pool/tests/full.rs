@@ -77,6 +77,8 @@ fn a_full_file_system_keeps_the_old_and_gives_space_back() {
             assert!(start.elapsed().as_secs() < 20, "round {round}: {:?}", pool.stat());
             std::thread::yield_now();
         }
+        // What was set aside is there again.
+        pool.sync().unwrap();
         assert!(get(&pool, "old") == noise(1, 5 << 20));
     }
     assert_eq!(pool.stat().commit_error, "");
