@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
 use crate::member::Member;
 use crate::member::striping::Stripes;
-use crate::prefetch::{Prefetcher, Reader};
+use crate::prefetch::Prefetcher;
 use crate::ram_tier::{RamTier, RamTierOptions};
 use crate::region_read::{RegionReader, Source};
 use crate::types::{Borrower, NodeId, Seek};
@@ -173,7 +173,9 @@ impl ExtentContent {
     fn note(&self, offset: u64, len: usize, to: Borrower) {
         let end = offset.saturating_add(len as u64);
         let budget = self.io.tier().budget_bytes() as u64;
-        if end >= self.layout.size() || budget < 4 * READ_AHEAD_MIN {
+        // The kernel's own read-ahead, where its requests are large: several of them are here at once, and more would only take turns with them.
+        let is_ahead = to == Borrower::PageCache && len as u64 >= READ_AHEAD_MIN;
+        if is_ahead || end >= self.layout.size() || budget < 4 * READ_AHEAD_MIN {
             return;
         }
         let most = READ_AHEAD_MAX.min(budget / 8);
@@ -220,8 +222,7 @@ impl ExtentContent {
             }
         };
         if let Some((range, asked)) = ask {
-            let reader = Reader { borrower: to, asked };
-            self.io.prefetcher().read_ahead(self.node, &self.layout, range, reader);
+            self.io.prefetcher().read_ahead(self.node, &self.layout, range, asked);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Prefetch: explicit lists of ranges, and read-ahead of sequential readers.
 //!
-//! A job is a list of ranges in the order they will be wanted. Background threads take units of 1 MiB (4 MiB ahead of the page cache) from the job that is
+//! A job is a list of ranges in the order they will be wanted. Background threads take units of 1 MiB from the job that is
 //! first by priority, then by deadline, then by age; several threads serve one job. Extents go into the RAM tier (verified);
 //! a region that is a file of its own goes into the page cache by `posix_fadvise(2)`. What was asked for by list stays there for any
 //! number of readers; read-ahead is for the one that it is ahead of, and brings nothing that this one asked for by itself meanwhile. Dropping the ticket cancels what was not
@@ -21,12 +21,10 @@ use std::time::Instant;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::region_read::{RegionReader, Source};
-use crate::types::{Borrower, NodeId};
+use crate::types::NodeId;
 
 /// What a thread brings at a time of a job: little, so that threads share jobs, and a program's own reads find their place between.
 const UNIT_BYTES: u64 = 1 << 20;
-/// Ahead of the page cache, whose readers take one page after the other: one batch at the drive, which keeps it busy.
-const PAGE_CACHE_UNIT_BYTES: u64 = 4 << 20;
 /// Read-ahead jobs that wait at most; further ones are dropped, since readers are faster then than read-ahead.
 const READ_AHEAD_JOBS: usize = 64;
 
@@ -100,37 +98,20 @@ struct Job {
 
 #[derive(Debug)]
 enum What {
-    /// `ahead_of`: one reader; without, they stay for any number.
+    /// `ahead_of`: read-ahead for one reader, and where what that one asked for ends. Without, they stay for any number.
     Extents {
         node: NodeId,
         layout: Arc<Layout>,
-        ahead_of: Option<Reader>,
+        ahead_of: Option<Arc<AtomicU64>>,
     },
     File(Arc<File>),
 }
 
-/// Whom read-ahead is ahead of.
-#[derive(Clone, Debug)]
-pub(crate) struct Reader {
-    pub(crate) borrower: Borrower,
-    /// Where what it asked for ends, as a byte of the region.
-    pub(crate) asked: Arc<AtomicU64>,
-}
-
 impl What {
-    fn unit_bytes(&self) -> u64 {
-        match self {
-            What::Extents { ahead_of: Some(Reader { borrower: Borrower::PageCache, .. }), .. } => {
-                PAGE_CACHE_UNIT_BYTES
-            }
-            _ => UNIT_BYTES,
-        }
-    }
-
     /// What is before this byte needs nobody to bring it: its reader does so, or has it already.
     fn asked(&self) -> u64 {
         match self {
-            What::Extents { ahead_of: Some(reader), .. } => reader.asked.load(Relaxed),
+            What::Extents { ahead_of: Some(asked), .. } => asked.load(Relaxed),
             _ => 0,
         }
     }
@@ -155,13 +136,13 @@ impl JobState {
         if self.allowance == 0 {
             self.ranges.clear();
         }
-        let (unit_bytes, asked) = (what.unit_bytes(), what.asked());
+        let asked = what.asked();
         while self.ranges.front().is_some_and(|range| range.end <= asked) {
             self.ranges.pop_front();
         }
         let range = self.ranges.front_mut()?;
         range.start = range.start.max(asked);
-        let end = range.end.min((range.start / unit_bytes + 1) * unit_bytes);
+        let end = range.end.min((range.start / UNIT_BYTES + 1) * UNIT_BYTES);
         let unit = range.start..end;
         range.start = end;
         if range.is_empty() {
@@ -287,11 +268,18 @@ impl Prefetcher {
         self.start(What::File(file.clone()), ranges, size, u64::MAX, priority, deadline)
     }
 
-    /// As [`extents`](Self::extents), for a sequential reader: at once, without a ticket, dropped when too many wait.
-    pub(crate) fn read_ahead(&self, node: NodeId, layout: &Arc<Layout>, range: Range<u64>, reader: Reader) {
+    /// As [`extents`](Self::extents), for a sequential reader: at once, without a ticket, dropped when too many wait. `asked`: where what it asked for ends, as a
+    /// byte of the region, from now on.
+    pub(crate) fn read_ahead(
+        &self,
+        node: NodeId,
+        layout: &Arc<Layout>,
+        range: Range<u64>,
+        asked: Arc<AtomicU64>,
+    ) {
         if lock(&self.shared.jobs).heap.len() < READ_AHEAD_JOBS {
             let ranges = [(range.start, range.end - range.start)];
-            let what = What::Extents { node, layout: layout.clone(), ahead_of: Some(reader) };
+            let what = What::Extents { node, layout: layout.clone(), ahead_of: Some(asked) };
             let size = layout.size();
             self.start(what, &ranges, size, self.allowance(), Priority::High, None).detach();
         }
