@@ -252,6 +252,50 @@ fn a_sequential_reader_is_read_ahead_of_and_a_random_one_is_not() {
 }
 
 #[test]
+fn read_ahead_leaves_out_what_its_reader_asked_for_and_what_the_kernel_reads_ahead() {
+    let folder = tempfile::tempdir().unwrap();
+    let io = images(folder.path(), 1, 64 << 20);
+    let data = pattern(16 << 20, 1);
+    let layout = region(&io, 9, &data);
+    let read = || io.reader().stats().read_bytes;
+    // Jobs of less priority begin after those before them; of these, a unit may still be under way.
+    let settle = |bytes: u64| {
+        let last = io.prefetcher().extents(9, &layout, &[(0, 1)], Priority::Low, None);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        assert!(last.wait(deadline).unwrap());
+        while read() < bytes {
+            assert!(Instant::now() < deadline, "{} of {bytes} bytes came", read());
+            std::thread::yield_now();
+        }
+        assert_eq!(read(), bytes);
+    };
+    let chunk = layout.chunk_size() as u64;
+    settle(chunk);
+    io.prefetcher().read_ahead(9, &layout, 1 << 20..4 << 20, Arc::new(AtomicU64::new(3 << 20)));
+    settle(chunk + (1 << 20));
+    io.prefetcher().read_ahead(9, &layout, 4 << 20..6 << 20, Arc::new(AtomicU64::new(6 << 20)));
+    settle(chunk + (1 << 20));
+    // The kernel's own read-ahead is one that asks for much at a time.
+    let content = ExtentContent::new(&io, 9, layout.clone());
+    for at in 6..14u64 {
+        content.read_with(at << 20, 1 << 20, Borrower::PageCache, &mut |_| {}).unwrap();
+    }
+    settle(chunk + (9 << 20));
+    // Where it asks for little, it is read ahead of.
+    let mut again = (*layout).clone();
+    again.set_generation(7);
+    let content = ExtentContent::new(&io, 9, Arc::new(again));
+    for at in 0..16u64 {
+        content.read_with(at << 17, 128 << 10, Borrower::PageCache, &mut |_| {}).unwrap();
+    }
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while read() < chunk + (9 << 20) + (3 << 20) {
+        assert!(Instant::now() < deadline, "read-ahead never came");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn a_missing_device_is_an_error_for_everybody_who_waits() {
     let folder = tempfile::tempdir().unwrap();
     let io = images(folder.path(), 1, 4 << 20);
