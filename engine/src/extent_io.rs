@@ -126,10 +126,8 @@ const READ_AHEAD_MAX: u64 = 8 << 20;
 /// A reader that goes on where it was.
 #[derive(Debug, Default)]
 struct Stream {
-    /// Where its last read ended.
-    end: u64,
-    /// The same, for read-ahead under way.
-    asked: Arc<AtomicU64>,
+    /// Where its last read ended; shared with read-ahead under way.
+    end: Arc<AtomicU64>,
     /// How far read-ahead was asked for.
     ahead: u64,
     window: u64,
@@ -186,13 +184,13 @@ impl ExtentContent {
             // Reads of one stream may arrive a little out of order, from several threads.
             let slack = 2 * len as u64;
             let known = streams.iter_mut().find(|stream| {
-                stream.used > 0 && offset + slack >= stream.end && offset <= stream.end + slack
+                let end = stream.end.load(Relaxed);
+                stream.used > 0 && offset + slack >= end && offset <= end + slack
             });
             match known {
                 Some(stream) => {
                     stream.used = *clock;
-                    stream.end = stream.end.max(end);
-                    stream.asked.store(stream.end, Relaxed);
+                    let end = stream.end.fetch_max(end, Relaxed).max(end);
                     stream.runs += 1;
                     if stream.runs < 2 {
                         // Twice may be chance.
@@ -200,22 +198,22 @@ impl ExtentContent {
                     }
                     if stream.window == 0 {
                         stream.window = READ_AHEAD_MIN;
-                        stream.ahead = stream.end;
+                        stream.ahead = end;
                     }
                     // When half of the window is used up, the next window goes out.
-                    if stream.ahead < stream.end + stream.window / 2 {
-                        let from = stream.ahead.max(stream.end);
-                        let to = (stream.end + stream.window).min(self.layout.size());
+                    if stream.ahead < end + stream.window / 2 {
+                        let from = stream.ahead.max(end);
+                        let to = (end + stream.window).min(self.layout.size());
                         stream.ahead = to;
                         stream.window = (stream.window * 2).min(most);
-                        (from < to).then(|| (from..to, stream.asked.clone()))
+                        (from < to).then(|| (from..to, stream.end.clone()))
                     } else {
                         None
                     }
                 }
                 None => {
                     if let Some(stalest) = streams.iter_mut().min_by_key(|stream| stream.used) {
-                        *stalest = Stream { end, used: *clock, ..Stream::default() };
+                        *stalest = Stream { end: Arc::new(end.into()), used: *clock, ..Stream::default() };
                     }
                     None
                 }

@@ -223,6 +223,16 @@ fn what_was_lent_is_not_kept_and_what_was_fetched_on_demand_is() {
     }
 }
 
+/// Threads bring it without being waited for: waits for what must come.
+fn wait_for_reads(io: &ExtentIo, bytes: u64) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while io.reader().stats().read_bytes < bytes {
+        let came = io.reader().stats().read_bytes;
+        assert!(Instant::now() < deadline, "read-ahead never came: {came} of {bytes} bytes");
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn a_sequential_reader_is_read_ahead_of_and_a_random_one_is_not() {
     let folder = tempfile::tempdir().unwrap();
@@ -243,12 +253,7 @@ fn a_sequential_reader_is_read_ahead_of_and_a_random_one_is_not() {
         content.read_at(block << 16, &mut buf).unwrap();
         assert!(buf == data[(block << 16) as usize..][..64 << 10]);
     }
-    // The threads bring it without being waited for here: wait for what must come.
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while io.reader().stats().read_bytes < stats.read_bytes + (2 << 20) {
-        assert!(Instant::now() < deadline, "read-ahead never came");
-        std::thread::yield_now();
-    }
+    wait_for_reads(&io, stats.read_bytes + (2 << 20));
 }
 
 #[test]
@@ -257,17 +262,12 @@ fn read_ahead_leaves_out_what_its_reader_asked_for_and_what_the_kernel_reads_ahe
     let io = images(folder.path(), 1, 64 << 20);
     let data = pattern(16 << 20, 1);
     let layout = region(&io, 9, &data);
-    let read = || io.reader().stats().read_bytes;
     // Jobs of less priority begin after those before them; of these, a unit may still be under way.
     let settle = |bytes: u64| {
         let last = io.prefetcher().extents(9, &layout, &[(0, 1)], Priority::Low, None);
-        let deadline = Instant::now() + Duration::from_secs(30);
-        assert!(last.wait(deadline).unwrap());
-        while read() < bytes {
-            assert!(Instant::now() < deadline, "{} of {bytes} bytes came", read());
-            std::thread::yield_now();
-        }
-        assert_eq!(read(), bytes);
+        assert!(last.wait(Instant::now() + Duration::from_secs(30)).unwrap());
+        wait_for_reads(&io, bytes);
+        assert_eq!(io.reader().stats().read_bytes, bytes);
     };
     let chunk = layout.chunk_size() as u64;
     settle(chunk);
@@ -288,11 +288,7 @@ fn read_ahead_leaves_out_what_its_reader_asked_for_and_what_the_kernel_reads_ahe
     for at in 0..16u64 {
         content.read_with(at << 17, 128 << 10, Borrower::PageCache, &mut |_| {}).unwrap();
     }
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while read() < chunk + (9 << 20) + (3 << 20) {
-        assert!(Instant::now() < deadline, "read-ahead never came");
-        std::thread::yield_now();
-    }
+    wait_for_reads(&io, chunk + (9 << 20) + (3 << 20));
 }
 
 #[test]

@@ -342,6 +342,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel about its pages")]
     fn what_is_cut_out_first_can_be_backed_before() {
         const MIB: usize = 1 << 20;
         let arena = Arena::new(32 * MIB, ArenaOptions { prefault: false, huge: false, ..Default::default() })
